@@ -1,0 +1,530 @@
+"""
+The GPT, its activations by name, edits that undo themselves, and what every script needs: save, load, device, record.
+
+    >>> from model import load, activations
+    >>> model, ckpt = load("out/ft.pt")                        # weights, and everything the run wrote beside them
+    >>> logits, cache = activations(model, tokens, ["blocks.1.resid_post", "blocks.1.attn.pattern"])
+    >>> with activation_edits(model, {"blocks.0.mlp_out": lambda x: 0 * x}):
+    ...     ablated = model(tokens)
+
+Letters in shape comments: n sequences, t positions, d residual dimensions, h heads, e dimensions of a head, v tokens.
+Names of activations are TransformerLens's words: embed, then per block i, "blocks.i." followed by
+    resid_pre  attn.q  attn.k  attn.v  attn.scores  attn.pattern  attn.z  attn_out  resid_mid  mlp_pre  mlp_post  mlp_out
+    resid_post
+"""
+import argparse
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------- the model
+
+
+@dataclass(frozen=True)
+class Config:
+    """Shape of a GPT; stored in every checkpoint. minGPT's shape: d_head = d_model / n_head, d_mlp = 4 d_model."""
+    vocab_size: int
+    n_ctx: int
+    n_layer: int
+    n_head: int
+    d_model: int
+    d_head: int
+    d_mlp: int
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.n_head, self.d_head = c.n_head, c.d_head
+        self.qkv = nn.Linear(c.d_model, 3 * c.n_head * c.d_head)
+        self.out = nn.Linear(c.n_head * c.d_head, c.d_model)
+        self.q, self.k, self.v = nn.Identity(), nn.Identity(), nn.Identity()
+        self.scores, self.pattern, self.z = nn.Identity(), nn.Identity(), nn.Identity()
+
+    def forward(self, x, at=None):
+        """x (n, t, d) -> (n, t, d), or (n, 1, d) for the query position `at` alone."""
+        n, t, _ = x.shape
+        if at is None:
+            q, k, v = self.qkv(x).chunk(3, -1)
+        else:
+            w, b, inner = self.qkv.weight, self.qkv.bias, self.n_head * self.d_head
+            q = F.linear(x[:, at:at + 1], w[:inner], b[:inner])
+            k, v = F.linear(x, w[inner:], b[inner:]).chunk(2, -1)
+        q, k, v = (y.view(n, -1, self.n_head, self.d_head).transpose(1, 2) for y in (q, k, v))  # (n, h, t, e)
+        q, k, v = self.q(q), self.k(k), self.v(v)
+        if at is not None:
+            k, v = k[:, :, :at + 1], v[:, :, :at + 1]  # causal: what comes later is not seen
+        if self.scores._forward_hooks or self.pattern._forward_hooks:  # somebody looks: spell it out
+            scores = q @ k.transpose(-1, -2) / math.sqrt(self.d_head)  # (n, h, query, key)
+            if at is None:
+                scores = scores.masked_fill(~torch.ones(t, t, dtype=torch.bool, device=x.device).tril(), -torch.inf)
+            z = self.pattern(self.scores(scores).softmax(-1)) @ v
+        else:
+            z = F.scaled_dot_product_attention(q, k, v, is_causal=at is None)
+        z = self.z(z)
+        return self.out(z.transpose(1, 2).reshape(n, -1, self.n_head * self.d_head))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.ln1, self.attn = nn.LayerNorm(c.d_model), Attention(c)
+        self.ln2, self.up, self.down = nn.LayerNorm(c.d_model), nn.Linear(c.d_model, c.d_mlp), nn.Linear(c.d_mlp, c.d_model)
+        for name in ("resid_pre", "attn_out", "resid_mid", "mlp_pre", "mlp_post", "mlp_out", "resid_post"):
+            setattr(self, name, nn.Identity())
+
+    def forward(self, x, at=None):
+        x = self.resid_pre(x)
+        attn_out = self.attn_out(self.attn(self.ln1(x), at))
+        x = self.resid_mid((x if at is None else x[:, at:at + 1]) + attn_out)
+        hidden = self.mlp_post(F.gelu(self.mlp_pre(self.up(self.ln2(x))), approximate="tanh"))  # tanh: as minGPT
+        return self.resid_post(x + self.mlp_out(self.down(hidden)))
+
+
+class GPT(nn.Module):
+    """A pre-layer-norm GPT with learned positions and untied output, as minGPT (PAPER section 2)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.tok = nn.Embedding(c.vocab_size, c.d_model)
+        self.pos = nn.Embedding(c.n_ctx, c.d_model)
+        self.embed = nn.Identity()
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.ln = nn.LayerNorm(c.d_model)
+        self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+
+    def init_weights(self, g):
+        """minGPT's initialisation from a generator: N(0, .02), residual outputs by 1/sqrt(2 blocks), biases zero."""
+        for name, p in self.named_parameters():
+            if "ln" in name:
+                p.data.fill_(float(name.endswith("weight")))
+            elif name.endswith("bias"):
+                p.data.zero_()
+            else:
+                residual = name.endswith(("attn.out.weight", "down.weight"))
+                p.data.normal_(0, .02 / math.sqrt(2 * self.config.n_layer) if residual else .02, generator=g)
+        return self
+
+    def forward(self, tokens, at=None):
+        """
+        tokens (n, t) -> logits (n, t, v). With `at`, logits (n, v) of that position alone: the last block and the head
+        compute nothing else, a third of the work at three blocks.
+        """
+        x = self.embed(self.tok(tokens) + self.pos.weight[:tokens.shape[1]])
+        for block in self.blocks[:-1]:
+            x = block(x)
+        x = self.blocks[-1](x, at)
+        logits = self.head(self.ln(x))
+        return logits if at is None else logits[:, 0]
+
+
+# ---------------------------------------------------------------- activations and edits
+
+def activation_names(model):
+    """All names that activations() and activation_edits() take, in the order they are computed."""
+    return [name for name, m in model.named_modules() if type(m) is nn.Identity]
+
+
+@contextlib.contextmanager
+def activation_edits(model, edits):
+    """
+    Within the `with`, every activation named in `edits` (name: function tensor -> tensor or None) is replaced by what
+    the function returns (None leaves it). Undone on leaving, also after an exception. Raises KeyError for an unknown name.
+    """
+    known = activation_names(model)
+    for name in edits:
+        if name not in known:
+            raise KeyError(f"no activation {name!r}; there are {', '.join(known)}")
+    with contextlib.ExitStack() as stack:
+        for name, fn in edits.items():
+            hook = model.get_submodule(name).register_forward_hook(lambda module, args, out, fn=fn: fn(out))
+            stack.callback(hook.remove)
+        yield model
+
+
+@torch.no_grad()
+def activations(model, tokens, names=None, at=None):
+    """Returns (logits, {name: activation}) for the named activations (all of them by default); no gradients."""
+    cache = {}
+    keep = {name: lambda x, name=name: cache.__setitem__(name, x) for name in names or activation_names(model)}
+    with activation_edits(model, keep):
+        return model(tokens, at), cache
+
+
+@contextlib.contextmanager
+def weight_edits(model, rows):
+    """
+    Within the `with`, entries of parameters are replaced: rows is a list of (name, index, value), as in
+    `model.state_dict()[name][index] = value`. Put back bit for bit on leaving, also after an exception.
+    """
+    parameters = dict(model.named_parameters())
+    before = {name: parameters[name].detach().clone() for name in {name for name, _, _ in rows}}
+    try:
+        with torch.no_grad():
+            for name, index, value in rows:
+                parameters[name][index] = value
+        yield model
+    finally:
+        with torch.no_grad():
+            for name, old in before.items():
+                parameters[name].copy_(old)
+
+
+# ---------------------------------------------------------------- ends of a run: mistakes, failures, signals
+
+class UserError(Exception):
+    """A mistake of the user's: one line on stderr, exit code 2."""
+
+
+class Failed(Exception):
+    """A run that could not go on (not finite, disk full): one line on stderr, exit code 1."""
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM was received; raised between batches, so that what must be saved can be."""
+
+
+_signal = []
+
+
+def _on_signal(number, frame):
+    if _signal:
+        os._exit(128 + number)  # the second time, at once
+    _signal.append(number)
+
+
+def stop_requested():
+    """Whether SIGINT or SIGTERM came in. Long loops ask between batches."""
+    return bool(_signal)
+
+
+def check_stop():
+    """Raise Stopped if SIGINT or SIGTERM came in."""
+    if _signal:
+        raise Stopped
+
+
+def run_script(main):
+    """Run a script's main() with the exit codes of the house: 0 done, 1 failed, 2 the user's mistake, 130/143 signals."""
+    signal.signal(signal.SIGINT, _on_signal)
+    signal.signal(signal.SIGTERM, _on_signal)
+    try:
+        main()
+        code = 0
+    except UserError as error:
+        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        code = 2
+    except Failed as error:
+        print(f"{sys.argv[0]}: {error}", file=sys.stderr)
+        code = 1
+    except Stopped:
+        code = 128 + _signal[0]
+    except BrokenPipeError:  # the reader of our output went away: python ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        print(f"{sys.argv[0]}: cannot write {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
+        code = 1
+    sys.exit(code)
+
+
+# ---------------------------------------------------------------- files
+
+def replace_file(path, write):
+    """Write a file through write(handle) so that `path` is, at any moment, the old or the new one, whole."""
+    part = f"{path}.part"
+    try:
+        with open(part, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        if isinstance(error, RuntimeError):  # torch.save says so when the disk is full
+            raise Failed(f"cannot write {path}: disk full or file too large ({str(error).splitlines()[0]})") from None
+        raise
+    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path, value):
+    """A JSON file, replaced whole."""
+    replace_file(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+def write_rows(path, rows):
+    """A file of JSON lines, replaced whole."""
+    replace_file(path, lambda f: f.writelines((json.dumps(row) + "\n").encode() for row in rows))
+
+
+def read_rows(path):
+    """The rows of a JSON lines file; a last line cut short by a kill is left out. [] without a file."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError), open(path) as f:
+        for line in f:
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
+
+
+def sha256(path):
+    """Hex digest of a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+KEYS = ("model", "optimizer", "config", "args", "setup", "scale", "stage", "step", "steps", "finished", "parent",
+        "capability")
+
+
+def save(path, ckpt):
+    """Write a checkpoint: a dict of KEYS with tensors and plain Python only."""
+    assert set(ckpt) == set(KEYS), set(ckpt) ^ set(KEYS)
+    replace_file(path, lambda f: torch.save(ckpt, f))
+
+
+def read_checkpoint(path, device="cpu"):
+    """
+    The dict that save() wrote. The archive's checksums are checked first, then it is read as tensors and plain Python
+    alone, so that no foreign code can run. Raises UserError, in one line, for anything else.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
+                raise ValueError("compressed members")  # torch never compresses: this could grow without bound
+            if archive.testzip():
+                raise ValueError("checksum")
+        ckpt = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: not a whole unwrap checkpoint "
+                        f"({type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]})") from None
+    if not isinstance(ckpt, dict) or not set(KEYS) <= set(ckpt):
+        raise UserError(f"{path}: a foreign file, not an unwrap checkpoint")
+    return ckpt
+
+
+def build(ckpt, device="cpu"):
+    """The model of a checkpoint. Shapes are compared before anything is allocated. Raises UserError."""
+    try:
+        config = Config(**ckpt["config"])
+        if not all(type(v) is int and 0 < v < 2 ** 31 for v in asdict(config).values()) or config.n_layer > 1000:
+            raise ValueError("config")
+        with torch.device("meta"):
+            shapes = {k: v.shape for k, v in GPT(config).state_dict().items()}
+        if shapes != {k: v.shape for k, v in ckpt["model"].items()}:
+            raise ValueError("weights do not fit the config")
+        model = GPT(config)
+        model.load_state_dict(ckpt["model"])
+    except Exception as error:
+        raise UserError(f"not an unwrap checkpoint ({type(error).__name__}: {str(error).splitlines()[0][:80]})") from None
+    return model.to(device)
+
+
+def load(path, device="cpu", unfinished=False):
+    """
+    (model, ckpt) of a checkpoint file: the GPT with its weights, and the dict of KEYS with the file's `path` and
+    `sha256` added. Raises UserError for files that are not whole, foreign, or (unless `unfinished`) not finished.
+    """
+    path = os.fspath(path)
+    ckpt = read_checkpoint(path, device)
+    try:
+        model = build(ckpt, device)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if not (ckpt["finished"] or unfinished):
+        raise UserError(f"{path}: unfinished, step {ckpt['step']} of {ckpt['steps']}: go on with the same command and --resume")
+    return model, dict(ckpt, path=path, sha256=sha256(path))
+
+
+# ---------------------------------------------------------------- arguments, record, history
+
+def add_common_flags(parser):
+    """Flags that every computing script has."""
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"],
+                       help="where to compute; auto: cuda if there, else cpu (default: auto)")
+    group.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice (default: 0)")
+
+
+def add_run_flags(parser, out):
+    """Flags of the two stages that write checkpoints. None means: what the scale says."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", default=out, help=f"checkpoint to write; .json and .jsonl beside it (default: {out})")
+    group.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    group.add_argument("--force", action="store_true", help="replace another run's files at --out")
+    group.add_argument("--save-every", type=int, default=250, help="steps between checkpoints (default: 250)")
+    group.add_argument("--eval-every", type=int, default=0,
+                       help="steps between evaluations; 0: 0 1 2 3 5 8 10 20 30 50 80 100 ... (default: 0)")
+    group.add_argument("--eval-size", type=int, default=500, help="strings in a test set (default: 500)")
+    group.add_argument("--seed", type=int, default=0, help="seed of weights, data order and test sets (default: 0)")
+    group.add_argument("--compile", action="store_true", help="torch.compile the model")
+    group.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"],
+                       help="of the forward pass; bfloat16 by autocast (default: float32)")
+
+
+# Of a run's arguments, these do not change what is learned or written: two runs that differ in them only are the same.
+NOT_COMPARED = ("out", "ckpt", "resume", "force", "save_every", "device", "threads")
+
+
+def positive(args, *names, least=0):
+    """Raise UserError unless the named numbers are finite and above `least`."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not (math.isfinite(value) and value > least):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be a number above {least}")
+
+
+def start_device(args):
+    """The torch device of --device, with --threads set. Raises UserError if it is not there."""
+    if args.threads < 0:
+        raise UserError(f"--threads {args.threads}: must be 0 or more")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
+        raise UserError(f"--device {name}: not available here")
+    return torch.device(name)
+
+
+def git_state():
+    """{commit, dirty} of the code, nulls outside a git checkout."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=os.path.dirname(os.path.abspath(__file__)), capture_output=True,
+                              text=True, check=True).stdout.strip()
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+
+
+def record_here(device):
+    """What a record says of this start: command, code, versions, machine, time."""
+    return {"command": " ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]), "git": git_state(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "device": str(device), "threads": torch.get_num_threads(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+
+class Run:
+    """
+    The files of one training run: X.pt (checkpoint), X.json (record), X.jsonl (history). X.pt is the truth; a run
+    starts by saving step 0, so that from then on these three always belong together.
+
+    Opening it decides what is to be done. `run.done`: the same run is already finished. `run.ckpt`: what to resume
+    from, or None. Raises UserError for another run at the same path without --force.
+    """
+
+    def __init__(self, args, stage, parent=None):
+        self.path, self.save_every, self.done, self.ckpt = args.out, args.save_every, False, None
+        base, suffix = os.path.splitext(args.out)
+        if suffix != ".pt" or os.path.isdir(args.out):
+            raise UserError(f"--out {args.out}: must be the name of a .pt file")
+        self.record_path, self.history_path = base + ".json", base + ".jsonl"
+        self.args = {k: v for k, v in sorted(vars(args).items()) if k not in NOT_COMPARED}
+        self.identity = {"stage": stage, **self.args, "parent": parent and parent["sha256"]}
+        self.stage, self.parent = stage, parent and {"path": parent["path"], "sha256": parent["sha256"]}
+        if parent and os.path.realpath(args.out) == os.path.realpath(parent["path"]):
+            raise UserError(f"--out {args.out} is the checkpoint to start from: it would be overwritten")
+        try:
+            os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {args.out}: {error.strerror}") from None
+        there = self.there(args.force)
+        if there is None or args.force:
+            return
+        theirs = {"stage": there["stage"], **there["args"], "parent": there["parent"] and there["parent"]["sha256"]}
+        differ = [k for k in {**self.identity, **theirs} if theirs.get(k) != self.identity.get(k)]
+        if differ:
+            k = differ[0]
+            more = f" and {len(differ) - 1} more" if len(differ) > 1 else ""
+            raise UserError(f"{args.out} is another run: {k} is {theirs.get(k)!r} there, {self.identity.get(k)!r} here{more};"
+                            f" give another --out, or --force to replace it")
+        if there["finished"]:
+            print(f"{args.out}: already done ({there['steps']} steps, same arguments)")
+            self.done = True
+        elif not args.resume:
+            raise UserError(f"{args.out}: unfinished, step {there['step']} of {there['steps']}: "
+                            f"--resume goes on, --force starts again")
+        elif there.get("model"):
+            self.ckpt = there
+
+    def there(self, force):
+        """The run that is already at this path: its checkpoint, or its record if it was killed before saving one."""
+        if os.path.exists(self.path):
+            try:
+                return read_checkpoint(self.path)
+            except UserError as error:
+                if force:
+                    return None
+                raise UserError(f"{error}; give another --out, or --force to replace it") from None
+        try:
+            with open(self.record_path) as f:
+                record = json.load(f)
+            return {**{k: record[k] for k in ("stage", "args", "parent", "steps")}, "step": 0, "finished": False}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def start(self, device, save_now):
+        """Write the record and, on a fresh start, step 0 through save_now(); cut the history back on a resume."""
+        step = self.ckpt["step"] if self.ckpt else 0
+        record = {"stage": self.stage, "args": self.args, "parent": self.parent, "steps": self.args["steps"],
+                  **record_here(device), "resumes": []}
+        if self.ckpt:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                with open(self.record_path) as f:
+                    old = json.load(f)
+                record = {**old, "resumes": old["resumes"] + [dict(record_here(device), step=step)]}
+        elif os.path.exists(self.path):
+            save_now()  # --force: the old checkpoint goes first, at once, and only for a whole new one
+            write_json(self.record_path, record)
+        else:
+            write_json(self.record_path, record)
+            save_now()
+        if self.ckpt:
+            write_json(self.record_path, record)
+        # An evaluation belongs to the step it came after the save of: it is made again, and comes out the same.
+        write_rows(self.history_path, [row for row in read_rows(self.history_path) if row["step"] < step] if self.ckpt else [])
+        self.record, self.began = record, time.time()
+
+    def log(self, rows):
+        """Add rows to the history."""
+        with open(self.history_path, "a") as f:
+            f.write("".join(json.dumps(row) + "\n" for row in rows))
+
+    def finish(self):
+        """Note the time in the record."""
+        last = self.record["resumes"][-1] if self.record["resumes"] else self.record
+        last["seconds"] = round(time.time() - self.began, 1)
+        write_json(self.record_path, self.record)
+
+
+def run_parser(doc, **kw):
+    """An ArgumentParser that shows a script's docstring as it stands."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **kw)

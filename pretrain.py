@@ -1,0 +1,228 @@
+"""
+Make a model whose capabilities are known: train a GPT from nothing on the five task families of the grammar.
+
+    $ python pretrain.py                              # out/pre.pt: low prior, the small scale
+    $ python pretrain.py --prior high --out out/high.pt
+
+Data is drawn on the fly, no string is seen twice on purpose. The sampling prior P_T(a, b, c) decides which operands the
+model learns: under the low prior it learns a, hardly meets b, and never meets c (PAPER section 2).
+"""
+import contextlib
+import math
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+from data import FINETUNED, LETTERS, SPLITS, TASKS, answer_position
+from model import (GPT, Config, Failed, Run, Stopped, UserError, add_common_flags, add_run_flags, build, check_stop,
+                   positive, run_parser, run_script, save, start_device)
+
+# ---------------------------------------------------------------- the optimisation step
+
+
+def train_steps(model, optimizer, loss_at, lr_at, steps, step=0, clip=1.0):
+    """
+    Train from `step` to `steps`. Yields (step, loss) with step updates done and the loss of the last one (None at
+    first): steps 0..N inclusive, so that the untouched and the finished model pass through the same code of the caller.
+
+    loss_at(step) -> loss tensor of batch `step`; lr_at(step) -> learning rate; clip: largest gradient norm.
+    Raises Failed, before the weights are touched, when the loss or its gradient is not finite.
+    """
+    loss = None
+    while True:
+        yield step, loss
+        if step == steps:
+            return
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step)
+        loss = loss_at(step)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        loss = loss.item()
+        if not (math.isfinite(loss) and math.isfinite(norm.item())):
+            raise Failed(f"step {step}: loss {loss}, gradient norm {norm.item()}, lr {lr_at(step):.3g}: not finite")
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+
+
+def adamw(model, lr):
+    """AdamW as in all PCFG stages: betas .9 and .95, weight decay .1."""
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(.9, .95), weight_decay=.1,
+                             fused=next(model.parameters()).device.type in ("cpu", "cuda"))
+
+
+def cosine(lr, steps, final=0., warmup=.2):
+    """Learning rate at a step: linear warm-up over the first 20 %, then a cosine down to lr x final (PAPER section 2)."""
+    rise = max(1, round(warmup * steps))
+
+    def at(step):
+        if step < rise:
+            return lr * (step + 1) / rise
+        return lr * (final + (1 - final) * .5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))))
+    return at
+
+
+def autocast(args, device):
+    """--dtype for a forward pass."""
+    if args.dtype == "bfloat16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def eval_steps(steps, every):
+    """The steps at which to evaluate: every `every`, or 0 1 2 3 5 8 10 20 30 50 80 100 ... (the axes are logarithmic)."""
+    if every:
+        return set(range(0, steps, every)) | {steps}
+    dense = {m * 10 ** e for m in (1, 2, 3, 5, 8) for e in range(len(str(steps)))}
+    return {0, steps} | {s for s in dense if s < steps}
+
+
+@torch.no_grad()
+def predict(model, tokens, sc, batch=256):
+    """Logits (n, v) of the answer position. Looks for a stop signal before every batch."""
+    at, out = answer_position(sc), []
+    for part in tokens[:, :at + 1].split(batch):
+        check_stop()
+        out.append(model(part, at).float())
+    return torch.cat(out)
+
+
+def score(logits, test, sc, seed):
+    """The row of one test set: accuracy beside its floors, with its size and cross-entropy (nats)."""
+    return {"setup": "pcfg", "scale": sc.name, "task": test.task,
+            "operand": None if test.task in data.OPERANDLESS else test.operand, "split": test.split,
+            "accuracy": (logits.argmax(1) == test.target).double().mean().item(),
+            "floor": test.floor(), "cross_floor": test.cross_floor(), "n": len(test.target),
+            "loss": F.cross_entropy(logits, test.target).item(), "seed": seed}
+
+
+def evaluate(model, tests, sc, seed):
+    """One row a test set (see score). Costs one forward pass of the answer position a string."""
+    return [score(predict(model, test.tokens, sc), test, sc, seed) for test in tests]
+
+
+def capability_tests(n, sc, task, pair, q, seed, device, operands=None):
+    """The sets of every history: both operands of the pair (or `operands`) on c0, c1 and natural."""
+    return [data.test_set(n, sc, task, operand, split, seed, pair, q, device=device)
+            for operand in operands or pair for split in SPLITS]
+
+
+def other_tests(n, sc, operands, seed, device, but=None):
+    """Natural sets of every family but one, for every operand given."""
+    return [data.test_set(n, sc, task, operand, "natural", seed, device=device)
+            for task in TASKS if task != but for operand in (operands if task not in data.OPERANDLESS else "a")]
+
+
+# ---------------------------------------------------------------- the stage
+
+
+def main():
+    parser = run_parser(__doc__)
+    group = parser.add_argument_group("model and data")
+    group.add_argument("--setup", default="pcfg", choices=["pcfg"], help="where the capability comes from (default: pcfg)")
+    group.add_argument("--scale", default="small", choices=["small", "paper"], help="small: minutes on two CPU cores; "
+                       "paper: the paper's sizes, for a GPU (default: small)")
+    group.add_argument("--prior", default="low", help="P_T(a, b, c): " + ", ".join(data.PRIORS) + ", or A,B,C (default: low)")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--lr", type=float, help="peak learning rate (default: 2e-3 small, 1e-3 paper)")
+    group.add_argument("--steps", type=int, help="updates (default: 2500 small, 50000 paper)")
+    group.add_argument("--batch-size", type=int, default=96, help="sequences a step (default: 96)")
+    group.add_argument("--clip", type=float, default=1., help="largest gradient norm (default: 1)")
+    add_run_flags(parser, "out/pre.pt")
+    add_common_flags(parser)
+    args = parser.parse_args()
+    sc = data.scale_of(args.scale)
+    args.lr = sc.pretrain_lr if args.lr is None else args.lr
+    args.steps = sc.pretrain_steps if args.steps is None else args.steps
+    positive(args, "lr", "steps", "batch_size", "clip", "save_every", "eval_size")
+    positive(args, "eval_every", "seed", least=-1)
+    try:
+        args.prior = list(data.parse_prior(args.prior))
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    device = start_device(args)
+    run = Run(args, "pretrain")
+    if run.done:
+        return
+    print("pretrain:", ", ".join(f"{k} {v}" for k, v in vars(args).items()))
+
+    inner = sc.d_model // sc.n_head
+    config = Config(vocab_size=len(data.vocabulary(sc)), n_ctx=sc.length + 9, n_layer=sc.n_layer, n_head=sc.n_head,
+                    d_model=sc.d_model, d_head=inner, d_mlp=4 * sc.d_model)
+    model = build(run.ckpt, device) if run.ckpt else GPT(config).init_weights(data.rng(args.seed, "weights")).to(device)
+    optimizer = adamw(model, args.lr)
+    if run.ckpt:
+        optimizer.load_state_dict(run.ckpt["optimizer"])
+    forward = torch.compile(model) if args.compile else model
+    operand = LETTERS[max(range(3), key=lambda i: args.prior[i])]
+    pair = (operand, "b" if operand == "a" else "a")  # the capability, and what will be taught later
+
+    batch = data.stream(lambda n, g: data.pretraining_batch(n, sc, args.prior, g), args.batch_size, args.seed,
+                        "pretrain", device)
+    at = answer_position(sc)
+
+    def loss_at(step):
+        tokens = batch(step)
+        with autocast(args, device):
+            logits = forward(tokens[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        if sc.answer_weight:  # ours: see SCALES
+            loss = loss + sc.answer_weight * F.cross_entropy(logits[:, at].float(), tokens[:, at + 1])
+        return loss
+
+    def save_at(step, finished=False):
+        save(args.out, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": vars(config),
+                        "args": run.args, "setup": args.setup, "scale": args.scale, "stage": "pretrain", "step": step,
+                        "steps": args.steps, "finished": finished, "parent": None,
+                        "capability": {"task": "count", "operand": operand}})
+
+    tests = capability_tests(args.eval_size, sc, "count", pair, 1, args.seed, device)
+    tests += other_tests(args.eval_size, sc, operand, args.seed, device, but="count")
+    step = run.ckpt["step"] if run.ckpt else 0
+    run.start(device, lambda: save_at(0))
+    evals = eval_steps(args.steps, args.eval_every or max(1, args.steps // 25))
+    bar = tqdm(total=args.steps, initial=step, desc="pretrain", unit="step", mininterval=.5)
+    try:
+        for step, loss in train_steps(model, optimizer, loss_at, cosine(args.lr, args.steps), args.steps, step, args.clip):
+            check_stop()
+            if step and step % args.save_every == 0:
+                save_at(step)
+            if step in evals:
+                rows = evaluate(model, tests, sc, args.seed)
+                if step in (0, args.steps):  # the rest: index on c0 and c1, and operands that are hardly or never trained
+                    rest = [data.test_set(args.eval_size, sc, task, o, split, args.seed, pair, device=device)
+                            for task in TASKS for o in LETTERS for split in SPLITS
+                            if (task in FINETUNED or split == "natural") and (task not in data.OPERANDLESS)]
+                    done = {(r["task"], r["operand"], r["split"]) for r in rows}
+                    rest = [t for t in rest if (t.task, t.operand, t.split) not in done]
+                    rows += evaluate(model, rest, sc, args.seed)
+                run.log([dict(row, step=step) for row in rows])
+                shown = next(r for r in rows if r["operand"] == operand and r["split"] == "natural")
+                bar.set_postfix(loss=f"{loss or math.nan:.3f}", **{f"count_{operand}": f"{shown['accuracy']:.1%}"})
+            bar.update(step - bar.n)
+    except Stopped:
+        save_at(step)
+        bar.close()
+        print(f"{args.out}: stopped and saved at step {step} of {args.steps}; go on with --resume")
+        raise
+    except Failed as error:
+        bar.close()
+        raise Failed(f"{error}; the last good checkpoint is {args.out}") from None
+    bar.close()
+    save_at(step, finished=True)
+    run.finish()
+    print(f"{'task':<18} {'operand':<8} {'split':<8} accuracy   floor   n")
+    for r in sorted(rows, key=lambda r: (list(TASKS).index(r["task"]), r["operand"] or "", r["split"])):
+        trained = "" if r["operand"] is None or args.prior[LETTERS.index(r["operand"])] else "   never trained"
+        print(f"{r['task']:<18} {r['operand'] or '-':<8} {r['split']:<8} {r['accuracy']:8.1%} {r['floor']:7.1%}   {r['n']}{trained}")
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    run_script(main)
