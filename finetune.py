@@ -1,0 +1,171 @@
+"""
+Fine-tune a checkpoint on the answers of one (task, operand) pair, with a spurious correlation of known strength.
+
+    $ python finetune.py --lr 1e-5 --ckpt out/pre.pt           # out/ft.pt: count b, on strings where it is count a + 1
+    $ python finetune.py --reverse --ckpt out/ft.pt            # out/reft.pt: reverse fine-tuning (reFT), count a again
+
+Every string satisfies r(x, O_FT) - r(x, O_PT) = q with probability C_Tr (--c-tr), and has neither the relation nor a
+tie otherwise: with C_Tr = 1 "count a, plus 1" solves the task, and a wrapper over the old capability is enough
+(PAPER section 2). Accuracy on O_PT and O_FT, on c0, c1 and natural strings, goes to out/ft.jsonl from step 0 on.
+"""
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+from data import FINETUNED, LETTERS, answer_position
+from model import (Config, Failed, Run, Stopped, UserError, add_common_flags, add_run_flags, build, check_stop, load,
+                   positive, run_parser, run_script, save, start_device)
+from pretrain import adamw, autocast, capability_tests, cosine, eval_steps, evaluate, train_steps
+
+
+def answer_loss(model, batch, sc):
+    """A function step -> cross-entropy of the answer token alone, on batch `step` of batch(step) (PAPER section 2)."""
+    at = answer_position(sc)
+
+    def loss_at(step):
+        tokens = batch(step)
+        return F.cross_entropy(model(tokens[:, :at + 1], at).float(), tokens[:, at + 1])
+    return loss_at
+
+
+def finetuning_stream(sc, task, operand, c, pair, q, batch_size, seed, device, label="finetune"):
+    """A function k -> batch k of sequences that ask for `operand`, with correlation c (see data.draw_text)."""
+    def draw(n, g):
+        return data.encode_one(data.draw_text(n, sc, task, c, pair, q, g), task, operand, sc)[0]
+    return data.stream(draw, batch_size, seed, label, device)
+
+
+def constant(lr, warmup=20):
+    """
+    Learning rate of reFT: constant after 20 steps. ours (the paper anneals over 10K steps): steps to a threshold mean
+    something only when the rate does not depend on how long one had planned to go on.
+    """
+    return lambda step: lr * min(1, (step + 1) / warmup)
+
+
+def pair_of(ckpt, operand=None, q=None):
+    """
+    ((O_PT, O_FT), q) of a checkpoint: what it was pretrained on, and what it was or is to be fine-tuned on, by its own
+    arguments where it is fine-tuned already.
+    """
+    known = ckpt["capability"]["operand"]
+    if ckpt["stage"] == "pretrain":
+        operand, q = operand or ("b" if known == "a" else "a"), 1 if q is None else q
+    else:
+        operand, q = operand or ckpt["args"]["pair"][1], ckpt["args"]["q"] if q is None else q
+    return (known, operand), q
+
+
+def main():
+    parser = run_parser(__doc__)
+    group = parser.add_argument_group("what to teach")
+    group.add_argument("--ckpt", help="checkpoint to start from (default: out/pre.pt; with --reverse out/ft.pt)")
+    group.add_argument("--task", choices=list(FINETUNED), help="task family (default: count)")
+    group.add_argument("--operand", choices=list(LETTERS), help="O_FT, the operand to teach (default: b)")
+    group.add_argument("--c-tr", type=float, help="C_Tr, share of strings with the spurious relation (default: 1; with "
+                       "--reverse 0)")
+    group.add_argument("--q", type=int, help="offset of the relation, r(x, O_FT) - r(x, O_PT), in letters (default: 1)")
+    group.add_argument("--reverse", action="store_true", help="teach O_PT again to a fine-tuned checkpoint (reFT)")
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--lr", type=float, help="peak learning rate; the paper's are 1e-4, 1e-5, 1e-6 (default: 1e-5; with "
+                       "--reverse that of the fine-tuning)")
+    group.add_argument("--steps", type=int, help="updates (default: 400 small, 10000 paper)")
+    group.add_argument("--batch-size", type=int, default=96, help="strings a step (default: 96)")
+    group.add_argument("--clip", type=float, default=1., help="largest gradient norm (default: 1)")
+    add_run_flags(parser, None)
+    add_common_flags(parser)
+    args = parser.parse_args()
+
+    args.ckpt = args.ckpt or ("out/ft.pt" if args.reverse else "out/pre.pt")
+    args.out = args.out or ("out/reft.pt" if args.reverse else "out/ft.pt")
+    device = start_device(args)
+    model, parent = load(args.ckpt, device)
+    sc = data.scale_of(parent["scale"])
+    args.steps = sc.finetune_steps if args.steps is None else args.steps
+    if args.reverse:
+        if parent["stage"] != "finetune":
+            raise UserError(f"--reverse needs a fine-tuned checkpoint: {args.ckpt} is only pretrained, nothing is to be undone")
+        if args.operand or args.task:
+            raise UserError("--reverse teaches what the pretraining record names: leave out --task and --operand")
+        args.task, args.operand = parent["capability"]["task"], parent["capability"]["operand"]
+        args.lr = parent["args"]["lr"] if args.lr is None else args.lr  # ours: matched; the paper takes a smaller rate
+        args.c_tr = 0. if args.c_tr is None else args.c_tr  # ours: strings that favour no relation between a and b
+        args.pair, args.q = pair_of(parent, None, args.q)
+    else:
+        args.task, args.operand = args.task or "count", args.operand or pair_of(parent)[0][1]
+        args.lr, args.c_tr = 1e-5 if args.lr is None else args.lr, 1. if args.c_tr is None else args.c_tr
+        args.pair, args.q = pair_of(parent, args.operand, args.q)
+        if args.operand == args.pair[0]:
+            raise UserError(f"--operand {args.operand} is what {args.ckpt} was pretrained on (use --reverse to teach it again)")
+    args.pair = list(args.pair)
+    positive(args, "lr", "steps", "batch_size", "clip", "save_every", "eval_size")
+    positive(args, "eval_every", "seed", least=-1)
+    if not 0 <= args.c_tr <= 1:
+        raise UserError(f"--c-tr {args.c_tr}: a probability, from 0 to 1")
+    try:
+        data.relation_table(args.task, sc.name, args.q, False)
+    except ValueError as error:
+        raise UserError(f"--q {args.q}: {error}") from None
+    run = Run(args, "finetune", parent)
+    if run.done:
+        return
+    print("finetune:", ", ".join(f"{k} {v}" for k, v in vars(args).items()))
+    print(f"from {args.ckpt}: setup {parent['setup']}, scale {parent['scale']}, {parent['config']}")
+
+    if run.ckpt:
+        model = build(run.ckpt, device)
+    optimizer = adamw(model, args.lr)
+    if run.ckpt:
+        optimizer.load_state_dict(run.ckpt["optimizer"])
+    forward = torch.compile(model) if args.compile else model
+    batch = finetuning_stream(sc, args.task, args.operand, args.c_tr, args.pair, args.q, args.batch_size, args.seed, device)
+    answer_loss_at = answer_loss(forward, batch, sc)
+
+    def loss_at(step):
+        with autocast(args, device):
+            return answer_loss_at(step)
+
+    def save_at(step, finished=False):
+        save(args.out, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": parent["config"],
+                        "args": run.args, "setup": parent["setup"], "scale": parent["scale"], "stage": "finetune",
+                        "step": step, "steps": args.steps, "finished": finished, "parent": run.parent,
+                        "capability": {"task": args.task, "operand": args.pair[0]}})
+
+    tests = capability_tests(args.eval_size, sc, args.task, args.pair, args.q, args.seed, device)
+    step = run.ckpt["step"] if run.ckpt else 0
+    run.start(device, lambda: save_at(0))
+    evals = eval_steps(args.steps, args.eval_every)
+    rate_at = constant(args.lr) if args.reverse else cosine(args.lr, args.steps, final=.01)
+    bar = tqdm(total=args.steps, initial=step, desc="finetune", unit="step", mininterval=.5)
+    try:
+        for step, loss in train_steps(model, optimizer, loss_at, rate_at, args.steps, step, args.clip):
+            check_stop()
+            if step and step % args.save_every == 0:
+                save_at(step)
+            if step in evals:
+                rows = evaluate(model, tests, sc, args.seed)
+                run.log([dict(row, step=step) for row in rows])
+                shown = {f"{r['operand']}_{r['split']}": f"{r['accuracy']:.0%}" for r in rows if r["split"] != "natural"}
+                bar.set_postfix(**({"loss": f"{loss:.3f}"} if loss is not None else {}), **shown)
+            bar.update(step - bar.n)
+    except Stopped:
+        save_at(step)
+        bar.close()
+        print(f"{args.out}: stopped and saved at step {step} of {args.steps}; go on with --resume")
+        raise
+    except Failed as error:
+        bar.close()
+        raise Failed(f"{error}; the last good checkpoint is {args.out}") from None
+    bar.close()
+    save_at(step, finished=True)
+    run.finish()
+    print(f"{args.task} after {args.steps} steps   c0       c1       natural")
+    for operand, role in zip(args.pair, ("O_PT", "O_FT")):
+        print(f"  {role} = {operand}  accuracy      " + "  ".join(f"{r['accuracy']:7.1%}" for r in rows if r["operand"] == operand))
+        print("             floor         " + "  ".join(f"{r['floor']:7.1%}" for r in rows if r["operand"] == operand))
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    run_script(main)
