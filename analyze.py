@@ -27,7 +27,7 @@ import data
 from data import LETTERS, NUMBER, SPLITS, TASKS, answer_position
 from finetune import answer_loss, constant, finetuning_stream, pair_of
 from model import (GPT, Config, Stopped, UserError, activations, add_common_flags, check_stop, load, positive, read_rows,
-                   run_parser, run_script, start_device, weight_edits, write_json, write_rows)
+                   replace_file, run_parser, run_script, start_device, weight_edits, write_json, write_rows)
 from pretrain import adamw, cosine, other_tests, predict, score, train_steps
 
 # ---------------------------------------------------------------- the study
@@ -49,6 +49,8 @@ class Study:
         parent = self.ckpt["parent"]
         if args.base or parent:
             path = args.base or parent["path"]
+            beside = os.path.join(os.path.dirname(args.ckpt), os.path.basename(path))
+            path = beside if not args.base and not os.path.exists(path) and os.path.exists(beside) else path
             self.base, self.base_ckpt = load(path, self.device)
             if not args.base and self.base_ckpt["sha256"] != parent["sha256"]:
                 raise UserError(f"{path} has changed since {args.ckpt} was made from it: give the old one as --base")
@@ -87,11 +89,11 @@ class Study:
                                              self.q, label, self.device)
         return self._tests[key]
 
-    def row(self, logits, test, **more):
+    def row(self, logits, test, /, **more):
         """A row of results: score() and the analysis's own keys."""
         return {**score(logits, test, self.sc, self.seed), **more}
 
-    def measure(self, model, test, **more):
+    def measure(self, model, test, /, **more):
         """The row of a model on a test set."""
         return self.row(predict(model, test.tokens, self.sc), test, **more)
 
@@ -109,7 +111,15 @@ class Study:
 
 
 def percent(x):
-    return "   -  " if x is None else f"{x:6.1%}"
+    return "-" if x is None else f"{x:.1%}"
+
+
+def table(head, rows):
+    """Print rows of cells under a heading, in columns as wide as they need to be."""
+    rows = [[str(cell) for cell in row] for row in [head, *rows]]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  " + "  ".join(cell.rjust(w) if i > 1 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip())
 
 
 # ---------------------------------------------------------------- behavior
@@ -163,17 +173,14 @@ def behavior(study):
     study.write("behavior", rows)
 
     a, b = study.pair
-    print(f"\nbehavior   O_PT = {a}, O_FT = {b}, n = {study.args.eval_size}; shares of the answers that a rule explains (they overlap)")
-    print(f"  asked split    model accuracy   floor   cross |   {a}      {b}     {a}{study.q:+d}   blend  constant none")
-    for r in rows:
-        if "share_a" in r:
-            print(f"  {r['operand']:<5} {r['split']:<8} {r['model']:<5} {percent(r['accuracy'])}   {percent(r['floor'])}  {percent(r['cross_floor'])} | "
-                  + " ".join(percent(r[f"share_{k}"]) for k in ("a", "b", "a_plus_q", "blend", "constant", "none")))
-    print("  other families on natural strings (collateral)")
-    others = [r for r in rows if r["task"] != study.task and r["model"] == "ckpt"]
-    for r in others:
-        base = [x["accuracy"] for x in rows if x["model"] == "base" and (x["task"], x["operand"]) == (r["task"], r["operand"])]
-        print(f"  {r['task']:<18} {r['operand'] or '-':<3} base {percent(base[0] if base else None)}   ckpt {percent(r['accuracy'])}   floor {percent(r['floor'])}")
+    print(f"\nbehavior   O_PT = {a}, O_FT = {b}, n = {study.args.eval_size}; last: share of the answers that each rule explains (they overlap)")
+    table(["asked", "split", "model", "accuracy", "floor", "cross", "|", a, b, f"{a}{study.q:+d}", "blend", "constant", "none"],
+          [[r["operand"], r["split"], r["model"], *(percent(r[k]) for k in ("accuracy", "floor", "cross_floor")), "|",
+            *(percent(r[f"share_{k}"]) for k in ("a", "b", "a_plus_q", "blend", "constant", "none"))] for r in rows if "share_a" in r])
+    others = {(r["task"], r["operand"] or "-", r["model"]): r for r in rows if r["task"] != study.task}
+    print("  other families, natural strings (collateral)")
+    table(["family", "asked", *study.models, "floor"], [[task, operand, *(percent(others[task, operand, m]["accuracy"]) for m in study.models),
+          percent(others[task, operand, "ckpt"]["floor"])] for task, operand in dict.fromkeys(k[:2] for k in others)])
     if study.base:
         print(f"  the weights moved by {rows[-1]['distance']:.3f} (norm; the base's is {rows[-1]['base_norm']:.1f}); "
               f"sum of learning rates {rows[-1]['sum_of_rates']:.2g}")
@@ -223,6 +230,20 @@ def ranked_units(scores, most):
     return [(*keys[w], int(p - first[w]), v) for w, p, v in zip(which.tolist(), places.tolist(), values.tolist())]
 
 
+def iterated_units(model, test, sc, unit, most):
+    """
+    ours: the same ranking, made anew after every zeroed unit. One pass takes many units that do the same thing, each of
+    which would do; after the first is gone, the others no longer score.
+    """
+    units = []
+    for _ in range(most):
+        with weight_edits(model, unit_edits(model, units, unit)):
+            ranked = ranked_units(unit_scores(model, test, sc, unit), most + 1)
+        taken = {u[:3] for u in units}
+        units += [u for u in ranked if u[:3] not in taken][:1]
+    return units
+
+
 def matched_units(units, scores, g):
     """Random units, rank by rank from the same block and matrix as `units`: the control for which ones were chosen."""
     order = {k: torch.randperm(len(s), generator=g).tolist() for k, s in scores.items()}
@@ -249,114 +270,102 @@ def prune(study):
 
     One backward pass of the cross-entropy of "count a" on the fine-tuned model; score = gradient x weight, summed over
     a row (a neuron) and its bias, or --unit weight; the K largest positive scores are edited at once: set to zero, or
-    grafted, set back to the base model's values. For grafting the first-order score is gradient x change: both
-    rankings are shown. Scores and K (up to 10) come from one set of c0 strings, accuracies from another.
+    grafted, set back to the base model's values. ours: also ranked anew after every zeroed unit (iterated), and for
+    grafting by its own first-order score, gradient x change. Scores and K (up to 10) come from one set of c0 strings,
+    accuracies from another.
     High accuracy on a after few edits: the answer was there, and these units kept it from being read. It does not say
     that the change sits in these units: a zeroed unit is a lever, only grafting undoes what fine-tuning did.
     Fooled by: any damage that happens to shift answers by q (hence random units from the same matrices, --draws of
-    them, with K chosen in the same way); a method that finds units for anything (hence the same procedure for an
-    operand that was never trained).
+    them, with K chosen in the same way); a method that finds units for anything (hence never-had: the same procedure
+    for an operand that was never trained).
     """
     if not study.base:
         raise UserError(f"prune needs a fine-tuned checkpoint: {study.args.ckpt} has no base")
-    sc, unit, draws = study.sc, study.args.unit, study.args.draws
-    few_strings = min(200, study.args.eval_size)  # a draw: 8 of them together are still 1,600 strings
-    grafts = KS[1:] + ((200, 400, 800) if unit == "row" else (1000, 10000))
-    rows, listed, choices = [], [], []
-    a, b = study.pair
-
-    def sweep(model, base, operand, ranking, edit, units, ks, draw=None, n=None):
-        """Edit the first K units for every K; choose K on the selection set; rows for the test sets."""
-        select = study.test(operand, "c0", "select", n)
-        cells = [study.test(operand, s, n=n) for s in ("c0", "natural")] + [study.test(b, "c1", n=n)]
-        if draw is None:
-            cells += [study.test(operand, "c1"), study.test(b, "c0"), study.test(b, "natural")]
-        tried = []
-        for k in (0,) + tuple(k for k in ks if k <= len(units)):
-            with weight_edits(model, unit_edits(model, units[:k], unit, base if edit == "graft" else None)):
-                tried.append((study.measure(model, select)["accuracy"], k))
-                rows.extend(study.measure(model, cell, unit=unit, ranking=ranking, edit=edit, k=k, draw=draw, chosen=False)
-                            for cell in cells)
-            bar.update()
-        best = max((t for t in tried if t[1] <= FEW), key=lambda t: t[0])[1]
-        for r in rows:
-            if (r["ranking"], r["edit"], r["draw"], r["k"]) == (ranking, edit, draw, best):
-                r["chosen"] = True
-                if r["operand"] == operand and r["split"] in ("c0", "natural"):
-                    choices.append(r)
-
-    bar = study.bar((len(KS) - 1) * (draws + 2) * 2 + len(grafts), "prune")
-    scores = unit_scores(study.model, study.test(a, "c0", "select"), sc, unit)
-    change = unit_scores(study.model, study.test(a, "c0", "select"), sc, unit, minus=study.base)
-    units, by_change = ranked_units(scores, KS[-1]), ranked_units(change, grafts[-1])
-    for ranking, ranked in (("gradient-weight", units), ("gradient-change", by_change)):
-        listed += [{"ranking": ranking, "rank": i + 1, "block": u[0], "matrix": u[1], "index": u[2], "score": u[3]}
-                   for i, u in enumerate(ranked[:KS[-1]])]
-    sweep(study.model, study.base, a, "gradient-weight", "zero", units, KS[1:])
-    sweep(study.model, study.base, a, "gradient-weight", "graft", units, KS[1:])
-    sweep(study.model, study.base, a, "gradient-change", "graft", by_change, grafts)
+    sc, unit, draws, (a, b) = study.sc, study.args.unit, study.args.draws, study.pair
+    few_strings = min(200, study.args.eval_size)  # for one draw of eight: together they are more than a ranked one gets
+    upto = {"few": [k for k in KS if 0 < k <= FEW], "all": KS[1:], "some": (FEW, KS[-1]),
+            "far": KS[1:] + ((200, 400, 800) if unit == "row" else (1000, 10000))}
+    found = study.test(a, "c0", "select")
+    scores = unit_scores(study.model, found, sc, unit)
+    one_pass, iterated = ranked_units(scores, KS[-1]), iterated_units(study.model, found, sc, unit, FEW)
+    change = ranked_units(unit_scores(study.model, found, sc, unit, minus=study.base), upto["far"][-1])
+    here = (study.model, study.base, a)
+    sweeps = [(*here, "gradient-weight", "zero", one_pass, "all", None), (*here, "gradient-weight-iterated", "zero", iterated, "few", None),
+              (*here, "gradient-weight", "graft", one_pass, "some", None), (*here, "gradient-change", "graft", change, "far", None)]
     for draw in range(draws):
-        g = data.rng(study.seed, "prune", draw)
-        sweep(study.model, study.base, a, "random", "zero", matched_units(units, scores, g), KS[1:], draw, few_strings)
-        sweep(study.model, study.base, a, "random", "graft", matched_units(units, scores, g), KS[1:], draw, few_strings)
+        random = matched_units(iterated + one_pass[FEW:], scores, data.rng(study.seed, "prune", draw))
+        sweeps += [(*here, "random", "zero", random, "all", draw), (*here, "random", "graft", random, "some", draw)]
+    rows, choices = [], []
     if study.never:
-        model, base, operand = study.never
-        never = ranked_units(unit_scores(model, study.test(operand, "c0", "select"), sc, unit), KS[-1])
-        sweep(model, base, operand, "never-had", "zero", never, KS[1:])
-        if base:
-            sweep(model, base, operand, "never-had", "graft", never, KS[1:])
+        model, base, never = study.never
+        select = study.test(never, "c0", "select")
+        one, anew = ranked_units(unit_scores(model, select, sc, unit), KS[-1]), iterated_units(model, select, sc, unit, FEW)
+        sweeps += [(*study.never, "never-had", "zero", one, "all", None), (*study.never, "never-had-iterated", "zero", anew, "few", None)]
+        sweeps += [(*study.never, "never-had", "graft", one, "some", None)] if base else []
     else:
-        rows.append(study.blank(unit=unit, ranking="never-had", edit="zero", k=None, draw=None, note=study.never_note))
+        rows.append(study.blank(unit=unit, ranking="never-had", edit="zero", k=None, draw=None, chosen=False, note=study.never_note))
+
+    bar = study.bar(len(sweeps), "prune")
+    for model, base, operand, ranking, edit, units, ks, draw in sweeps:
+        n = None if draw is None else few_strings
+        cells = [study.test(operand, "c0", n=n), study.test(operand, "natural", n=n), study.test(b, "c1", n=n)]
+        if ranking.startswith("gradient-weight"):
+            cells += [study.test(a, "c1"), study.test(b, "c0"), study.test(b, "natural")]
+        swept, tried = [], []
+        for k in (0, *(k for k in upto[ks] if k <= len(units))):
+            with weight_edits(model, unit_edits(model, units[:k], unit, base if edit == "graft" else None)):
+                if k <= FEW:
+                    tried.append((study.measure(model, study.test(operand, "c0", "select", n))["accuracy"], -k))
+                swept += [study.measure(model, cell, unit=unit, ranking=ranking, edit=edit, k=k, draw=draw) for cell in cells]
+        best = -max(tried)[1]
+        rows += [dict(r, chosen=r["k"] == best) for r in swept]
+        choices += [r for r in swept if r["k"] == best and r["operand"] == operand]
+        bar.update()
     bar.close()
     name = "prune" if unit == "row" else "prune-weight"
     study.write(name, rows)
-    study.write(f"{name}.rows", listed)
+    study.write(f"{name}.rows", [{"ranking": ranking, "rank": i + 1, "block": u[0], "matrix": u[1], "index": u[2], "score": u[3]}
+                                 for ranking, units in (("gradient-weight", one_pass), ("gradient-weight-iterated", iterated),
+                                                        ("gradient-change", change[:KS[-1]])) for i, u in enumerate(units)])
 
-    print(f"\nprune   {unit}s ranked by gradient x weight on one set of c0 strings, scored on another; {draws} matched random draws")
-    print(f"  never-had control: {study.never_note}")
-    print("  ranking          edit   asked split   " + "".join(f"K={k:<6d}" for k in KS))
-    table = collections.defaultdict(list)
+    print(f"\nprune   {unit}s ranked on one set of c0 strings, scored on another (accuracy on c0; {b} on c1); mean of {draws} matched "
+          f"random draws\n  never-had control: {study.never_note}")
+    cells = collections.defaultdict(list)
     for r in rows:
-        if r["k"] is not None and r["k"] in KS and (r["operand"] != b or r["split"] == "c1") and r["split"] != "natural":
-            table[r["ranking"], r["edit"], r["operand"], r["split"], r["k"]].append(r["accuracy"])
-    for ranking, edit, operand, split in dict.fromkeys(k[:4] for k in table):
-        cells = [table.get((ranking, edit, operand, split, k)) for k in KS]
-        if (operand, split) in ((a, "c0"), (b, "c1"), (study.third, "c0")):
-            print(f"  {ranking:<16} {edit:<6} {operand:<5} {split:<5} " + "".join(
-                f"{percent(np.mean(c)) if c else '':<8}" for c in cells))
-    for ranking, edit in dict.fromkeys((r["ranking"], r["edit"]) for r in choices):
-        got = [r for r in choices if (r["ranking"], r["edit"], r["split"]) == (ranking, edit, "c0")]
-        print(f"  {ranking}, {edit}: best K up to {FEW} is " + ("drawn anew: " if len(got) > 1 else f"{got[0]['k']}: ") +
-              f"{np.mean([r['accuracy'] for r in got]):.1%} on c0" + (f" (largest {max(r['accuracy'] for r in got):.1%})" if len(got) > 1 else ""))
-    return [r for r in choices]
+        if r["k"] in KS and r["split"] == ("c1" if r["operand"] == b else "c0"):
+            cells[r["ranking"], r["edit"], r["operand"], r["k"]].append(r["accuracy"])
+    table(["ranking", "edit", "asked", *KS, "best K <= 10"], [
+        [*key, *(percent(np.mean(cells[*key, k])) if (*key, k) in cells else "" for k in KS),
+         " ".join(dict.fromkeys(str(c["k"]) for c in choices if (c["ranking"], c["edit"], c["operand"]) == key))]
+        for key in dict.fromkeys(k[:3] for k in cells)])
+    return choices
 
 
 # ---------------------------------------------------------------- probe
 
 
-def fit_probes(x, y, steps, g, batch_size=96):
+def fit_probes(x, site, y, steps, g, bar, batch_size=96):
     """
-    Linear probes on activations, all at once: x (sites, n, d), y (sites, heads, n) class numbers. Every site gets one
-    linear map a head; AdamW, lr 1e-3, divided by 10 at 1/2, 3/4 and 7/8 of the steps (PAPER section 5: 4K steps, at 2K,
-    3K, 3.5K), batches of 96 rows, the same for all. Returns (weight (sites, d, heads, classes), bias).
+    Linear probes, all trained at once: probe p maps x[site[p]] to the classes y[p]; x (sites, n, d), y (probes, n).
+    AdamW, lr 1e-3, divided by 10 at 1/2, 3/4 and 7/8 of the steps (PAPER section 5: of 4K, at 2K, 3K and 3.5K), the
+    same batches of 96 for all. Returns weight (probes, d, classes) and bias (probes, 1, classes).
     """
-    sites, n, d = x.shape
-    heads, classes = y.shape[1], int(y.max()) + 1
-    weight = torch.randn(sites, d, heads * classes, generator=g).mul_(d ** -.5).to(x.device).requires_grad_()
-    bias = torch.zeros(sites, 1, heads * classes, device=x.device, requires_grad=True)
+    classes = int(y.max()) + 1
+    weight = torch.zeros(len(y), x.shape[2], classes, device=x.device, requires_grad=True)
+    bias = torch.zeros(len(y), 1, classes, device=x.device, requires_grad=True)
     optimizer = torch.optim.AdamW([weight, bias], lr=1e-3)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [steps // 2, steps * 3 // 4, steps * 7 // 8], .1)
     for _ in range(steps):
         check_stop()
-        pick = torch.randint(n, (batch_size,), generator=g).to(x.device)
-        logits = torch.baddbmm(bias, x[:, pick], weight).view(sites, batch_size, heads, classes)
-        loss = F.cross_entropy(logits.flatten(0, 2), y[:, :, pick].transpose(1, 2).flatten(), reduction="sum") / batch_size
+        pick = torch.randint(x.shape[1], (batch_size,), generator=g).to(x.device)
+        logits = torch.baddbmm(bias, x[:, pick][site], weight)
+        loss = F.cross_entropy(logits.flatten(0, 1), y[:, pick].flatten(), reduction="sum") / batch_size
         optimizer.zero_grad()
-        loss.backward()  # a sum over probes: each has the gradient it would have alone, and AdamW acts by entry
+        loss.backward()  # a sum over probes: each gets the gradient it would have alone, and AdamW acts entry by entry
         optimizer.step()
         schedule.step()
-        yield
-    return weight.detach().view(sites, d, heads, classes), bias.detach().view(sites, heads, classes)
+        bar.update()
+    return weight.detach(), bias.detach()
 
 
 def residuals(model, tokens, sc, batch=256):
@@ -383,70 +392,52 @@ def probe(study):
     a and b can: compare with the untrained model and with floors); a probe strong enough to learn the task itself
     (untrained model); leaks between strings (shuffled labels must fall to the floor).
     """
-    sc, n = study.sc, study.args.eval_size
-    a, b = study.pair
+    sc, n, (a, b) = study.sc, study.args.eval_size, study.pair
     untrained = GPT(Config(**study.ckpt["config"])).init_weights(data.rng(study.seed, "untrained")).to(study.device)
-    models = {**study.models, "untrained": untrained}
     g = data.rng(study.seed, "probe")
-    train_n = 10 * n
-    train = {split: data.test_set(train_n // 2, sc, study.task, b, split, study.seed, study.pair, study.q, "probe", study.device)
-             for split in ("natural", "c0")}
-    test = {split: study.test(b, split) for split in ("natural", "c0")}
-
-    def ask(sets, operand):
-        return torch.cat([data.encode_one(s.text, study.task, operand, sc)[0] for s in sets.values()])
-
-    prompts = list(dict.fromkeys([a, b, study.third]))
-    targets = {operand: [operand] if operand == b else [operand, None] for operand in prompts}  # None pads the heads
-    targets[b] = [a, b, study.third]
-    results = torch.cat([s.results for s in train.values()])
+    train = [data.test_set(5 * n, sc, study.task, b, split, study.seed, study.pair, study.q, "probe", study.device)
+             for split in ("natural", "c0")]
+    tests = [study.test(b, split) for split in ("natural", "c0")]
+    results = torch.cat([s.results for s in train])
     shuffle = torch.randperm(len(results), generator=g).to(study.device)
-    sites, x, y, held = [], [], [], []
-    for name, model in models.items():
-        for prompt in prompts:
-            x.append(residuals(model, ask(train, prompt), sc))
-            held.append(residuals(model, ask(test, prompt), sc))
-            wanted = [t if t else prompt for t in (targets[prompt] + [None] * 3)[:3]]
-            labels = torch.stack([results[:, LETTERS.index(t)] for t in wanted])
-            labels = torch.cat([labels, labels[:, shuffle]])
-            y.append(labels.expand(len(x[-1]), -1, -1))
-            sites += [(name, prompt, block, targets[prompt]) for block in range(len(x[-1]))]
-    x, y, held = torch.cat(x), torch.cat(y).clamp(min=0), torch.cat(held)
-    steps = study.args.steps or 4000
-    fit, bar = fit_probes(x, y, steps, g), study.bar(steps, "probe")
-    while True:
-        try:
-            next(fit)
-            bar.update()
-        except StopIteration as done:
-            weight, bias = done.value
-            break
+    asked = {prompt: [prompt] if prompt != b else [a, b, study.third] for prompt in dict.fromkeys([a, b, study.third])}
+
+    x, held, keys, site, y = [], [], [], [], []
+    for name, model in {**study.models, "untrained": untrained}.items():
+        for prompt, targets in asked.items():
+            seen, new = ([residuals(model, data.encode_one(s.text, study.task, prompt, sc)[0], sc) for s in sets] for sets in (train, tests))
+            seen, new = torch.cat(seen, 1), torch.stack(new, 1)  # (blocks + 1, n, d), (blocks + 1, split, n, d)
+            # ours: standardised, since an untrained model's residual is so small that 4K steps at 1e-3 learn nothing
+            mean, sd = seen.mean(1, keepdim=True), seen.std(1, keepdim=True) + 1e-8
+            for block in range(len(seen)):
+                for target in targets:
+                    for labels in ("true", "shuffled"):
+                        truth = results[:, LETTERS.index(target)]
+                        keys.append({"model": name, "block": block, "target": target, "prompt": prompt, "labels": labels})
+                        site.append(len(x))
+                        y.append(truth if labels == "true" else truth[shuffle])
+                x.append(((seen - mean) / sd)[block])
+                held.append(((new - mean[:, None]) / sd[:, None])[block])
+    bar = study.bar(study.args.steps or 4000, "probe")
+    weight, bias = fit_probes(torch.stack(x), site, torch.stack(y), bar.total, g, bar)
     bar.close()
-    logits = torch.einsum("snd,sdhc->snhc", held, weight) + bias[:, None]  # sites, strings, heads, classes
-    rows, start = [], 0
-    for split, s in test.items():
-        part = logits[:, start:start + len(s.text)]
-        start += len(s.text)
-        for i, (name, prompt, block, wanted) in enumerate(sites):
-            for h in range(6):
-                target = (list(wanted) + [None] * 3)[h % 3]
-                if target is None:
-                    continue
-                truth = s.results[:, LETTERS.index(target)]
-                answer = part[i, :, h].argmax(1)
-                other = s.results[:, LETTERS.index(b if target != b else a)]
-                rows.append(study.blank(operand=target, split=split, accuracy=(answer == truth).double().mean().item(),
-                                        floor=data.majority_floor(truth), cross_floor=data.cross_floor(truth, other), n=len(truth),
-                                        loss=F.cross_entropy(part[i, :, h], truth.clamp(max=part.shape[-1] - 1)).item(), model=name, block=block,
-                                        target=target, prompt=prompt, labels="true" if h < 3 else "shuffled"))
+    rows = []
+    for key, i, w, c in zip(keys, site, weight, bias):
+        for test, new in zip(tests, held[i]):
+            logits, truth = new @ w + c, test.results[:, LETTERS.index(key["target"])]
+            other = test.results[:, LETTERS.index(b if key["target"] != b else a)]
+            rows.append(study.blank(operand=key["target"], split=test.split, accuracy=(logits.argmax(1) == truth).double().mean().item(),
+                                    floor=data.majority_floor(truth), cross_floor=data.cross_floor(truth, other), n=len(truth),
+                                    loss=F.cross_entropy(logits, truth.clamp(max=logits.shape[1] - 1)).item(), **key))
     study.write("probe", rows)
 
-    print(f"\nprobe   linear, on the residual at the answer position; {len(results)} training strings, {steps} steps; test n = {n} natural")
-    print("  target asked model      labels    " + "".join(f"B{i:<7d}" for i in range(len(study.model.blocks) + 1)) + " floor")
-    for key in dict.fromkeys((r["target"], r["prompt"], r["model"], r["labels"]) for r in rows):
-        got = [r for r in rows if (r["target"], r["prompt"], r["model"], r["labels"]) == key and r["split"] == "natural"]
-        if key[3] == "true" or key[:3] == (a, b, "ckpt"):
-            print(f"  {key[0]:<6} {key[1]:<5} {key[2]:<10} {key[3]:<9}" + " ".join(f"{percent(r['accuracy']):<7}" for r in got) + f"  {percent(got[0]['floor'])}")
+    print(f"\nprobe   linear, at the answer position, {len(results)} training strings; accuracy on {n} natural strings after each block")
+    shown = [r for r in rows if r["split"] == "natural" and (r["labels"] == "true" or (r["target"], r["prompt"]) == (a, b))]
+    groups = collections.defaultdict(list)
+    for r in shown:
+        groups[r["target"], r["prompt"], r["model"], r["labels"]].append(r)
+    table(["target", "asked", "model", "labels", *(f"B{i}" for i in range(len(study.model.blocks) + 1)), "floor"],
+          [[*key, *(percent(r["accuracy"]) for r in got), percent(got[0]["floor"])] for key, got in groups.items()])
     return rows
 
 
@@ -494,17 +485,13 @@ def attention(study):
     maps["tokens"] = study.test(study.pair[0], "natural").tokens[:8, :width].cpu().numpy()
     maps["vocabulary"] = np.array(data.vocabulary(sc))
     study.write("attention", rows)
-    from model import replace_file
     replace_file(f"{study.prefix}.attention.npz", lambda f: np.savez_compressed(f, **maps))
 
-    print("\nattention   mass of the answer position's attention on the window's letters, as a multiple of chance")
-    for prompt in study.pair:
-        for model_name in study.models:
-            print(f"  asked {prompt}, {model_name:<5}" + "".join(f"{'B' + str(b) + 'H' + str(h):>7}" for b in range(len(names))
-                                                         for h in range(study.model.config.n_head)))
-            for region in ("window", *LETTERS):
-                got = [r for r in rows if (r["prompt"], r["model"], r["region"]) == (prompt, model_name, region)]
-                print(f"    {region:<11}" + "".join(f"{r['mass'] / r['chance']:7.1f}" for r in got))
+    print("\nattention   of the answer position: mass as a multiple of chance, on the window and on its letters")
+    heads = [(block, head) for block in range(len(names)) for head in range(study.model.config.n_head)]
+    mass = {(r["prompt"], r["model"], r["region"], r["block"], r["head"]): f"{r['mass'] / max(r['chance'], 1e-9):.1f}" for r in rows}
+    table(["asked", "model", "region", *(f"B{i}H{h}" for i, h in heads)],
+          [[*key, *(mass[*key, *h] for h in heads)] for key in dict.fromkeys(k[:3] for k in mass) if key[2] != "outside"])
     return rows
 
 
@@ -555,7 +542,7 @@ def revive(study):
     if not study.base:
         raise UserError(f"revive needs a fine-tuned checkpoint: {study.args.ckpt} has no base")
     lr, a = study.ckpt["args"]["lr"], study.pair[0]
-    limit = study.args.steps or 1500
+    limit = study.args.steps or 600
     rows, curves_out = [], []
 
     def add(arm, lr, operand, curves, most, seed):
@@ -589,14 +576,14 @@ def revive(study):
     study.write("revive", rows)
     study.write("revive.curve", curves_out)
 
-    print(f"\nrevive   steps to 90 % and 99 % (data-order seeds: {study.args.seeds}); controls: {study.never_note}")
-    print("  arm            lr       asked  natural 90 %     99 %   c0 90 %     99 %   reached on natural")
-    for arm, rate, seed in dict.fromkeys((r["arm"], r["lr"], r["seed"]) for r in rows):
-        got = {(r["split"], r["threshold"]): r for r in rows if (r["arm"], r["lr"], r["seed"]) == (arm, rate, seed)}
-        cells = [got.get((split, t)) for split in ("natural", "c0") for t in THRESHOLDS]
-        some = next(c for c in cells if c)
-        print(f"  {arm:<14} {rate:<8.2g} {some['operand']:<6}" + "".join(
-            f"{'-' if c is None else c['steps'] if c['steps'] is not None else '>=' + str(c['max_steps']):>10}" for c in cells) + f"   {percent(cells[0] and cells[0]['accuracy'])}")
+    print(f"\nrevive   steps to 90 % and 99 % on natural and c0 strings ({study.args.seeds} data orders); control: {study.never_note}")
+    cells = {(r["arm"], r["lr"], r["seed"], r["operand"], r["split"], r["threshold"]): r for r in rows}
+
+    def shown(r):
+        return "-" if r is None else r["steps"] if r["steps"] is not None else f">= {r['max_steps']}"
+    table(["arm", "lr", "seed", "asked", *(f"{s} {t:.0%}" for s in ("natural", "c0") for t in THRESHOLDS), "reached on natural"],
+          [[key[0], f"{key[1]:.2g}", *key[2:], *(shown(cells.get((*key, s, t))) for s in ("natural", "c0") for t in THRESHOLDS),
+            percent(cells[(*key, "natural", .9)]["accuracy"])] for key in dict.fromkeys(k[:4] for k in cells)])
     return rows
 
 
@@ -741,7 +728,7 @@ def main():
                         "(default: row)")
     parser.add_argument("--draws", type=int, default=8, help="prune: matched random draws (default: 8)")
     parser.add_argument("--seeds", type=int, default=1, help="revive: data orders (default: 1)")
-    parser.add_argument("--steps", type=int, help="largest number of training steps (default: probe 4000, revive 1500)")
+    parser.add_argument("--steps", type=int, help="largest number of training steps (default: probe 4000, revive 600)")
     parser.add_argument("--batch-size", type=int, default=96, help="revive: strings a step (default: 96)")
     parser.add_argument("--eval-size", type=int, default=500, help="strings in a test set (default: 500)")
     parser.add_argument("--seed", type=int, help="seed of test sets and draws (default: the checkpoint's)")

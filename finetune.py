@@ -98,7 +98,7 @@ def main():
         args.pair, args.q = pair_of(parent, args.operand, args.q)
         if args.operand == args.pair[0]:
             raise UserError(f"--operand {args.operand} is what {args.ckpt} was pretrained on (use --reverse to teach it again)")
-    args.pair = list(args.pair)
+    args.pair, args.prior = list(args.pair), parent["args"]["prior"]  # the prior is inherited, so that controls know it
     positive(args, "lr", "steps", "batch_size", "clip", "save_every", "eval_size")
     positive(args, "eval_every", "seed", least=-1)
     if not 0 <= args.c_tr <= 1:
