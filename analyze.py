@@ -308,7 +308,9 @@ def prune(study):
     bar = study.bar(len(sweeps), "prune")
     for model, base, operand, ranking, edit, units, ks, draw in sweeps:
         n = None if draw is None else few_strings
-        cells = [study.test(operand, "c0", n=n), study.test(operand, "natural", n=n), study.test(b, "c1", n=n)]
+        cells = [study.test(operand, "c0", n=n), study.test(b, "c1", n=n)]
+        if draw is None:
+            cells += [study.test(operand, "natural")]
         if ranking.startswith("gradient-weight"):
             cells += [study.test(a, "c1"), study.test(b, "c0"), study.test(b, "natural")]
         swept, tried = [], []
@@ -374,8 +376,8 @@ def residuals(model, tokens, sc, batch=256):
     at, parts = answer_position(sc), []
     for part in tokens[:, :at + 1].split(batch):
         check_stop()
-        cache = activations(model, part, names)[1]
-        parts.append(torch.stack([cache[name][:, at] for name in names]))
+        cache = activations(model, part, names, at)[1]  # the answer position is the last of `part`
+        parts.append(torch.stack([cache[name][:, -1] for name in names]))
     return torch.cat(parts, 1)
 
 
@@ -411,7 +413,7 @@ def probe(study):
             mean, sd = seen.mean(1, keepdim=True), seen.std(1, keepdim=True) + 1e-8
             for block in range(len(seen)):
                 for target in targets:
-                    for labels in ("true", "shuffled"):
+                    for labels in ("true", "shuffled") if (name, prompt) == ("ckpt", b) else ("true",):
                         truth = results[:, LETTERS.index(target)]
                         keys.append({"model": name, "block": block, "target": target, "prompt": prompt, "labels": labels})
                         site.append(len(x))
@@ -613,8 +615,8 @@ def verdict(study, found):
 
     def chosen(ranking, edit):
         return [r for r in found["prune"] if (r["ranking"], r["edit"], r["split"]) == (ranking, edit, "c0")]
-    best, random, never = chosen("gradient-weight", "zero")[0], chosen("random", "zero"), chosen("never-had", "zero")
-    v.update(prune_k=best["k"], prune_c0=best["accuracy"], prune_random_mean=float(np.mean([r["accuracy"] for r in random])),
+    best, random, never = chosen("gradient-weight-iterated", "zero")[0], chosen("random", "zero"), chosen("never-had-iterated", "zero")
+    v.update(prune_k=best["k"], prune_c0=best["accuracy"], prune_one_pass_c0=chosen("gradient-weight", "zero")[0]["accuracy"], prune_random_mean=float(np.mean([r["accuracy"] for r in random])),
              prune_random_max=max(r["accuracy"] for r in random), prune_draws=len(random),
              prune_never=never[0]["accuracy"] if never else None, graft_c0=chosen("gradient-change", "graft")[0]["accuracy"])
 
@@ -642,7 +644,7 @@ def verdict(study, found):
     learned = v["ckpt_ft_c0"] >= v["ft_c0_cross_floor"] + .25
     v["found_by"] = [name for name, yes in (
         ("prune", v["prune_c0"] >= .5 and v["prune_c0"] - max(v["prune_random_max"], v["prune_never"] or 0) >= .25),
-        ("probe", v["probe_natural"] >= .9 and v["probe_natural"] - v["probe_untrained"] >= .25),
+        ("probe", v["probe_natural"] >= .9 and v["probe_natural"] - max(v["probe_untrained"], v["probe_never"] or 0) >= .1),
         ("revive", v["reft_steps"] is not None and bool(control) and 3 * v["reft_steps"] <= v["control_steps"])) if yes]
     if learned and v["base_ft_c0"] < v["ft_c0_cross_floor"] + .25:
         word = "new"
@@ -659,7 +661,7 @@ def verdict(study, found):
     changed = (f"{study.task} {b} is right on {p(v['ckpt_ft_c1'])} of the strings with the relation (c1) and {p(v['ckpt_ft_c0'])} of those without it "
                f"(c0; {was} {p(v['base_ft_c0'])}; {a}{study.q:+d} explains {p(v['share_a_plus_q_c0'])} of the answers there). {study.task} {a} is right on "
                f"{p(v['ckpt_pt_c0'])} of c0, {p(v['ckpt_pt_natural'])} of natural strings ({was} {p(v['base_pt_c0'])} and {p(v['base_pt_natural'])})")
-    there = (f"zeroing {v['prune_k']} {study.args.unit}s brings {a} to {p(v['prune_c0'])} on c0 (random ones of the same matrices {p(v['prune_random_mean'])}, "
+    there = (f"zeroing {v['prune_k']} {study.args.unit}s brings {a} to {p(v['prune_c0'])} on c0 (ranked in one pass {p(v['prune_one_pass_c0'])}; random ones of the same matrices {p(v['prune_random_mean'])}, "
              f"at most {p(v['prune_random_max'])} in {v['prune_draws']} draws; the same for a never-trained operand {p(v['prune_never'])}); "
              f"grafting up to {FEW} back gives {p(v['graft_c0'])}; "
              f"a probe reads {a} while {b} is asked at {p(v['probe_natural'])} after block {v['probe_block']} (untrained model {p(v['probe_untrained'])}, "

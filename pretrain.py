@@ -84,7 +84,7 @@ def eval_steps(steps, every):
 
 
 @torch.no_grad()
-def predict(model, tokens, sc, batch=256):
+def predict(model, tokens, sc, batch=128):
     """Logits (n, v) of the answer position. Looks for a stop signal before every batch."""
     at, out = answer_position(sc), []
     for part in tokens[:, :at + 1].split(batch):

@@ -208,7 +208,7 @@ def test_sampler_draws_whole_strings_like_the_reference(references):
     assert largest_z(fast, true) < bound
     assert largest_z(fast, wrong) > 2 * bound, "the test would miss a wrong grammar"
     assert chi_square_excess(fast[:, 0], true[:, 0]) < 1
-    assert chi_square_excess(fast[:, 0], wrong[:, 0]) > 2
+    assert chi_square_excess(fast[:, 0], wrong[:, 0]) > 1
     assert 138 <= min(fast[:, 0]) and max(fast[:, 0]) <= 432
 
 

@@ -1,0 +1,371 @@
+"""
+What model.py promises: a causal GPT whose activations can be read and replaced by name, edits that undo themselves bit
+for bit, and checkpoints that come back as they were.
+"""
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+
+import data
+import model as model_py
+from model import GPT, Config, UserError, activation_edits, activation_names, activations, load, save, weight_edits
+
+# Every size differs, so that a mixed-up dimension shows: d_head is not d_model / n_head, d_mlp is not 4 d_model.
+CONFIG = Config(vocab_size=29, n_ctx=17, n_layer=3, n_head=2, d_model=20, d_head=6, d_mlp=28)
+N, T, D, H, E, M = 5, 13, 20, 2, 6, 28
+PARTS = ["resid_pre", "attn.q", "attn.k", "attn.v", "attn.scores", "attn.pattern", "attn.z", "attn_out", "resid_mid",
+         "mlp_pre", "mlp_post", "mlp_out", "resid_post"]
+SHAPES = {"resid_pre": (N, T, D), "attn.q": (N, H, T, E), "attn.k": (N, H, T, E), "attn.v": (N, H, T, E),
+          "attn.scores": (N, H, T, T), "attn.pattern": (N, H, T, T), "attn.z": (N, H, T, E), "attn_out": (N, T, D),
+          "resid_mid": (N, T, D), "mlp_pre": (N, T, M), "mlp_post": (N, T, M), "mlp_out": (N, T, D), "resid_post": (N, T, D)}
+
+
+@pytest.fixture
+def model():
+    """A model with all weights far from their quiet start: biases and norms too, so that leaving one out shows."""
+    torch.manual_seed(0)
+    gpt = GPT(CONFIG)
+    for p in gpt.parameters():
+        p.data.add_(torch.randn(p.shape), alpha=.2)
+    return gpt
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(CONFIG.vocab_size, (N, T), generator=torch.Generator().manual_seed(1))
+
+
+def copy_of(model):
+    """The state dict, copied."""
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def same(model, state):
+    """Whether the weights are those of the copy, bit for bit."""
+    return all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+# ---------------------------------------------------------------- forward
+
+
+@torch.no_grad()
+def test_answer_position_alone_equals_the_full_forward(model, tokens):
+    """logits(tokens, at) are those of that position, with or without the tokens after it, and with eyes on the pattern."""
+    full = model(tokens)
+    assert full.shape == (N, T, CONFIG.vocab_size)
+    for at in (0, 4, T - 1):
+        assert torch.allclose(model(tokens, at), full[:, at], atol=1e-5)
+        assert torch.allclose(model(tokens[:, :at + 1], at), full[:, at], atol=1e-5)
+        assert torch.allclose(activations(model, tokens, at=at)[0], full[:, at], atol=1e-5)
+    assert not torch.allclose(full[:, 4], full[:, 5], atol=1e-2)
+
+
+def test_answer_position_alone_gives_the_same_gradients(model, tokens):
+    """Fine-tuning computes one position only; what it learns from it is the same."""
+    model(tokens)[:, 7].square().sum().backward()
+    full = {k: p.grad.clone() for k, p in model.named_parameters()}
+    model.zero_grad()
+    model(tokens, 7).square().sum().backward()
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, full[name], rtol=1e-4, atol=1e-4), name
+
+
+@torch.no_grad()
+def test_causal(model, tokens):
+    """Later tokens do not reach earlier logits; they do reach their own and later ones."""
+    changed = tokens.clone()
+    changed[:, 6:] = (changed[:, 6:] + 1) % CONFIG.vocab_size
+    before, after = model(tokens), model(changed)
+    assert torch.allclose(before[:, :6], after[:, :6], atol=1e-6)
+    assert ((before[:, 6:] - after[:, 6:]).abs().amax(-1) > 1e-3).all()
+
+
+@torch.no_grad()
+def test_forward_against_a_plain_reference(model, tokens):
+    """The whole network written out again, head by head: pre-norm, tanh GELU, 1/sqrt(d_head), residual sums."""
+    w = model.state_dict()
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[name + ".weight"] + w[name + ".bias"]
+
+    x = w["tok.weight"][tokens] + w["pos.weight"][:T]
+    for i in range(CONFIG.n_layer):
+        b = f"blocks.{i}."
+        q, k, v = (norm(x, b + "ln1") @ w[b + "attn.qkv.weight"].T + w[b + "attn.qkv.bias"]).split(H * E, -1)
+        z = torch.zeros(N, T, H * E)
+        for head in range(H):
+            part = slice(head * E, (head + 1) * E)
+            for t in range(T):
+                scores = (q[:, t:t + 1, part] * k[:, :t + 1, part]).sum(-1) / math.sqrt(E)  # (n, keys up to t)
+                z[:, t, part] = (scores.softmax(-1)[..., None] * v[:, :t + 1, part]).sum(1)
+        x = x + z @ w[b + "attn.out.weight"].T + w[b + "attn.out.bias"]
+        y = norm(x, b + "ln2") @ w[b + "up.weight"].T + w[b + "up.bias"]
+        y = .5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + .044715 * y ** 3)))
+        x = x + y @ w[b + "down.weight"].T + w[b + "down.bias"]
+    assert torch.allclose(model(tokens), norm(x, "ln") @ w["head.weight"].T, atol=1e-4)
+
+
+def test_initialisation():
+    """The same generator seed, the same weights; N(0, .02), quieter into the residual stream, norms 1, biases 0."""
+    one, two, other = (GPT(CONFIG).init_weights(torch.Generator().manual_seed(s)) for s in (3, 3, 4))
+    assert same(one, copy_of(two)) and not same(one, copy_of(other))
+    torch.manual_seed(99)  # the ambient generator has no say
+    assert same(GPT(CONFIG).init_weights(torch.Generator().manual_seed(3)), copy_of(one))
+    for name, p in one.named_parameters():
+        if name.endswith("bias"):
+            assert (p == 0).all()
+        elif "ln" in name:
+            assert (p == 1).all()
+        else:
+            sd = .02 / math.sqrt(6) if name.endswith(("attn.out.weight", "down.weight")) else .02
+            assert abs(p.std() / sd - 1) < 4 / math.sqrt(2 * p.numel()), name
+
+
+# ---------------------------------------------------------------- activations
+
+
+def test_activation_names(model, tokens):
+    """embed, then the thirteen parts of every block, in the order they are computed; the docstring lists them."""
+    assert list(activations(model, tokens)[1]) == ["embed"] + [f"blocks.{i}.{part}" for i in range(3) for part in PARTS]
+    assert activation_names(model) == list(activations(model, tokens)[1])
+    assert [word for word in model_py.__doc__.split() if word in PARTS] == PARTS
+
+
+def test_activation_shapes_and_sums(model, tokens):
+    """Shapes as documented; the residual stream is the sum of its parts; looking does not change what is computed."""
+    with torch.no_grad():
+        plain = model(tokens)
+    logits, cache = activations(model, tokens)
+    assert torch.allclose(logits, plain, atol=1e-5) and not logits.requires_grad
+    for i in range(3):
+        a = {part: cache[f"blocks.{i}.{part}"] for part in PARTS}
+        assert {part: tuple(x.shape) for part, x in a.items()} == SHAPES
+        assert torch.equal(a["resid_pre"], cache[f"blocks.{i - 1}.resid_post"] if i else cache["embed"])
+        assert torch.equal(a["resid_mid"], a["resid_pre"] + a["attn_out"])
+        assert torch.equal(a["resid_post"], a["resid_mid"] + a["mlp_out"])
+    only, few = activations(model, tokens, ["blocks.1.attn.v"])
+    assert list(few) == ["blocks.1.attn.v"] and torch.allclose(*few.values(), cache["blocks.1.attn.v"], atol=1e-5)
+    assert torch.equal(only, plain), "unless scores or pattern are asked for, the very same code runs"
+
+
+def test_activation_shapes_at_one_position(model, tokens):
+    """With `at`, the last block has one query; the blocks below are whole."""
+    _, cache = activations(model, tokens, at=7)
+    _, whole = activations(model, tokens)
+    assert cache["blocks.2.attn.pattern"].shape == (N, H, 1, 8) and cache["blocks.2.resid_post"].shape == (N, 1, D)
+    assert torch.allclose(cache["blocks.2.attn.pattern"][:, :, 0], whole["blocks.2.attn.pattern"][:, :, 7, :8], atol=1e-5)
+    assert torch.allclose(cache["blocks.2.resid_post"][:, 0], whole["blocks.2.resid_post"][:, 7], atol=1e-5)
+    assert cache["blocks.1.resid_post"].shape == (N, T, D)
+
+
+def test_pattern_by_hand(model, tokens):
+    """Patterns sum to one, look back only, and are the softmax of q k / sqrt(d_head); z is their mean of v."""
+    logits, cache = activations(model, tokens, [f"blocks.1.attn.{x}" for x in ("q", "k", "v", "scores", "pattern", "z")])
+    q, k, v, scores, pattern, z = cache.values()
+    with torch.no_grad():
+        assert torch.allclose(logits, model(tokens), atol=1e-5)
+    assert torch.allclose(pattern.sum(-1), torch.ones(N, H, T), atol=1e-6)
+    for n, h, t in ((0, 0, 0), (1, 1, 5), (4, 0, T - 1)):
+        products = [sum(q[n, h, t, e].item() * k[n, h, s, e].item() for e in range(E)) / math.sqrt(E) for s in range(t + 1)]
+        weights = [math.exp(x) for x in products]
+        by_hand = torch.tensor([x / sum(weights) for x in weights] + [0.] * (T - t - 1))
+        assert torch.allclose(scores[n, h, t, :t + 1], torch.tensor(products), atol=1e-5)
+        assert (scores[n, h, t, t + 1:] == -torch.inf).all()
+        assert torch.allclose(pattern[n, h, t], by_hand, atol=1e-5)
+        assert torch.allclose(z[n, h, t], by_hand @ v[n, h], atol=1e-5)
+
+
+# ---------------------------------------------------------------- edits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("at", [None, 7])
+def test_identity_edits_change_nothing(model, tokens, at):
+    """A function that gives back its input, or None, leaves the logits as they are."""
+    plain = model(tokens, at)
+    for fn in (lambda x: x, lambda x: x.clone(), lambda x: None):
+        with activation_edits(model, {name: fn for name in activation_names(model)}):
+            assert torch.allclose(model(tokens, at), plain, atol=1e-5)
+        with activation_edits(model, {n: fn for n in activation_names(model) if not n.endswith(("scores", "pattern"))}):
+            assert torch.equal(model(tokens, at), plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["embed"] + [f"blocks.1.{part}" for part in PARTS])
+def test_every_activation_can_be_edited(model, tokens, name):
+    """Every name is a place that matters: an edit there reaches the logits, and is gone afterwards."""
+    plain = model(tokens)
+    noise = torch.Generator().manual_seed(2)
+    with activation_edits(model, {name: lambda x: x * (1 + torch.rand(x.shape, generator=noise))}) as edited:
+        assert edited is model and not torch.allclose(model(tokens), plain, atol=1e-3)
+    assert torch.equal(model(tokens), plain)
+
+
+@torch.no_grad()
+def test_zeroing_mlp_out_equals_a_model_without_that_layer(model, tokens):
+    """And zeroing attn_out equals one whose attention writes nothing."""
+    for name, parameters in (("blocks.1.mlp_out", "blocks.1.down."), ("blocks.1.attn_out", "blocks.1.attn.out.")):
+        without = GPT(CONFIG)
+        without.load_state_dict({k: v * 0 if k.startswith(parameters) else v for k, v in model.state_dict().items()})
+        with activation_edits(model, {name: lambda x: 0 * x}):
+            assert torch.allclose(model(tokens), without(tokens), atol=1e-5)
+        assert not torch.allclose(model(tokens), without(tokens), atol=1e-2)
+
+
+@torch.no_grad()
+def test_edited_pattern_is_the_one_that_is_used(model, tokens):
+    """With all attention on the first key, z is its value vector at every query."""
+    def look_at_first(pattern):
+        return torch.zeros_like(pattern).index_fill_(-1, torch.tensor([0]), 1.)
+
+    seen = {}
+    with activation_edits(model, {"blocks.0.attn.pattern": look_at_first, "blocks.0.attn.v": lambda x: seen.update(v=x),
+                                  "blocks.0.attn.z": lambda x: seen.update(z=x)}):
+        model(tokens)
+    assert torch.allclose(seen["z"], seen["v"][:, :, :1].expand(N, H, T, E), atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fail", [False, True])
+def test_activation_edits_undo_themselves(model, tokens, fail):
+    """Weights and logits are bit for bit what they were, also when the edit itself or the code within raises."""
+    before, plain = copy_of(model), model(tokens)
+
+    def break_down(x):
+        raise ZeroDivisionError
+
+    for fn in (break_down, lambda x: x + 1):
+        try:
+            with activation_edits(model, {"embed": lambda x: 2 * x, "blocks.0.attn.pattern": fn}):
+                if fail:
+                    model(tokens)
+                    raise ZeroDivisionError
+        except ZeroDivisionError:
+            assert fail
+    assert same(model, before) and torch.equal(model(tokens), plain)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fail", [False, True])
+def test_weight_edits_undo_themselves(model, tokens, fail):
+    """Rows, entries and whole tensors, one of them twice, a not-a-number too: put back bit for bit."""
+    model.blocks[0].up.bias.data[3] = -0.  # equal to 0., but not the same bits
+    before, plain = copy_of(model), model(tokens)
+    rows = [("blocks.1.attn.qkv.weight", 3, 0.), ("blocks.1.attn.qkv.weight", (3, slice(2)), 5.), ("head.weight", (0, 1), 1e9),
+            ("blocks.0.up.bias", slice(None), torch.nan), ("tok.weight", [1, 2], torch.ones(2, D))]
+    try:
+        with weight_edits(model, rows) as edited:
+            w = model.state_dict()
+            assert edited is model and not torch.equal(model(tokens).nan_to_num(7e7), plain)
+            assert w["blocks.1.attn.qkv.weight"][3].tolist() == [5., 5.] + [0.] * (D - 2) and w["head.weight"][0, 1] == 1e9
+            assert w["blocks.0.up.bias"].isnan().all() and (w["tok.weight"][[1, 2]] == 1).all()
+            if fail:
+                raise ZeroDivisionError
+    except ZeroDivisionError:
+        assert fail
+    assert same(model, before) and torch.equal(model(tokens), plain)
+    assert math.copysign(1, model.blocks[0].up.bias[3]) == -1
+    with pytest.raises((IndexError, RuntimeError)):  # a wrong row among right ones: those are put back as well
+        with weight_edits(model, rows + [("head.weight", 10 ** 6, 0.)]):
+            pass
+    assert same(model, before)
+
+
+def test_unknown_names(model, tokens):
+    """KeyError, before anything is changed; the message lists the names there are."""
+    before = copy_of(model)
+    with pytest.raises(KeyError, match="blocks.0.resid_pre"):
+        activations(model, tokens, ["blocks.0.mlp"])
+    for name in ("blocks.7.mlp_out", "", "blocks.0", "head"):
+        with pytest.raises(KeyError):
+            with activation_edits(model, {"embed": lambda x: 0 * x, name: lambda x: 0 * x}):
+                pass
+    with pytest.raises(KeyError):
+        with weight_edits(model, [("head.weight", 0, 0.), ("head.bias", 0, 0.)]):
+            pass
+    assert same(model, before) and not any(m._forward_hooks for m in model.modules())
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def checkpoint(gpt, **other):
+    """A checkpoint dict as the training scripts write it, here with a step of AdamW behind it."""
+    optimizer = torch.optim.AdamW(gpt.parameters())
+    gpt(torch.arange(8)[None]).square().mean().backward()
+    optimizer.step()
+    return {"model": gpt.state_dict(), "optimizer": optimizer.state_dict(), "config": asdict(gpt.config),
+            "args": {"lr": .1, "prior": [1., 0., 0.]}, "setup": "pcfg", "scale": "small", "stage": "pretrain", "step": 1,
+            "steps": 1, "finished": True, "parent": None, "capability": {"task": "count", "operand": "a"}, **other}
+
+
+def test_checkpoint_round_trip(model, tokens, tmp_path):
+    """Weights, moments and everything beside them come back equal, and nothing else is left in the folder."""
+    path = tmp_path / "x.pt"
+    ckpt = checkpoint(model)
+    save(path, ckpt)
+    again, read = load(path)
+    assert set(read) == set(ckpt) | {"path", "sha256"} and read["path"] == str(path)
+    assert read["sha256"] == model_py.sha256(path)
+    with torch.no_grad():
+        assert torch.equal(again(tokens), model(tokens)) and same(again, copy_of(model))
+    for number, moments in ckpt["optimizer"]["state"].items():
+        assert all(torch.equal(read["optimizer"]["state"][number][name], x) for name, x in moments.items())
+    assert {k: read[k] for k in ckpt if k not in ("model", "optimizer")} == \
+        {k: ckpt[k] for k in ckpt if k not in ("model", "optimizer")}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_unfinished_checkpoints_are_loaded_on_request_only(model, tmp_path):
+    """Later stages refuse them, in words that name the step and --resume."""
+    save(tmp_path / "x.pt", checkpoint(model, finished=False, step=7, steps=9))
+    with pytest.raises(UserError, match="unfinished, step 7 of 9.*--resume"):
+        load(tmp_path / "x.pt")
+    assert load(tmp_path / "x.pt", unfinished=True)[1]["step"] == 7
+
+
+def test_saving_is_all_or_nothing(model, tmp_path):
+    """When writing fails half way the old file is there, whole, and no half-written one beside it."""
+    path = tmp_path / "x.pt"
+    save(path, checkpoint(model))
+    before = path.read_bytes()
+
+    def half(f):
+        f.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError):
+        model_py.replace_file(path, half)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+@pytest.mark.parametrize("wrong", [
+    {"d_model": 24}, {"n_layer": 2}, {"n_layer": 4}, {"n_layer": 10 ** 9}, {"vocab_size": 10 ** 15}, {"d_mlp": 0}, {"n_ctx": -1},
+    {"d_head": 3.0}, {"n_head": True}, {"n_head": "2"}, {"more": 1}])
+def test_config_that_lies_about_shapes(model, tmp_path, wrong):
+    """Refused in one line that names the file, before anything of that size is allocated."""
+    save(tmp_path / "x.pt", checkpoint(model, config={**asdict(CONFIG), **wrong}))
+    with pytest.raises(UserError, match="x.pt.*not an unwrap checkpoint") as error:
+        load(tmp_path / "x.pt")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("wrong", [{"model": None}, {"model": {}}, {"model": [1]}, {"config": None}, {"config": []},
+                                   {"model": {"head.weight": 3}}])
+def test_checkpoints_of_the_wrong_kind(model, tmp_path, wrong):
+    """Refused in one line as well."""
+    save(tmp_path / "x.pt", {**checkpoint(model), **wrong})
+    with pytest.raises(UserError, match="x.pt.*not an unwrap checkpoint") as error:
+        load(tmp_path / "x.pt")
+    assert "\n" not in str(error.value)
+
+
+def test_default_shapes_are_mingpt():
+    """The two scales of the paper's table: heads divide the width, the context holds a whole sequence."""
+    for scale in ("small", "paper"):
+        sc = data.scale_of(scale)
+        assert sc.d_model % sc.n_head == 0 and sc.length + 9 == data.answer_position(sc) + 3
