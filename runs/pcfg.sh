@@ -41,7 +41,7 @@ jobs_look() {
         echo "look count/learner-$seed"; echo "look index/low-$seed"
     done
 }
-for stage in jobs_pre jobs_tune jobs_look; do
+for stage in ${STAGES:-jobs_pre jobs_tune jobs_look}; do
     $stage | tr '\n' '\0' | xargs -0 -P 2 -I{} bash -c "{}"
 done
 for folder in count index grid; do "$PYTHON" plot.py "results/$folder"; done
