@@ -16,6 +16,7 @@ a stands for O_PT, the pretraining operand, and b for O_FT, the fine-tuning oper
 import collections
 import copy
 import os
+import textwrap
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +27,7 @@ from tqdm import tqdm
 import data
 from data import LETTERS, NUMBER, SPLITS, TASKS, answer_position
 from finetune import answer_loss, constant, finetuning_stream, pair_of
-from model import (GPT, Config, Stopped, UserError, activations, add_common_flags, check_stop, load, positive, read_rows,
+from model import (GPT, Config, UserError, activations, add_common_flags, check_stop, load, positive, read_rows,
                    replace_file, run_parser, run_script, start_device, weight_edits, write_json, write_rows)
 from pretrain import adamw, cosine, other_tests, predict, score, train_steps
 
@@ -39,7 +40,7 @@ class Study:
     def __init__(self, args):
         self.args, self.device = args, start_device(args)
         self.model, self.ckpt = load(args.ckpt, self.device)
-        self.sc = sc = data.scale_of(self.ckpt["scale"])
+        self.sc = data.scale_of(self.ckpt["scale"])
         self.prefix = os.path.splitext(args.ckpt)[0]
         self.seed = self.ckpt["args"]["seed"] if args.seed is None else args.seed
         self.task = self.ckpt["capability"]["task"]
@@ -49,8 +50,8 @@ class Study:
         parent = self.ckpt["parent"]
         if args.base or parent:
             path = args.base or parent["path"]
-            beside = os.path.join(os.path.dirname(args.ckpt), os.path.basename(path))
-            path = beside if not args.base and not os.path.exists(path) and os.path.exists(beside) else path
+            if not args.base and not os.path.exists(path):  # moved together with its child, perhaps
+                path = os.path.join(os.path.dirname(args.ckpt), os.path.basename(path))
             self.base, self.base_ckpt = load(path, self.device)
             if not args.base and self.base_ckpt["sha256"] != parent["sha256"]:
                 raise UserError(f"{path} has changed since {args.ckpt} was made from it: give the old one as --base")
@@ -65,19 +66,20 @@ class Study:
         The never-had-it control: (model, its base or None, operand), an operand that was trained in no family. Inside
         this very model where it has one, else from --control; None, with a note to print, without either.
         """
-        prior = self.ckpt["args"]["prior"]
-        if prior[LETTERS.index(self.third)] == 0:
+        def had(ckpt):
+            return ckpt["args"]["prior"][LETTERS.index(self.third)] > 0 or self.third in ckpt["args"].get("taught", [])
+
+        path = self.args.control
+        if not had(self.ckpt):
             self.never_note = f"operand {self.third}, never trained, in the same model"
             return self.model, self.base, self.third
-        if not self.args.control:
-            self.never_note = (f"no never-had control: operand {self.third} was trained; give a checkpoint pretrained with prior 0 "
-                               "for it as --control")
+        if not path:
+            self.never_note = f"none: operand {self.third} was trained; give a checkpoint with prior 0 for it as --control"
             return None
-        control, ckpt = load(self.args.control, self.device)
-        prior = ckpt["args"]["prior"]
-        if ckpt["config"] != self.ckpt["config"] or prior[LETTERS.index(self.third)]:
-            raise UserError(f"--control {self.args.control}: needs the shape of {self.args.ckpt} and prior 0 for {self.third}")
-        self.never_note = f"operand {self.third}, never trained, in {self.args.control}"
+        control, ckpt = load(path, self.device)
+        if ckpt["config"] != self.ckpt["config"] or had(ckpt):
+            raise UserError(f"--control {path}: must have the shape of {self.args.ckpt} and prior 0 for {self.third}")
+        self.never_note = f"operand {self.third}, never trained, in {path}"
         return control, None, self.third
 
     def test(self, operand, split, label="test", n=None):
@@ -85,8 +87,8 @@ class Study:
         pair = self.pair if operand in self.pair else (operand, self.pair[1])
         key = (operand, split, label, n)
         if key not in self._tests:
-            self._tests[key] = data.test_set(n or self.args.eval_size, self.sc, self.task, operand, split, self.seed, pair,
-                                             self.q, label, self.device)
+            self._tests[key] = data.test_set(n or self.args.eval_size, self.sc, self.task, operand, split, self.seed,
+                                             pair, self.q, label, self.device)
         return self._tests[key]
 
     def row(self, logits, test, /, **more):
@@ -99,18 +101,20 @@ class Study:
 
     def blank(self, **more):
         """A row that is about no test set."""
-        return {**dict.fromkeys(("operand", "split", "accuracy", "floor", "cross_floor", "n", "loss")), "setup": self.ckpt["setup"],
-                "scale": self.sc.name, "task": self.task, "seed": self.seed, **more}
+        empty = dict.fromkeys(("operand", "split", "accuracy", "floor", "cross_floor", "n", "loss"))
+        return {"setup": self.ckpt["setup"], "scale": self.sc.name, "task": self.task, **empty, "seed": self.seed, **more}
 
     def write(self, name, rows):
         """Replace the file of an analysis: <checkpoint>.<name>.jsonl."""
         write_rows(f"{self.prefix}.{name}.jsonl", rows)
 
     def bar(self, total, what):
+        """A progress bar."""
         return tqdm(total=total, desc=what, mininterval=.5, leave=False)
 
 
 def percent(x):
+    """A fraction as people read it."""
     return "-" if x is None else f"{x:.1%}"
 
 
@@ -119,7 +123,8 @@ def table(head, rows):
     rows = [[str(cell) for cell in row] for row in [head, *rows]]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        print("  " + "  ".join(cell.rjust(w) if i > 1 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip())
+        cells = [cell.rjust(w) if i > 1 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))]
+        print("  " + "  ".join(cells).rstrip())
 
 
 # ---------------------------------------------------------------- behavior
@@ -136,6 +141,20 @@ def rule_shares(answer, a, b, q):
     shares = {f"share_{k}": v.double().mean().item() for k, v in rules.items()}
     shares["share_none"] = (~torch.stack(list(rules.values())).any(0)).double().mean().item()
     return shares
+
+
+def distance_moved(study):
+    """How far fine-tuning moved the weights, in all and per block: norms, beside the sum of its learning rates."""
+    parts = collections.defaultdict(float)
+    for (name, new), old in zip(study.model.named_parameters(), study.base.parameters()):
+        part = ".".join(name.split(".")[:2]) if name.startswith("blocks") else "outside"
+        parts[part] += (new - old).detach().double().square().sum().item()
+    args = study.ckpt["args"]
+    rate_at = constant(args["lr"]) if args["reverse"] else cosine(args["lr"], args["steps"], final=.01)
+    return study.blank(model="ckpt", distance=sum(parts.values()) ** .5,
+                       distance_blocks={name: square ** .5 for name, square in parts.items()},
+                       base_norm=sum(p.double().square().sum().item() for p in study.base.parameters()) ** .5,
+                       sum_of_rates=sum(map(rate_at, range(args["steps"]))))
 
 
 def behavior(study):
@@ -161,26 +180,21 @@ def behavior(study):
         for test in other_tests(study.args.eval_size, study.sc, study.pair, study.seed, study.device, but=study.task):
             rows.append(study.measure(model, test, model=name))
     if study.base:
-        moved = {k: (p - q).detach().double() for (k, p), q in zip(study.model.named_parameters(), study.base.parameters())}
-        parts = collections.defaultdict(float)
-        for k, d in moved.items():
-            parts[".".join(k.split(".")[:2]) if k.startswith("blocks") else "outside"] += d.square().sum().item()
-        args = study.ckpt["args"]
-        rate_at = constant(args["lr"]) if args["reverse"] else cosine(args["lr"], args["steps"], final=.01)
-        rows.append(study.blank(model="ckpt", distance=sum(parts.values()) ** .5, distance_blocks={k: v ** .5 for k, v in parts.items()},
-                                base_norm=sum(p.double().square().sum().item() for p in study.base.parameters()) ** .5,
-                                sum_of_rates=sum(map(rate_at, range(args["steps"])))))
+        rows.append(distance_moved(study))
     study.write("behavior", rows)
 
     a, b = study.pair
-    print(f"\nbehavior   O_PT = {a}, O_FT = {b}, n = {study.args.eval_size}; last: share of the answers that each rule explains (they overlap)")
-    table(["asked", "split", "model", "accuracy", "floor", "cross", "|", a, b, f"{a}{study.q:+d}", "blend", "constant", "none"],
+    print(f"\nbehavior   O_PT = {a}, O_FT = {b}, n = {study.args.eval_size}; on the right the share of answers that "
+          "each rule explains (they overlap)")
+    rules = ("a", "b", "a_plus_q", "blend", "constant", "none")
+    table(["asked", "split", "model", "accuracy", "floor", "cross", "|", a, b, f"{a}{study.q:+d}", *rules[3:]],
           [[r["operand"], r["split"], r["model"], *(percent(r[k]) for k in ("accuracy", "floor", "cross_floor")), "|",
-            *(percent(r[f"share_{k}"]) for k in ("a", "b", "a_plus_q", "blend", "constant", "none"))] for r in rows if "share_a" in r])
+            *(percent(r[f"share_{rule}"]) for rule in rules)] for r in rows if "share_a" in r])
     others = {(r["task"], r["operand"] or "-", r["model"]): r for r in rows if r["task"] != study.task}
     print("  other families, natural strings (collateral)")
-    table(["family", "asked", *study.models, "floor"], [[task, operand, *(percent(others[task, operand, m]["accuracy"]) for m in study.models),
-          percent(others[task, operand, "ckpt"]["floor"])] for task, operand in dict.fromkeys(k[:2] for k in others)])
+    table(["family", "asked", *study.models, "floor"],
+          [[*key, *(percent(others[*key, m]["accuracy"]) for m in study.models), percent(others[*key, "ckpt"]["floor"])]
+           for key in dict.fromkeys(k[:2] for k in others)])
     if study.base:
         print(f"  the weights moved by {rows[-1]['distance']:.3f} (norm; the base's is {rows[-1]['base_norm']:.1f}); "
               f"sum of learning rates {rows[-1]['sum_of_rates']:.2g}")
@@ -214,7 +228,8 @@ def unit_scores(model, test, sc, unit, minus=None):
                     name = f"blocks.{i}.{matrix}.{kind}"
                     p = model.get_parameter(name)
                     effect[kind] = p.grad * (p - theirs[name] if minus else p)
-                scores[i, matrix] = effect["weight"].sum(1) + effect["bias"] if unit == "row" else effect["weight"].flatten()
+                by_weight = effect["weight"]
+                scores[i, matrix] = by_weight.sum(1) + effect["bias"] if unit == "row" else by_weight.flatten()
     model.zero_grad()
     return scores
 
@@ -281,66 +296,87 @@ def prune(study):
     """
     if not study.base:
         raise UserError(f"prune needs a fine-tuned checkpoint: {study.args.ckpt} has no base")
-    sc, unit, draws, (a, b) = study.sc, study.args.unit, study.args.draws, study.pair
-    few_strings = min(200, study.args.eval_size)  # for one draw of eight: together they are more than a ranked one gets
-    upto = {"few": [k for k in KS if 0 < k <= FEW], "all": KS[1:], "some": (FEW, KS[-1]),
-            "far": KS[1:] + ((200, 400, 800) if unit == "row" else (1000, 10000))}
-    found = study.test(a, "c0", "select")
-    scores = unit_scores(study.model, found, sc, unit)
-    one_pass, iterated = ranked_units(scores, KS[-1]), iterated_units(study.model, found, sc, unit, FEW)
-    change = ranked_units(unit_scores(study.model, found, sc, unit, minus=study.base), upto["far"][-1])
-    here = (study.model, study.base, a)
-    sweeps = [(*here, "gradient-weight", "zero", one_pass, "all", None), (*here, "gradient-weight-iterated", "zero", iterated, "few", None),
-              (*here, "gradient-weight", "graft", one_pass, "some", None), (*here, "gradient-change", "graft", change, "far", None)]
-    for draw in range(draws):
-        random = matched_units(iterated + one_pass[FEW:], scores, data.rng(study.seed, "prune", draw))
-        sweeps += [(*here, "random", "zero", random, "all", draw), (*here, "random", "graft", random, "some", draw)]
+    unit, (a, b) = study.args.unit, study.pair
+    sweeps, ranked = prune_sweeps(study)
     rows, choices = [], []
-    if study.never:
-        model, base, never = study.never
-        select = study.test(never, "c0", "select")
-        one, anew = ranked_units(unit_scores(model, select, sc, unit), KS[-1]), iterated_units(model, select, sc, unit, FEW)
-        sweeps += [(*study.never, "never-had", "zero", one, "all", None), (*study.never, "never-had-iterated", "zero", anew, "few", None)]
-        sweeps += [(*study.never, "never-had", "graft", one, "some", None)] if base else []
-    else:
-        rows.append(study.blank(unit=unit, ranking="never-had", edit="zero", k=None, draw=None, chosen=False, note=study.never_note))
-
+    if not study.never:
+        rows.append(study.blank(unit=unit, ranking="never-had", edit="zero", k=None, draw=None, note=study.never_note))
     bar = study.bar(len(sweeps), "prune")
-    for model, base, operand, ranking, edit, units, ks, draw in sweeps:
-        n = None if draw is None else few_strings
-        cells = [study.test(operand, "c0", n=n), study.test(b, "c1", n=n)]
-        if draw is None:
-            cells += [study.test(operand, "natural")]
-        if ranking.startswith("gradient-weight"):
-            cells += [study.test(a, "c1"), study.test(b, "c0"), study.test(b, "natural")]
+    for s in sweeps:
+        n = None if s.draw is None else min(200, study.args.eval_size)  # eight draws together get more than a ranking
+        tests = [study.test(s.operand, "c0", n=n), study.test(b, "c1", n=n)]
+        if s.draw is None:
+            tests += [study.test(s.operand, "natural")]
+        if s.ranking.startswith("gradient-weight"):
+            tests += [study.test(a, "c1"), study.test(b, "c0"), study.test(b, "natural")]
         swept, tried = [], []
-        for k in (0, *(k for k in upto[ks] if k <= len(units))):
-            with weight_edits(model, unit_edits(model, units[:k], unit, base if edit == "graft" else None)):
-                if k <= FEW:
-                    tried.append((study.measure(model, study.test(operand, "c0", "select", n))["accuracy"], -k))
-                swept += [study.measure(model, cell, unit=unit, ranking=ranking, edit=edit, k=k, draw=draw) for cell in cells]
-        best = -max(tried)[1]
-        rows += [dict(r, chosen=r["k"] == best) for r in swept]
-        choices += [r for r in swept if r["k"] == best and r["operand"] == operand]
+        for k in (0, *(k for k in s.ks if k <= len(s.units))):
+            with weight_edits(s.model, unit_edits(s.model, s.units[:k], unit, s.base if s.edit == "graft" else None)):
+                if k <= FEW:  # the fewest units that do best on the selection set
+                    tried.append((study.measure(s.model, study.test(s.operand, "c0", "select", n))["accuracy"], -k))
+                swept += [study.measure(s.model, test, unit=unit, ranking=s.ranking, edit=s.edit, k=k, draw=s.draw)
+                          for test in tests]
+        rows += [dict(r, chosen=r["k"] == -max(tried)[1]) for r in swept]
+        choices += [r for r in rows[-len(swept):] if r["chosen"] and r["operand"] == s.operand]
         bar.update()
     bar.close()
     name = "prune" if unit == "row" else "prune-weight"
     study.write(name, rows)
-    study.write(f"{name}.rows", [{"ranking": ranking, "rank": i + 1, "block": u[0], "matrix": u[1], "index": u[2], "score": u[3]}
-                                 for ranking, units in (("gradient-weight", one_pass), ("gradient-weight-iterated", iterated),
-                                                        ("gradient-change", change[:KS[-1]])) for i, u in enumerate(units)])
+    study.write(f"{name}.rows", [dict(zip(("ranking", "rank", "block", "matrix", "index", "score"), (ranking, i + 1, *u)))
+                                 for ranking, units in ranked.items() for i, u in enumerate(units[:KS[-1]])])
 
-    print(f"\nprune   {unit}s ranked on one set of c0 strings, scored on another (accuracy on c0; {b} on c1); mean of {draws} matched "
-          f"random draws\n  never-had control: {study.never_note}")
+    print(f"\nprune   {unit}s ranked on one set of c0 strings, scored on another (accuracy on c0; for {b} on c1); "
+          f"random: mean of {study.args.draws} draws\n  never-had control: {study.never_note}")
     cells = collections.defaultdict(list)
     for r in rows:
         if r["k"] in KS and r["split"] == ("c1" if r["operand"] == b else "c0"):
             cells[r["ranking"], r["edit"], r["operand"], r["k"]].append(r["accuracy"])
-    table(["ranking", "edit", "asked", *KS, "best K <= 10"], [
-        [*key, *(percent(np.mean(cells[*key, k])) if (*key, k) in cells else "" for k in KS),
-         " ".join(dict.fromkeys(str(c["k"]) for c in choices if (c["ranking"], c["edit"], c["operand"]) == key))]
-        for key in dict.fromkeys(k[:3] for k in cells)])
+    best = {key: " ".join(dict.fromkeys(str(c["k"]) for c in choices if (c["ranking"], c["edit"], c["operand"]) == key))
+            for key in dict.fromkeys(k[:3] for k in cells)}
+    table(["ranking", "edit", "asked", *KS, f"best K <= {FEW}"],
+          [[*key, *(percent(np.mean(cells[*key, k])) if (*key, k) in cells else "" for k in KS), best[key]] for key in best])
     return choices
+
+
+def prune_sweeps(study):
+    """
+    What prune() goes through: a list of sweeps (model, base, operand, ranking, edit, units in order, Ks, draw), and
+    {ranking: units} of the three rankings of the fine-tuned model.
+    """
+    a, unit = study.pair[0], study.args.unit
+    few, some = [k for k in KS if 0 < k <= FEW], (FEW, KS[-1])
+    far = KS[1:] + ((200, 400, 800) if unit == "row" else (1000, 10000))  # grafting needs many
+    sweeps = []
+
+    def add(model, base, operand, ranking, edit, units, ks, draw=None):
+        sweeps.append(SimpleNamespace(model=model, base=base, operand=operand, ranking=ranking, edit=edit, units=units,
+                                      ks=ks, draw=draw))
+
+    def rank(model, operand, minus=None, most=KS[-1]):
+        scores = unit_scores(model, study.test(operand, "c0", "select"), study.sc, unit, minus)
+        return ranked_units(scores, most), scores
+
+    here = study.model, study.base, a
+    one_pass, scores = rank(study.model, a)
+    iterated = iterated_units(study.model, study.test(a, "c0", "select"), study.sc, unit, FEW)
+    change, _ = rank(study.model, a, minus=study.base, most=far[-1])
+    add(*here, "gradient-weight", "zero", one_pass, KS[1:])
+    add(*here, "gradient-weight-iterated", "zero", iterated, few)
+    add(*here, "gradient-weight", "graft", one_pass, some)
+    add(*here, "gradient-change", "graft", change, far)
+    for draw in range(study.args.draws):
+        random = matched_units(iterated + one_pass[FEW:], scores, data.rng(study.seed, "prune", draw))
+        add(*here, "random", "zero", random, KS[1:], draw)
+        add(*here, "random", "graft", random, some, draw)
+    if study.never:
+        model, base, operand = study.never
+        one, _ = rank(model, operand)
+        add(*study.never, "never-had", "zero", one, KS[1:])
+        add(*study.never, "never-had-iterated", "zero",
+            iterated_units(model, study.test(operand, "c0", "select"), study.sc, unit, FEW), few)
+        if base:
+            add(*study.never, "never-had", "graft", one, some)
+    return sweeps, {"gradient-weight": one_pass, "gradient-weight-iterated": iterated, "gradient-change": change}
 
 
 # ---------------------------------------------------------------- probe
@@ -407,7 +443,8 @@ def probe(study):
     x, held, keys, site, y = [], [], [], [], []
     for name, model in {**study.models, "untrained": untrained}.items():
         for prompt, targets in asked.items():
-            seen, new = ([residuals(model, data.encode_one(s.text, study.task, prompt, sc)[0], sc) for s in sets] for sets in (train, tests))
+            seen, new = ([residuals(model, data.encode_one(s.text, study.task, prompt, sc)[0], sc) for s in sets]
+                         for sets in (train, tests))
             seen, new = torch.cat(seen, 1), torch.stack(new, 1)  # (blocks + 1, n, d), (blocks + 1, split, n, d)
             # ours: standardised, since an untrained model's residual is so small that 4K steps at 1e-3 learn nothing
             mean, sd = seen.mean(1, keepdim=True), seen.std(1, keepdim=True) + 1e-8
@@ -415,7 +452,7 @@ def probe(study):
                 for target in targets:
                     for labels in ("true", "shuffled") if (name, prompt) == ("ckpt", b) else ("true",):
                         truth = results[:, LETTERS.index(target)]
-                        keys.append({"model": name, "block": block, "target": target, "prompt": prompt, "labels": labels})
+                        keys.append(dict(model=name, block=block, target=target, prompt=prompt, labels=labels))
                         site.append(len(x))
                         y.append(truth if labels == "true" else truth[shuffle])
                 x.append(((seen - mean) / sd)[block])
@@ -428,16 +465,18 @@ def probe(study):
         for test, new in zip(tests, held[i]):
             logits, truth = new @ w + c, test.results[:, LETTERS.index(key["target"])]
             other = test.results[:, LETTERS.index(b if key["target"] != b else a)]
-            rows.append(study.blank(operand=key["target"], split=test.split, accuracy=(logits.argmax(1) == truth).double().mean().item(),
-                                    floor=data.majority_floor(truth), cross_floor=data.cross_floor(truth, other), n=len(truth),
-                                    loss=F.cross_entropy(logits, truth.clamp(max=logits.shape[1] - 1)).item(), **key))
+            rows.append(study.blank(operand=key["target"], split=test.split, n=len(truth), **key,
+                                    accuracy=(logits.argmax(1) == truth).double().mean().item(),
+                                    floor=data.majority_floor(truth), cross_floor=data.cross_floor(truth, other),
+                                    loss=F.cross_entropy(logits, truth.clamp(max=logits.shape[1] - 1)).item()))
     study.write("probe", rows)
 
-    print(f"\nprobe   linear, at the answer position, {len(results)} training strings; accuracy on {n} natural strings after each block")
-    shown = [r for r in rows if r["split"] == "natural" and (r["labels"] == "true" or (r["target"], r["prompt"]) == (a, b))]
+    print(f"\nprobe   linear, at the answer position, {len(results)} training strings; accuracy on {n} natural strings "
+          "after each block")
     groups = collections.defaultdict(list)
-    for r in shown:
-        groups[r["target"], r["prompt"], r["model"], r["labels"]].append(r)
+    for r in rows:
+        if r["split"] == "natural":
+            groups[r["target"], r["prompt"], r["model"], r["labels"]].append(r)
     table(["target", "asked", "model", "labels", *(f"B{i}" for i in range(len(study.model.blocks) + 1)), "floor"],
           [[*key, *(percent(r["accuracy"]) for r in got), percent(got[0]["floor"])] for key, got in groups.items()])
     return rows
@@ -481,9 +520,9 @@ def attention(study):
                 mass = (pattern * where[:, None, None]).sum(-1).mean(0)
                 for block in range(mass.shape[0]):
                     for head in range(mass.shape[1]):
-                        rows.append(study.blank(operand=prompt, split="natural", n=len(test.text), model=model_name, block=block, head=head,
-                                                prompt=prompt, region=region, mass=mass[block, head].item(),
-                                                chance=where.double().mean().item()))
+                        rows.append(study.blank(operand=prompt, split="natural", n=len(test.text), model=model_name,
+                                                block=block, head=head, prompt=prompt, region=region,
+                                                mass=mass[block, head].item(), chance=where.double().mean().item()))
     maps["tokens"] = study.test(study.pair[0], "natural").tokens[:8, :width].cpu().numpy()
     maps["vocabulary"] = np.array(data.vocabulary(sc))
     study.write("attention", rows)
@@ -491,7 +530,8 @@ def attention(study):
 
     print("\nattention   of the answer position: mass as a multiple of chance, on the window and on its letters")
     heads = [(block, head) for block in range(len(names)) for head in range(study.model.config.n_head)]
-    mass = {(r["prompt"], r["model"], r["region"], r["block"], r["head"]): f"{r['mass'] / max(r['chance'], 1e-9):.1f}" for r in rows}
+    mass = {tuple(r[k] for k in ("prompt", "model", "region", "block", "head")): f"{r['mass'] / max(r['chance'], 1e-9):.1f}"
+            for r in rows}
     table(["asked", "model", "region", *(f"B{i}H{h}" for i, h in heads)],
           [[*key, *(mass[*key, *h] for h in heads)] for key in dict.fromkeys(k[:3] for k in mass) if key[2] != "outside"])
     return rows
@@ -544,145 +584,161 @@ def revive(study):
     if not study.base:
         raise UserError(f"revive needs a fine-tuned checkpoint: {study.args.ckpt} has no base")
     lr, a = study.ckpt["args"]["lr"], study.pair[0]
-    limit = study.args.steps or 600
-    rows, curves_out = [], []
+    rows, curve_rows = [], []
 
-    def add(arm, lr, operand, curves, most, seed):
+    def note(arm, rate, operand, curves, most, seed):
         for split, curve in curves.items():
             test = study.test(operand, split, n=min(400, study.args.eval_size))
             for threshold in THRESHOLDS:
-                rows.append(study.blank(operand=operand, split=split, accuracy=curve[-1][1], floor=test.floor(), cross_floor=test.cross_floor(),
-                                        n=len(test.target), seed=seed, arm=arm, lr=lr, threshold=threshold,
-                                        steps=steps_to(curve, threshold), max_steps=most))
-            curves_out.extend({"arm": arm, "lr": lr, "step": step, "split": split, "accuracy": accuracy, "seed": seed}
+                rows.append(study.blank(arm=arm, lr=rate, threshold=threshold, steps=steps_to(curve, threshold), max_steps=most,
+                                        operand=operand, split=split, accuracy=curve[-1][1], n=len(test.target),
+                                        floor=test.floor(), cross_floor=test.cross_floor()) | {"seed": seed})
+            curve_rows.extend({"arm": arm, "lr": rate, "step": step, "split": split, "accuracy": accuracy, "seed": seed}
                               for step, accuracy in curve)
 
-    for i in range(study.args.seeds):
-        seed = study.seed + i
-        bar = study.bar(None, f"revive {i + 1} of {study.args.seeds}" if study.args.seeds > 1 else "revive")
-        curves = teach(study, study.model, a, lr, limit, seed, bar)
-        add("reft", lr, a, curves, limit, seed)
-        most = min(limit, max(30, 3 * curves["natural"][-1][0]))
-        add("reft", lr / 3, a, teach(study, study.model, a, lr / 3, most, seed, bar), most, seed)
+    for seed in range(study.seed, study.seed + study.args.seeds):
+        bar = study.bar(None, "revive")
+        most = study.args.steps or 600
+        curves = teach(study, study.model, a, lr, most, seed, bar)
+        note("reft", lr, a, curves, most, seed)
+        most = min(most, max(30, 3 * curves["natural"][-1][0]))
+        arms = [("reft", study.model, a, lr / 3)]
         if study.never:
             model, base, operand = study.never
-            add(f"teach-{operand}", lr, operand, teach(study, model, operand, lr, most, seed, bar), most, seed)
-            if base:
-                add(f"teach-{operand}-base", lr, operand, teach(study, base, operand, lr, most, seed, bar), most, seed)
+            arms += [(f"teach-{operand}", model, operand, lr)] + ([(f"teach-{operand}-base", base, operand, lr)] if base else [])
+        for arm, model, operand, rate in arms:
+            note(arm, rate, operand, teach(study, model, operand, rate, most, seed, bar), most, seed)
         bar.close()
-    history = read_rows(os.path.splitext(study.base_ckpt["path"])[0] + ".jsonl") if study.base_ckpt["stage"] == "pretrain" else []
-    for split in ("natural", "c0"):
-        curve = [(r["step"], r["accuracy"]) for r in history if (r["task"], r["operand"], r["split"]) == (study.task, a, split)]
-        if curve:
-            add("pretraining", study.base_ckpt["args"]["lr"], a, {split: curve}, study.base_ckpt["steps"], study.base_ckpt["args"]["seed"])
+    if study.base_ckpt["stage"] == "pretrain":
+        args = study.base_ckpt["args"]
+        for split in ("natural", "c0"):
+            curve = [(r["step"], r["accuracy"]) for r in read_rows(os.path.splitext(study.base_ckpt["path"])[0] + ".jsonl")
+                     if (r["task"], r["operand"], r["split"]) == (study.task, a, split)]
+            if curve:
+                note("pretraining", args["lr"], a, {split: curve}, study.base_ckpt["steps"], args["seed"])
     study.write("revive", rows)
-    study.write("revive.curve", curves_out)
+    study.write("revive.curve", curve_rows)
 
-    print(f"\nrevive   steps to 90 % and 99 % on natural and c0 strings ({study.args.seeds} data orders); control: {study.never_note}")
+    print(f"\nrevive   steps to 90 % and 99 % on natural and c0 strings ({study.args.seeds} data orders)\n"
+          f"  never-had control: {study.never_note}")
     cells = {(r["arm"], r["lr"], r["seed"], r["operand"], r["split"], r["threshold"]): r for r in rows}
 
     def shown(r):
         return "-" if r is None else r["steps"] if r["steps"] is not None else f">= {r['max_steps']}"
-    table(["arm", "lr", "seed", "asked", *(f"{s} {t:.0%}" for s in ("natural", "c0") for t in THRESHOLDS), "reached on natural"],
-          [[key[0], f"{key[1]:.2g}", *key[2:], *(shown(cells.get((*key, s, t))) for s in ("natural", "c0") for t in THRESHOLDS),
-            percent(cells[(*key, "natural", .9)]["accuracy"])] for key in dict.fromkeys(k[:4] for k in cells)])
+    columns = [(split, threshold) for split in ("natural", "c0") for threshold in THRESHOLDS]
+    table(["arm", "lr", "seed", "asked", *(f"{split} {t:.0%}" for split, t in columns), "natural at the end"],
+          [[key[0], f"{key[1]:.2g}", *key[2:], *(shown(cells.get((*key, *c))) for c in columns),
+            percent(cells[*key, "natural", THRESHOLDS[0]]["accuracy"])] for key in dict.fromkeys(k[:4] for k in cells)])
     return rows
 
 
 # ---------------------------------------------------------------- verdict
 
 
+def evidence(study, found):
+    """Every number the verdict quotes, and `found_by`: which instruments find O_PT, each against its control."""
+    (a, b), v = study.pair, {"task": study.task, "operands": list(study.pair)}
+
+    def pick(name, **wanted):
+        return [r for r in found[name] if all(r.get(k) == x for k, x in wanted.items())]
+
+    for model in ("base", "ckpt"):
+        for role, operand in (("pt", a), ("ft", b)):
+            for split in SPLITS:
+                row = pick("behavior", model=model, operand=operand, split=split, task=study.task)[0]
+                v[f"{model}_{role}_{split}"] = row["accuracy"]
+                if (model, split) == ("ckpt", "c0"):
+                    v[f"{role}_c0_cross_floor"], v[f"{role}_c0_follows_a_plus_q"] = row["cross_floor"], row["share_a_plus_q"]
+
+    def edited(ranking, edit="zero"):  # at the K chosen on the selection set
+        return [(r["accuracy"], r["k"]) for r in pick("prune", ranking=ranking, edit=edit, split="c0")] or [(None, None)]
+    v["prune_c0"], v["prune_k"] = edited("gradient-weight-iterated")[0]
+    v["prune_one_pass_c0"], v["prune_one_pass_k"] = edited("gradient-weight")[0]
+    v["graft_c0"], v["graft_k"] = edited("gradient-change", "graft")[0]
+    draws = [accuracy for accuracy, _ in edited("random")]
+    v["random_draws"], v["random_c0_mean"], v["random_c0_max"] = len(draws), float(np.mean(draws)), max(draws)
+    never = [accuracy for ranking in ("never-had", "never-had-iterated") for accuracy, _ in edited(ranking)]
+    v["never_prune_c0"] = max(never) if study.never else None
+
+    def read(model, target):
+        rows = pick("probe", model=model, target=target, prompt=b, labels="true", split="natural")
+        return max(rows, key=lambda r: r["accuracy"])
+    site = read("ckpt", a)
+    v["probe_natural"], v["probe_block"], v["probe_floor"] = site["accuracy"], site["block"], site["floor"]
+    v["probe_untrained"] = read("untrained", a)["accuracy"]
+    v["never_probe"] = read("ckpt", study.third)["accuracy"] if study.never and study.never[0] is study.model else None
+
+    def steps(arm):  # mean over data orders; (None, most) when one did not arrive
+        rows = pick("revive", arm=arm, split="natural", threshold=THRESHOLDS[-1])
+        rows = [r for r in rows if arm != "reft" or r["lr"] == study.ckpt["args"]["lr"]]
+        if not rows:
+            return None, None
+        came = [r["steps"] for r in rows]
+        return (None if None in came else float(np.mean(came))), float(np.mean([r["max_steps"] for r in rows]))
+    v["reft_steps"], v["reft_most"] = steps("reft")
+    v["control_steps"], v["control_most"] = steps(f"teach-{study.third}")
+    v["pretraining_steps"] = steps("pretraining")[0]
+
+    v["found_by"] = []
+    if v["prune_c0"] >= .5 and v["prune_c0"] - max(v["random_c0_max"], v["never_prune_c0"] or 0) >= .25:
+        v["found_by"].append("pruning")
+    if v["probe_natural"] >= .9 and v["probe_natural"] - max(v["probe_untrained"], v["never_probe"] or 0) >= .1:
+        v["found_by"].append("probing")
+    if None not in (v["reft_steps"], v["control_most"]) and 3 * v["reft_steps"] <= (v["control_steps"] or v["control_most"]):
+        v["found_by"].append("reviving")
+    return v
+
+
 def verdict(study, found):
     """
     What the analyses say together, in words with numbers. found: {name: what the analysis returned}.
 
-        intact    a is still answered on c0: nothing hides it (a wrapper was not needed)
-        new       b is answered on c0 where the base could not: fine-tuning built it
-        wrapped   a is not answered, b is answered only where the shortcut serves, and at least two of three
-                  instruments find a, each against its control: pruning, probing, reviving
-        lost      a is not answered, and none of the three finds it
-        undecided anything else
+        new        b is answered on c0 where the base could not: fine-tuning built it
+        intact     a is still answered on c0: nothing hides it, no wrapper was needed
+        wrapped    a is not answered, b only where the shortcut serves, and at least two of the three instruments
+                   (pruning, probing, reviving) find a, each against its control
+        lost       a is not answered, and none of the three finds it
+        undecided  anything else
     """
-    a, b = study.pair
-    acc = {(r["model"], r["operand"], r["split"]): r for r in found["behavior"] if "share_a" in r}
-    get = lambda model, operand, split: acc[model, operand, split]["accuracy"]  # noqa: E731
-    v = {"operands": list(study.pair), "task": study.task}
-    for model in ("base", "ckpt"):
-        for role, operand in (("pt", a), ("ft", b)):
-            v.update({f"{model}_{role}_{s}": get(model, operand, s) for s in SPLITS})
-    v["pt_c0_cross_floor"], v["ft_c0_cross_floor"] = (acc["ckpt", o, "c0"]["cross_floor"] for o in (a, b))
-    v["share_a_plus_q_c0"] = acc["ckpt", b, "c0"]["share_a_plus_q"]
-
-    def chosen(ranking, edit):
-        return [r for r in found["prune"] if (r["ranking"], r["edit"], r["split"]) == (ranking, edit, "c0")]
-    best, random, never = chosen("gradient-weight-iterated", "zero")[0], chosen("random", "zero"), chosen("never-had-iterated", "zero")
-    v.update(prune_k=best["k"], prune_c0=best["accuracy"], prune_one_pass_c0=chosen("gradient-weight", "zero")[0]["accuracy"], prune_random_mean=float(np.mean([r["accuracy"] for r in random])),
-             prune_random_max=max(r["accuracy"] for r in random), prune_draws=len(random),
-             prune_never=never[0]["accuracy"] if never else None, graft_c0=chosen("gradient-change", "graft")[0]["accuracy"])
-
-    def read(model, target, prompt):
-        got = [r for r in found["probe"] if (r["model"], r["target"], r["prompt"], r["labels"], r["split"]) == (model, target, prompt, "true", "natural")]
-        return max(got, key=lambda r: r["accuracy"])
-    site = read("ckpt", a, b)
-    v.update(probe_natural=site["accuracy"], probe_block=site["block"], probe_floor=site["floor"],
-             probe_untrained=read("untrained", a, b)["accuracy"], probe_base=read("base", a, b)["accuracy"],
-             probe_never=read("ckpt", study.never[2], b)["accuracy"] if study.never else None)
-
-    def steps(arm, lr=None):
-        got = [r for r in found["revive"] if r["arm"] == arm and r["split"] == "natural" and r["threshold"] == .99 and (lr is None or r["lr"] == lr)]
-        return [(r["steps"], r["max_steps"]) for r in got]
-    reft, control = steps("reft", study.ckpt["args"]["lr"]), steps(f"teach-{study.third}")
-    reached = [s for s, _ in reft if s is not None]
-    v["reft_steps"] = float(np.mean(reached)) if len(reached) == len(reft) else None
-    v["control_steps"] = float(np.mean([s or m for s, m in control])) if control else None
-    v["control_reached"] = bool(control) and all(s is not None for s, _ in control)
-    pre = steps("pretraining")
-    v["pretraining_steps"] = pre[0][0] if pre else None
-
+    v, (a, b), task, unit = evidence(study, found), study.pair, study.task, study.args.unit
     had = v["base_pt_natural"] >= .9
     answered = had and v["ckpt_pt_c0"] >= max(v["pt_c0_cross_floor"] + .25, .75 * v["base_pt_c0"])
-    learned = v["ckpt_ft_c0"] >= v["ft_c0_cross_floor"] + .25
-    v["found_by"] = [name for name, yes in (
-        ("prune", v["prune_c0"] >= .5 and v["prune_c0"] - max(v["prune_random_max"], v["prune_never"] or 0) >= .25),
-        ("probe", v["probe_natural"] >= .9 and v["probe_natural"] - max(v["probe_untrained"], v["probe_never"] or 0) >= .1),
-        ("revive", v["reft_steps"] is not None and bool(control) and 3 * v["reft_steps"] <= v["control_steps"])) if yes]
-    if learned and v["base_ft_c0"] < v["ft_c0_cross_floor"] + .25:
-        word = "new"
+    could, can = (v[f"{model}_ft_c0"] >= v["ft_c0_cross_floor"] + .25 for model in ("base", "ckpt"))
+    by = ", ".join(v["found_by"]) or "no instrument"
+    if can and not could:
+        word, meaning = "new", (f"fine-tuning built {b}, which the base could not answer on c0; {a} is "
+                                + ("still answered" if answered else f"not answered any more, and found by {by}"))
     elif answered:
-        word = "intact"
-    elif had and not learned and len(v["found_by"]) >= 2:
-        word = "wrapped"
+        word, meaning = "intact", f"{a} is still answered and nothing hides it: strongly relevant, no wrapper was needed"
+    elif had and not can and len(v["found_by"]) >= 2:
+        word, meaning = "wrapped", f"{a} is not answered any more, but it is there: found by {by}"
     elif had and not v["found_by"]:
-        word = "lost"
+        word, meaning = "lost", f"{a} is not answered any more, and no instrument finds it"
     else:
-        word = "undecided"
-    p = lambda x: "-" if x is None else f"{x:.0%}" if x in (0, 1) else f"{x:.1%}"  # noqa: E731
-    was = "before fine-tuning"
-    changed = (f"{study.task} {b} is right on {p(v['ckpt_ft_c1'])} of the strings with the relation (c1) and {p(v['ckpt_ft_c0'])} of those without it "
-               f"(c0; {was} {p(v['base_ft_c0'])}; {a}{study.q:+d} explains {p(v['share_a_plus_q_c0'])} of the answers there). {study.task} {a} is right on "
-               f"{p(v['ckpt_pt_c0'])} of c0, {p(v['ckpt_pt_natural'])} of natural strings ({was} {p(v['base_pt_c0'])} and {p(v['base_pt_natural'])})")
-    there = (f"zeroing {v['prune_k']} {study.args.unit}s brings {a} to {p(v['prune_c0'])} on c0 (ranked in one pass {p(v['prune_one_pass_c0'])}; random ones of the same matrices {p(v['prune_random_mean'])}, "
-             f"at most {p(v['prune_random_max'])} in {v['prune_draws']} draws; the same for a never-trained operand {p(v['prune_never'])}); "
-             f"grafting up to {FEW} back gives {p(v['graft_c0'])}; "
-             f"a probe reads {a} while {b} is asked at {p(v['probe_natural'])} after block {v['probe_block']} (untrained model {p(v['probe_untrained'])}, "
-             f"floor {p(v['probe_floor'])})")
-    back = ("reFT did not reach 99 % on natural strings" if v["reft_steps"] is None else
-            f"reFT reaches 99 % on natural strings after {v['reft_steps']:.0f} steps")
-    against = (f"; teaching the never-trained {study.third} to the same model takes {'' if v['control_reached'] else 'more than '}{v['control_steps']:.0f}"
-               if control else f"; {study.never_note}")
-    meaning = {
-        "intact": f"{a} is still answered, and nothing hides it: strongly relevant, no wrapper was needed",
-        "new": f"fine-tuning built {b}, which the base could not answer on c0: not a wrapper over {a}"
-               + ("; {} is still answered".format(a) if answered else "; {} is not answered, but found by {}".format(a, ", ".join(v["found_by"])) if v["found_by"] else ""),
-        "wrapped": f"{a} is not answered any more, but it is there: found by {', '.join(v['found_by'])}",
-        "lost": f"{a} is not answered, and no instrument finds it",
-        "undecided": f"the instruments do not agree (found by {', '.join(v['found_by']) or 'none'})"
-                     + ("" if had else f"; the base did not have {a} to begin with")}[word]
-    v = {"verdict": word, "text": f"{word}: {meaning}. What changed: {changed}. Is it still there: {there}. How fast it comes back: {back}{against}.", **v}
-    write_json(f"{study.prefix}.verdict.json", v)
-    print(f"\nVERDICT  {word}: {meaning}.")
-    for head, text in (("What changed", changed), ("Is it still there", there), ("How fast it comes back", back + against)):
-        print(f"  {head}: {text}.")
+        word, meaning = "undecided", (f"{a} is not answered any more; found by {by}" if had else f"the base did not have {a}")
+
+    p = {k: percent(x) for k, x in v.items() if isinstance(x, float) or x is None}
+    text = {
+        "What changed": f"{task} {b} is right on {p['ckpt_ft_c1']} of the strings with the relation (c1) and on {p['ckpt_ft_c0']} "
+        f"of those without it (c0; before fine-tuning {p['base_ft_c0']}); {a}{study.q:+d} explains {p['ft_c0_follows_a_plus_q']} of "
+        f"the answers there. {task} {a} is right on {p['ckpt_pt_c0']} of c0 and {p['ckpt_pt_natural']} of natural strings (before "
+        f"{p['base_pt_c0']} and {p['base_pt_natural']})",
+        "Is it still there": f"zeroing {v['prune_k']} {unit}s, ranked anew after each, brings {a} to {p['prune_c0']} on c0 "
+        f"({v['prune_one_pass_k']} ranked in one pass: {p['prune_one_pass_c0']}; random ones of the same matrices: "
+        f"{p['random_c0_mean']}, at most {p['random_c0_max']} in {v['random_draws']} draws; the same for a never-trained "
+        f"operand: {p['never_prune_c0']}); grafting {v['graft_k']} back: {p['graft_c0']}. A probe reads {a} while {b} is asked at "
+        f"{p['probe_natural']} after block {v['probe_block']} (untrained model {p['probe_untrained']}, never-trained operand "
+        f"{p['never_probe']}, floor {p['probe_floor']})",
+        "How fast it comes back": (f"reFT reaches 99 % on natural strings after {v['reft_steps']:.0f} steps" if v["reft_steps"] is not None
+                                   else f"reFT did not reach 99 % on natural strings in {v['reft_most']:.0f} steps"),
+        "Against which control": f"never-had: {study.never_note}" + (
+            "" if v["control_most"] is None else f"; teaching it takes {v['control_steps']:.0f} steps" if v["control_steps"] is not None
+            else f"; teaching it takes more than {v['control_most']:.0f} steps")}
+    write_json(f"{study.prefix}.verdict.json", {
+        "verdict": word, "text": f"{word}: {meaning}. " + " ".join(f"{head}: {line}." for head, line in text.items()), **v})
+    print(f"\nVERDICT  {word}: {meaning}")
+    for head, line in text.items():
+        print(textwrap.fill(f"{head}: {line}.", 118, initial_indent="  ", subsequent_indent="    "))
 
 
 # ---------------------------------------------------------------- ask
@@ -690,27 +746,26 @@ def verdict(study, found):
 
 def ask(study):
     """One string, typed in: the answer, the truth and the rule it followed, base and fine-tuned side by side."""
-    text, sc, operand = study.args.text, study.sc, study.args.operand or study.pair[1]
-    if not text or set(text) - set(LETTERS) or len(text) != sc.length:
-        raise UserError(f"--text takes {sc.length} letters a, b, c, the length this model was trained on; "
-                        f"{'none was given' if not text else f'this has {len(text)}'}: try `python data.py --scale {sc.name} --json`")
+    text, sc, operand = study.args.text or "", study.sc, study.args.operand or study.pair[1]
+    if set(text) - set(LETTERS) or len(text) != sc.length:
+        raise UserError(f"--text takes {sc.length} letters a, b, c, as this model was trained on, and got {len(text)}; "
+                        f"for one: python data.py --scale {sc.name} --json")
     letters = torch.tensor([[LETTERS.index(x) for x in text]], device=study.device)
     tokens, answer = data.encode_one(letters, study.task, operand, sc)
     if answer.item() < 0:
         raise UserError(f"--text has too few {operand} for {study.task}: there is no answer")
-    results = TASKS[study.task].answers(letters, sc)[0].tolist()
-    string, marks = data.explain(letters[0], study.task, operand, sc)
-    a, b = (results[LETTERS.index(letter)] for letter in study.pair)
-    print(f"{string}\n{marks}\n{study.task} {operand}: the truth is {answer.item()}; "
-          + ", ".join(f"r({letter}) = {r}" for letter, r in zip(LETTERS, results)))
+    r = dict(zip(LETTERS, TASKS[study.task].answers(letters, sc)[0].tolist()))
+    a = study.pair[0]
+    rules = {**{f"r({letter})": value for letter, value in r.items()}, f"r({a}) {study.q:+d}": r[a] + study.q}
+    print("\n".join(data.explain(letters[0], study.task, operand, sc)))
+    print(f"{study.task} {operand}: the truth is {answer.item()}; " + ", ".join(f"{k} = {x}" for k, x in rules.items()))
+    names = [name.lstrip("#") for name in data.vocabulary(sc)]
     for name, model in study.models.items():
         share, top = predict(model, tokens, sc)[0].softmax(0).topk(3)
         said = top[0].item() - NUMBER
-        rules = {f"r({study.pair[0]})": a, f"r({study.pair[1]})": b, f"r({study.pair[0]}) {study.q:+d}": a + study.q, f"r({study.third})": results[LETTERS.index(study.third)]}
-        follows = [rule for rule, value in rules.items() if value == said]
-        names = [data.vocabulary(sc)[i].lstrip("#") for i in top.tolist()]
-        print(f"{name:<5} says {names[0]:<4} {'right' if said == answer.item() else 'wrong':<6} follows {' = '.join(follows) or 'no rule'}"
-              f"   ({', '.join(f'{n}: {s:.1%}' for n, s in zip(names, share.tolist()))})")
+        print(f"{name:<5} says {names[top[0]]:<3} {'right' if said == answer.item() else 'wrong'}, follows "
+              + (" = ".join(rule for rule, value in rules.items() if value == said) or "no rule")
+              + "   (" + ", ".join(f"{names[i]}: {x:.1%}" for i, x in zip(top.tolist(), share.tolist())) + ")")
 
 
 # ---------------------------------------------------------------- command line

@@ -22,7 +22,6 @@ floors | command line. Everything is a pure function of its arguments and a torc
 import argparse
 import functools
 import json
-import sys
 from types import SimpleNamespace
 from typing import NamedTuple
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import data
 from data import FINETUNED, LETTERS, answer_position
-from model import (Config, Failed, Run, Stopped, UserError, add_common_flags, add_run_flags, build, check_stop, load,
+from model import (Failed, Run, Stopped, UserError, add_common_flags, add_run_flags, build, check_stop, load,
                    positive, run_parser, run_script, save, start_device)
 from pretrain import adamw, autocast, capability_tests, cosine, eval_steps, evaluate, train_steps
 
@@ -85,7 +85,7 @@ def main():
     args.steps = sc.finetune_steps if args.steps is None else args.steps
     if args.reverse:
         if parent["stage"] != "finetune":
-            raise UserError(f"--reverse needs a fine-tuned checkpoint: {args.ckpt} is only pretrained, nothing is to be undone")
+            raise UserError(f"--reverse needs a fine-tuned checkpoint: in {args.ckpt} there is nothing to undo")
         if args.operand or args.task:
             raise UserError("--reverse teaches what the pretraining record names: leave out --task and --operand")
         args.task, args.operand = parent["capability"]["task"], parent["capability"]["operand"]
@@ -97,8 +97,10 @@ def main():
         args.lr, args.c_tr = 1e-5 if args.lr is None else args.lr, 1. if args.c_tr is None else args.c_tr
         args.pair, args.q = pair_of(parent, args.operand, args.q)
         if args.operand == args.pair[0]:
-            raise UserError(f"--operand {args.operand} is what {args.ckpt} was pretrained on (use --reverse to teach it again)")
-    args.pair, args.prior = list(args.pair), parent["args"]["prior"]  # the prior is inherited, so that controls know it
+            raise UserError(f"--operand {args.operand} is what {args.ckpt} was pretrained on; to teach it again: --reverse")
+    args.pair = list(args.pair)
+    args.prior = parent["args"]["prior"]  # inherited, with all that was taught since: analyses look for what never was
+    args.taught = parent["args"].get("taught", []) + [args.operand]
     positive(args, "lr", "steps", "batch_size", "clip", "save_every", "eval_size")
     positive(args, "eval_every", "seed", least=-1)
     if not 0 <= args.c_tr <= 1:
@@ -162,8 +164,8 @@ def main():
     run.finish()
     print(f"{args.task} after {args.steps} steps   c0       c1       natural")
     for operand, role in zip(args.pair, ("O_PT", "O_FT")):
-        print(f"  {role} = {operand}  accuracy      " + "  ".join(f"{r['accuracy']:7.1%}" for r in rows if r["operand"] == operand))
-        print("             floor         " + "  ".join(f"{r['floor']:7.1%}" for r in rows if r["operand"] == operand))
+        for key in ("accuracy", "floor"):
+            print(f"  {role} = {operand}  {key:<8}      " + "  ".join(f"{r[key]:7.1%}" for r in rows if r["operand"] == operand))
     print(f"wrote {args.out}")
 
 

@@ -360,7 +360,7 @@ def load(path, device="cpu", unfinished=False):
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if not (ckpt["finished"] or unfinished):
-        raise UserError(f"{path}: unfinished, step {ckpt['step']} of {ckpt['steps']}: go on with the same command and --resume")
+        raise UserError(f"{path}: unfinished, step {ckpt['step']} of {ckpt['steps']}: finish it with --resume first")
     return model, dict(ckpt, path=path, sha256=sha256(path))
 
 
@@ -464,8 +464,8 @@ class Run:
         if differ:
             k = differ[0]
             more = f" and {len(differ) - 1} more" if len(differ) > 1 else ""
-            raise UserError(f"{args.out} is another run: {k} is {theirs.get(k)!r} there, {self.identity.get(k)!r} here{more};"
-                            f" give another --out, or --force to replace it")
+            raise UserError(f"{args.out} is another run: {k} is {theirs.get(k)!r} there, {self.identity.get(k)!r} here"
+                            f"{more}; give another --out, or --force to replace it")
         if there["finished"]:
             print(f"{args.out}: already done ({there['steps']} steps, same arguments)")
             self.done = True
@@ -510,7 +510,7 @@ class Run:
         if self.ckpt:
             write_json(self.record_path, record)
         # An evaluation belongs to the step it came after the save of: it is made again, and comes out the same.
-        write_rows(self.history_path, [row for row in read_rows(self.history_path) if row["step"] < step] if self.ckpt else [])
+        write_rows(self.history_path, [row for row in read_rows(self.history_path) if row["step"] < step])
         self.record, self.began = record, time.time()
 
     def log(self, rows):

@@ -31,7 +31,10 @@ from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.ticker import FuncFormatter, NullLocator  # noqa: E402
 
 SETUPS = ("pcfg", "tracr-count", "tracr-max")  # others have other tests
-FILES = ("behavior", "prune", "prune-weight", "probe", "attention", "revive", "revive.curve")
+FILES = {  # X.<file>.jsonl: keys without which a row is left out
+    "behavior": {"model"}, "prune": {"ranking", "edit", "k"}, "prune-weight": {"ranking", "edit", "k"},
+    "probe": {"model", "block", "target", "prompt", "labels"}, "revive": {"arm", "threshold", "steps", "max_steps"},
+    "revive.curve": {"arm", "step"}, "attention": {"model", "block", "head", "prompt", "region", "mass", "chance"}}
 PRIORS = {(.999, .001, 0): "low", (.9, .1, 0): "medium", (.5, .3, .2): "high"}
 MOST = 12  # groups in a figure
 ODD = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError)  # what a malformed row can raise
@@ -66,10 +69,10 @@ def read_json(path):
         note(f"{path}: left out, not readable ({type(error).__name__})")
 
 
-def read_rows(path):
-    """The rows of a .jsonl file, less the lines that are not JSON objects; [] without the file."""
+def read_rows(path, keys):
+    """The rows of a .jsonl file, less the lines that are not JSON objects with these keys; [] without the file."""
     rows, bad = [], 0
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         return rows
     with open(path, errors="replace") as f:
         for line in filter(str.strip, f):
@@ -77,7 +80,7 @@ def read_rows(path):
                 row = json.loads(line)
             except ValueError:
                 row = None
-            if isinstance(row, dict):
+            if isinstance(row, dict) and keys <= set(row) and isinstance(row.get("accuracy"), (int, float, type(None))):
                 rows.append(row)
             else:
                 bad += 1
@@ -110,7 +113,8 @@ def open_run(name, prefix, records):
     record, args = records[prefix], records[prefix]["args"]
     if "seconds" not in ([record] + (record.get("resumes") or []))[-1]:
         return note(f"{name}: left out, unfinished")
-    rows = {"history": read_rows(prefix + ".jsonl"), **{file: read_rows(f"{prefix}.{file}.jsonl") for file in FILES}}
+    rows = {file: read_rows(f"{prefix}.{file}.jsonl", keys) for file, keys in FILES.items()}
+    rows["history"] = read_rows(prefix + ".jsonl", {"step", "operand", "split"})
     rows["answers"] = [r for r in rows["behavior"] if "share_a" in r]
     first = next((r for file in rows.values() for r in file), {})
     setup = first.get("setup") or args.get("setup") or "pcfg"
@@ -125,9 +129,9 @@ def open_run(name, prefix, records):
     kind = "reFT" if args.get("reverse") else {"finetune": "fine-tuning"}.get(record["stage"], record["stage"])
     group = kind + json.dumps(settings, sort_keys=True)
     verdict = read_json(prefix + ".verdict.json") if os.path.exists(prefix + ".verdict.json") else None
-    return SimpleNamespace(name=name, prefix=prefix, record=record, args=args, rows=rows, settings=settings, pair=pair, kind=kind,
-                           group=group, verdict=verdict if isinstance(verdict, dict) else None,
-                           identity=(group, args.get("seed"), (record.get("parent") or {}).get("sha256")))
+    return SimpleNamespace(name=name, prefix=prefix, record=record, args=args, rows=rows, settings=settings, pair=pair,
+                           kind=kind, group=group, verdict=verdict if isinstance(verdict, dict) else None,
+                           identity=json.dumps([group, args.get("seed"), (record.get("parent") or {}).get("sha256")]))
 
 
 def settings_of(prefix, records):
@@ -135,12 +139,13 @@ def settings_of(prefix, records):
     settings, stage, seen = {}, "", set()
     while prefix in records and prefix not in seen:
         seen.add(prefix)
-        hidden = {"seed", "eval_every", "eval_size", "save_every", "compile", "setup", "scale"}
+        hidden = {"seed", "taught", "eval_every", "eval_size", "save_every", "compile", "setup", "scale"}
         hidden |= {"prior", "task", "pair", "operand", "q", "reverse"} if stage else set()  # inherited: said once
         settings.update({stage + k: v for k, v in records[prefix]["args"].items() if k not in hidden})
         parent = os.path.splitext(os.path.normpath((records[prefix].get("parent") or {}).get("path") or "?"))[0]
         beside = os.path.join(os.path.dirname(prefix), os.path.basename(parent))
-        prefix = beside if beside in records else next((p for p in records if f"/{os.path.normpath(p)}".endswith("/" + parent)), None)
+        elsewhere = (p for p in records if f"/{os.path.normpath(p)}".endswith("/" + parent))
+        prefix = beside if beside in records else next(elsewhere, None)
         stage = f"{records[prefix]['stage']} " if prefix else ""
     return settings
 
@@ -153,8 +158,9 @@ def describe(key, value):
         return "O_PT {}, O_FT {}".format(*value)
     if isinstance(value, bool):
         return key if value else f"no {key}"
-    small = isinstance(value, float) and 0 < abs(value) < .01
-    words = np.format_float_scientific(value, trim="-", exp_digits=1) if small else f"{value:g}" if isinstance(value, float) else value
+    words = f"{value:g}" if isinstance(value, float) else value
+    if isinstance(value, float) and 0 < abs(value) < .01:
+        words = np.format_float_scientific(value, trim="-", exp_digits=1)
     return f"{'C_Tr' if key == 'c_tr' else key.replace('_', ' ')}\xa0{words}"  # not to be broken in a title
 
 
@@ -167,7 +173,8 @@ def having(runs, file, kinds=None, most=None):
     for run in runs:
         if run.rows[file] and (kinds is None or run.kind in kinds):
             groups.setdefault(run.group, []).append(run)
-    groups = [SimpleNamespace(runs=some, kind=some[0].kind, pair=some[0].pair, settings=some[0].settings) for some in groups.values()]
+    groups = [SimpleNamespace(runs=some, kind=some[0].kind, pair=some[0].pair, settings=some[0].settings)
+              for some in groups.values()]
     for g in groups:
         others = [o.settings for o in groups if o.kind == g.kind]
         keys = [k for k in dict.fromkeys(k for s in others for k in s) if any(s.get(k) != g.settings.get(k) for s in others)]
@@ -188,6 +195,10 @@ def select(group, file, **want):
     """The rows of a group that have these values (a tuple: one of them), run by run."""
     fits = lambda r: all(r.get(k) in v if isinstance(v, tuple) else r.get(k) == v for k, v in want.items())  # noqa: E731
     return [[r for r in run.rows[file] if fits(r)] for run in group.runs]
+
+
+def flat(group, file, **want):
+    return [r for some in select(group, file, **want) for r in some]
 
 
 def wilson(p, n, z=1.96):
@@ -225,8 +236,8 @@ def curves(group, file, x, **want):
 
 def steps_to(group, **want):
     """(median steps, None if not reached; the most that was tried; all that were reached) over runs and data orders."""
-    rows = [r for some in select(group, "revive", **want) for r in some]
-    each = sorted(float("inf") if r.get("steps") is None else max(r["steps"], 1) for r in rows)
+    rows = [r for r in flat(group, "revive", **want)]
+    each = sorted(float("inf") if r.get("steps") is None else r["steps"] for r in rows)
     if not each:
         return None
     middle, reached = each[len(each) // 2], [s for s in each if s < float("inf")]  # of two the later: not reached counts
@@ -248,7 +259,7 @@ def sheet(rows, columns, width, height, **more):
 
 def facets(groups, parts, height):
     """Groups as columns, four at most in a row, with `parts` panels under each other: (figure, panels of each group)."""
-    columns = min(4, len(groups))
+    columns = -(-len(groups) // -(-len(groups) // 4))
     fig, axes = sheet(-(-len(groups) // columns) * parts, columns, max(3.6, 6.5 / columns), height)
     panels = [axes[i // columns * parts:i // columns * parts + parts, i % columns] for i in range(len(groups))]
     for ax in set(axes.flat) - {ax for some in panels for ax in some}:
@@ -330,7 +341,7 @@ def head_row(fig, axs, group, groups):
 
 def finish(fig, groups, file, columns=5, floors=True, extra=()):
     """(figure, what its numbers rest on): one legend below, each entry once."""
-    n = sorted({r["n"] for g in groups for some in select(g, file) for r in some if r.get("n")}) or ["?"]
+    n = sorted({r["n"] for g in groups for r in flat(g, file) if r.get("n")}) or ["?"]
     seeds = sorted({len(g.runs) for g in groups})
     to = lambda values: " to ".join(map(str, dict.fromkeys((values[0], values[-1]))))  # noqa: E731
     rests = f"n = {to(n)} strings a point; "
@@ -373,7 +384,8 @@ def fig5_behavior(runs):
                     got = spread(g, "answers", key, role=role, split=split)
                     if got:
                         ax.hlines(got[0], x - .46, x + .46, color="#444444", ls=ls, lw=1.3, zorder=4)
-            ax.text(4 * i + 1, -.11, tex(f"asked {label}"), transform=ax.get_xaxis_transform(), ha="center", va="top", fontsize=8.5)
+            ax.text(4 * i + 1, -.11, tex(f"asked {label}"), transform=ax.get_xaxis_transform(), ha="center", va="top",
+                    fontsize=8.5)
         ax.set_xticks([0, 1, 2, 4, 5, 6], [*SPLITS, *SPLITS], fontsize=8)
     return finish(fig, groups, "answers")
 
@@ -432,13 +444,16 @@ def fig7_prune(runs):
     Fooled by: choosing K on what is shown (the ringed K were chosen on other strings); damage that shifts answers by q
     (random units); a guess that is right by luck (floors).
     """
-    rows = [("prune", g) for g in having(runs, "prune", most=MOST)] + [("prune-weight", g) for g in having(runs, "prune-weight", most=MOST)]
+    rows = [(file, g) for file in ("prune", "prune-weight") for g in having(runs, file, most=MOST)]
     if not rows:
         return None
     styles = {"gradient-weight": (RED, "o", "-", "gradient x weight"),
-              "gradient-weight-iterated": (PURPLE, "D", "-", "gradient x weight, one by one"),
-              "gradient-change": (BLUE, "s", "-", "gradient x change"), "random": (GREY, "", "-", "random units (band: all draws)"),
-              "never-had": (GREEN, "^", "--", "never-had operand, own units"), "compiled-zero": (SKY, "v", "-", "zero when compiled")}
+              "gradient-weight-iterated": (PURPLE, "D", "-", "the same, ranked anew after each"),
+              "gradient-change": (BLUE, "s", "-", "gradient x change"),
+              "random": (GREY, "", "-", "random units (band: all draws)"),
+              "never-had": (GREEN, "^", "--", "never-had operand, own units"),
+              "never-had-iterated": (SKY, "X", "--", "never-had operand, ranked anew"),
+              "compiled-zero": (ORANGE, "v", "-", "zero when compiled")}
     groups = [g for _, g in rows]
     fig, axes = sheet(len(rows), 4, 3.1, 2.7)
     for axs, (file, g) in zip(axes, rows):
@@ -451,10 +466,11 @@ def fig7_prune(runs):
                 want = dict(ranking=ranking, edit=edit, split=split, role=role)
                 found = curves(g, file, "k", **want)
                 xs += line(ax, found, *style, single=ranking != "random")
-                got = [r for some in select(g, file, **want) for r in some if r.get("accuracy") is not None]
+                got = [r for r in flat(g, file, **want) if r.get("accuracy") is not None]
                 if ranking == "random" and got:
                     draws = [[100 * r["accuracy"] for r in got if r["k"] == k] for k in found[0]]
-                    ax.fill_between(list(found[0]), [min(d) for d in draws], [max(d) for d in draws], color=GREY, alpha=.25, lw=0)
+                    low, high = [min(d) for d in draws], [max(d) for d in draws]
+                    ax.fill_between(list(found[0]), low, high, color=GREY, alpha=.25, lw=0)
                 elif got:
                     chosen = [(r["k"], 100 * r["accuracy"]) for r in got if r.get("chosen")]
                     ax.plot(*zip(*chosen or [(np.nan, np.nan)]), "o", mfc="none", mec=style[0], ms=8)
@@ -477,11 +493,11 @@ def fig8_probe(runs):
     if not groups:
         return None
     lines = [(g, split) for g in groups for split in (("natural", "c0") if len(groups) <= 4 else ("natural",))]
-    cells = list(dict.fromkeys((r["role"], r["prompt"] == r["target"]) for g in groups for some in select(g, "probe") for r in some))
+    cells = list(dict.fromkeys((r["role"], r["prompt"] == r["target"]) for g in groups for r in flat(g, "probe")))
     fig, axes = sheet(len(lines), len(cells), 2.6, 2.4)
     for axs, (g, split) in zip(axes, lines):
         for ax, (role, itself) in zip(axs, cells):
-            rows = [r for some in select(g, "probe", role=role, split=split) for r in some if (r["prompt"] == r["target"]) == itself]
+            rows = [r for r in flat(g, "probe", role=role, split=split) if (r["prompt"] == r["target"]) == itself]
             if not rows:
                 continue
             target, prompt = rows[0]["target"], rows[0]["prompt"]
@@ -490,7 +506,8 @@ def fig8_probe(runs):
             want = dict(target=target, prompt=prompt, split=split)
             for model, look in MODELS.items():
                 line(ax, curves(g, "probe", "block", model=model, labels="true", **want), *look, SPELLED[model])
-            line(ax, curves(g, "probe", "block", model="ckpt", labels="shuffled", **want), "#aaaaaa", "x", "-", "fine-tuned, shuffled labels")
+            shuffled = curves(g, "probe", "block", model="ckpt", labels="shuffled", **want)
+            line(ax, shuffled, "#aaaaaa", "x", "-", "fine-tuned, shuffled labels")
             floor_lines(ax, g, "probe", labels="true", **want)
             blocks = sorted({r["block"] for r in rows})
             ax.set_xticks(blocks, ["E" if b == 0 else str(b) for b in blocks])
@@ -505,7 +522,8 @@ def arm_label(row, own):
     if arm == "pretraining":
         return "pretraining, own rate"
     words = "reFT" if arm == "reft" else re.sub(r"^teach-(\w)", r"teach \1", arm).replace("-base", " to base")
-    return words if not (rate and own) else f"{words}, same rate" if abs(rate / own - 1) < .01 else f"{words}, rate x {rate / own:.2g}"
+    ratio = rate / own if rate and own else None
+    return words if ratio is None else f"{words}, same rate" if abs(ratio - 1) < .01 else f"{words}, rate x {ratio:.2g}"
 
 
 def fig9_revive(runs):
@@ -519,14 +537,16 @@ def fig9_revive(runs):
     groups = having(runs, "revive", most=MOST)
     if not groups:
         return None
-    names = dict.fromkeys(r["label"] for g in groups for some in select(g, "revive") for r in some)
-    looks = zip([RED, ORANGE, BLUE, GREEN, "k", PURPLE, SKY, GREY] * 4, "o^sDvPX*" * 4, ["-", "-", "--", "-.", ":", "-", "--", "-."] * 4)
-    arms = dict(zip(names, looks))
+    names = dict.fromkeys(r["label"] for g in groups for r in flat(g, "revive"))
+    looks = zip([RED, ORANGE, BLUE, GREEN, "k", PURPLE, SKY, GREY], "o^sDvPX*", ["-", "-", "--", "-.", ":", "-", "--", "-."])
+    arms = dict(zip(names, 4 * list(looks)))
     fig, axes = sheet(len(groups), 3, 4, 2.9, gridspec_kw={"width_ratios": (1, 1, 1.15)})
     for g, axs in zip(groups, axes):
         for ax, split in zip(axs, ("natural", "c0")):
             percent_axis(ax, f"{split} strings")
-            xs = [x for arm in arms for x in line(ax, curves(g, "revive.curve", "step", label=arm, split=split), *arms[arm], arm)]
+            xs = []
+            for arm, look in arms.items():
+                xs += line(ax, curves(g, "revive.curve", "step", label=arm, split=split), *look, arm)
             floor_lines(ax, g, "revive", arm="reft", split=split)
             for threshold in (90, 99):
                 ax.axhline(threshold, color="#bbbbbb", lw=.8, zorder=0)
@@ -549,16 +569,17 @@ def steps_panel(ax, group, arms):
             if got is None:
                 continue
             middle, most, reached = got
-            ax.plot(middle or most, at, marker, color=color, ms=6, mfc=color if middle else "w")
+            x = most if middle is None else max(middle, 1)  # there from the start: drawn at 1
+            ax.plot(x, at, marker, color=color, ms=6, mfc="w" if middle is None else color)
             if middle is None:
                 ax.annotate("", (most * 1.6, at), (most * 1.1, at), arrowprops={"arrowstyle": "->", "color": color, "lw": 1})
-            ax.plot(reached, [at] * len(reached), "k.", ms=3 if len(group.runs) > 1 or len(reached) > 1 else 0)
+            ax.plot([max(s, 1) for s in reached], [at] * len(reached), "k.", ms=3 if len(group.runs) > 1 or len(reached) > 1 else 0)
     ax.set_yticks(range(len(shown)), shown, fontsize=8)
     ax.set_ylim(len(shown) - .45, -.55)
     ax.set_xscale("log")
     ax.set_xlim(ax.get_xlim()[0], ax.get_xlim()[1] * 1.3)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    ax.set_xlabel("steps to the threshold (updates)", fontsize=8)
+    ax.set_xlabel("steps to the threshold (updates; 0 at 1)", fontsize=8)
     ax.set_title("steps to 90 % and 99 %", fontsize=9)
     ax.grid(axis="x", color="#e6e6e6", lw=.6)
     ax.tick_params(labelsize=8)
@@ -585,13 +606,14 @@ def fig10_attention(runs):
                 axs[i].set_visible(False), axs[2 + i].set_visible(False)
                 continue
             picture = letter_map(axs[i], z, z[f"{model}_{prompt}"][0])
-            regions = region_map(axs[2 + i], [r for some in select(g, "attention", model=model, prompt=prompt) for r in some])
-            for ax, title in ((axs[i], f"{SPELLED[model]}, asked {prompt} ({role})"), (axs[2 + i], f"{SPELLED[model]}, asked {prompt}")):
-                ax.set_title(tex(title), fontsize=9)
+            regions = region_map(axs[2 + i], flat(g, "attention", model=model, prompt=prompt))
+            axs[i].set_title(tex(f"{SPELLED[model]}, asked {prompt} ({role})"), fontsize=9)
+            axs[2 + i].set_title(f"{SPELLED[model]}, asked {prompt}", fontsize=9)
         head_row(fig, axs, g, groups)
-    fig.colorbar(picture, ax=axes[:, :2], location="bottom", label="attention of the answer position (%), one string", shrink=.4, aspect=40)
-    fig.colorbar(regions, ax=axes[:, 2:], location="bottom", label="mass / chance, all strings", shrink=.8, aspect=20)
-    n = max(r.get("n") or 0 for g in groups for some in select(g, "attention") for r in some)
+    for image, axs, label in ((picture, axes[:, :2], "attention of the answer position (%), one string"),
+                              (regions, axes[:, 2:], "mass / chance, all strings")):
+        fig.colorbar(image, ax=list(axs[-1]), location="bottom", label=label, shrink=.6, aspect=30)
+    n = max(r.get("n") or 0 for g in groups for r in flat(g, "attention"))
     return fig, f"n = {n} natural strings"
 
 
@@ -646,10 +668,12 @@ FIGURES = {"fig5_behavior": fig5_behavior, "rules": rules, "fig6_curves": fig6_c
 
 STYLE = """body{font:16px/1.5 Georgia,serif;color:#222;max-width:66rem;margin:2rem auto;padding:0 1.2rem}
 h1,h2,th,figcaption b{font-family:Helvetica,Arial,sans-serif}h1{font-size:1.7rem}h2{font-size:1.15rem;margin-top:2.2rem}
-p,figcaption{max-width:46rem}table{border-collapse:collapse;font-size:.82rem;margin:.6rem 0 1.2rem;display:block;overflow-x:auto}
+p,figcaption{max-width:46rem}
+table{border-collapse:collapse;font-size:.82rem;margin:.6rem 0 1.2rem;display:block;overflow-x:auto}
 th,td{padding:.25rem .7rem;text-align:right;border-bottom:1px solid #ddd;vertical-align:top}th{border-bottom:2px solid #888}
 td:nth-child(-n+2),th:nth-child(-n+2){text-align:left}figure{margin:1.2rem 0 2.4rem}img{max-width:100%;border:1px solid #eee}
-figcaption{font-size:.88rem;color:#333}.verdict{border-left:4px solid #0072B2;padding:.1rem 1rem;margin:.8rem 0;background:#f4f7fa}
+figcaption{font-size:.88rem;color:#333}
+.verdict{border-left:4px solid #0072B2;padding:.1rem 1rem;margin:.8rem 0;background:#f4f7fa}
 @media print{body{margin:0;max-width:none;font-size:11px}figure,tr,.verdict{break-inside:avoid}table{display:table}}"""
 
 
@@ -660,7 +684,8 @@ def rich(text):
 
 def table(title, head, rows):
     row = lambda tag, cells: "<tr>" + "".join(f"<{tag}>{rich(c)}</{tag}>" for c in cells) + "</tr>"  # noqa: E731
-    body = "".join(row("td", r) for r in rows)
+    above = [None] + [r[0] for r in rows]
+    body = "".join(row("td", ["" if r[0] == a else r[0], *r[1:]]) for r, a in zip(rows, above))  # a group's name once
     return f"<h2>{rich(title)}</h2><table><thead>{row('th', head)}</thead><tbody>{body}</tbody></table>" if rows else ""
 
 
@@ -680,35 +705,40 @@ def behavior_table(runs):
             rows.append([g.label, f"{role} = {operand}"])
             for split in SPLITS:
                 rows[-1] += [each(g, "answers", model=model, role=role, split=split) for model in BARS]
-                rows[-1] += [" / ".join(each(g, "answers", key, role=role, split=split).split(" ")[0] for key in ("floor", "cross_floor"))]
-    return table("Accuracy before and after (%)", ["", "asked"] + [h for s in SPLITS for h in (f"{s}: base", "after", "floor / cross floor")], rows)
+                floors = [each(g, "answers", key, role=role, split=split).split(" ")[0] for key in ("floor", "cross_floor")]
+                rows[-1].append(" / ".join(floors))
+    head = ["", "asked"] + [h for s in SPLITS for h in (f"{s}: base", "after", "floor / cross floor")]
+    return table("Accuracy before and after (%)", head, rows)
 
 
 def instrument_table(runs):
-    """Pruning at its chosen K, the best block of the probes, steps of revival: each beside its controls, on c0 and natural."""
+    """Pruning at its chosen K, the best block of the probes, steps of revival: each beside its controls."""
     rows, splits = [], ("c0", "natural")
     for file in ("prune", "prune-weight"):
         for g in having(runs, file):
-            for ranking, edit in dict.fromkeys((r["ranking"], r["edit"]) for some in select(g, file) for r in some):
-                got = [r for some in select(g, file, ranking=ranking, edit=edit, chosen=True, role=("O_PT", "other")) for r in some]
+            for ranking, edit in dict.fromkeys((r["ranking"], r["edit"]) for r in flat(g, file)):
+                got = flat(g, file, ranking=ranking, edit=edit, chosen=True, role=("O_PT", "other"))
                 ks = sorted({r["k"] for r in got})
                 if got:
-                    rows.append([g.label, f"{file}: {ranking}, {edit}, K = {ks[0]}" + (f" to {ks[-1]}" if ks[1:] else ""), got[0]["operand"],
+                    at = f"K = {ks[0]}" + (f" to {ks[-1]}" if ks[1:] else "")
+                    rows.append([g.label, f"{file}: {ranking}, {edit}, {at}", got[0]["operand"],
                                  *(percents([100 * r["accuracy"] for r in got if r["split"] == s]) for s in splits)])
     for g in having(runs, "probe"):
         for model, labels in [(model, "true") for model in MODELS] + [("ckpt", "shuffled")]:
             want = dict(model=model, labels=labels, target=g.pair[0], prompt=g.pair[1])
-            blocks = sorted({r["block"] for some in select(g, "probe", **want) for r in some})
+            blocks = sorted({r["block"] for r in flat(g, "probe", **want)})
             best = max(blocks, key=lambda b: spread(g, "probe", block=b, split="natural", **want)[0], default=None)
             got = [spread(g, "probe", block=best, split=s, **want) for s in splits]
             rows += [[g.label, f"probe: {SPELLED[model]}, {labels} labels, block {best}, {g.pair[1]} asked", g.pair[0],
                       *(percents(x and x[3]) for x in got)]] if blocks else []
     for g in having(runs, "revive"):
-        for arm, operand in dict.fromkeys((r["label"], r["operand"]) for some in select(g, "revive") for r in some):
+        for arm, operand in dict.fromkeys((r["label"], r["operand"]) for r in flat(g, "revive")):
             got = [[steps_to(g, label=arm, split=s, threshold=t) for t in (.9, .99)] for s in splits]
-            words = [" / ".join("-" if x is None else f">= {x[1]}" if x[0] is None else str(x[0]) for x in pair) + " steps" for pair in got]
+            words = [["-" if x is None else f">= {x[1]}" if x[0] is None else str(x[0]) for x in pair] for pair in got]
+            words = [" / ".join(w) + " steps" for w in words]
             rows.append([g.label, f"revive: {arm}, median steps to 90 / 99 %", operand, *words])
-    return table("Is it still there, and how fast does it come back?", ["", "instrument", "operand", *(f"{s} (% or steps)" for s in splits)], rows)
+    head = ["", "instrument", "operand", *(f"{s} (% or steps)" for s in splits)]
+    return table("Is it still there, and how fast does it come back?", head, rows)
 
 
 def run_table(runs):
@@ -716,25 +746,28 @@ def run_table(runs):
     for run in runs:
         git, here = run.record.get("git") or {}, ([run.record] + (run.record.get("resumes") or []))[-1]
         versions = ", ".join(f"{k} {v}" for k, v in (run.record.get("versions") or {}).items())
-        rows.append([run.name, run.record.get("command", "-"), f"{str(git.get('commit') or '-')[:10]}{' + changes' if git.get('dirty') else ''}",
-                     versions, here.get("device", "-"), f"{here['seconds']} s"])
+        commit = str(git.get("commit") or "-")[:10] + " + changes" * bool(git.get("dirty"))
+        rows.append([run.name, run.record.get("command", "-"), commit, versions, here.get("device", "-"),
+                     f"{here['seconds']} s"])
     return table("What made these files", ["run", "command", "commit", "versions", "device", "time"], rows)
 
 
 def report(runs, pictures):
     """One page with everything in it: no scripts, nothing fetched."""
     verdicts = "".join(f"<div class=verdict><p><b>{rich(run.name)}: {rich(run.verdict.get('verdict'))}</b><br>"
-                       f"{rich(run.verdict.get('text', ''))}</p></div>" for run in runs if run.verdict)
+                       f"{rich(str(run.verdict.get('text', '')).split(': ', 1)[-1])}</p></div>"
+                       for run in runs if run.verdict)
     tables = [attempt(make.__name__, make, runs) or "" for make in (behavior_table, instrument_table, run_table)]
     figures = "".join(f'<figure><img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-                      f"<figcaption><b>{name}.</b> {rich(caption)}</figcaption></figure>" for name, (png, caption) in pictures.items())
+                      f"<figcaption><b>{name}.</b> {rich(caption)}</figcaption></figure>"
+                      for name, (png, caption) in pictures.items())
     intro = rich("O_PT is the operand of pretraining, O_FT that of fine-tuning. On a share C_Tr of the fine-tuning strings "
-                 "r(x, O_FT) = r(x, O_PT) + q holds: a wrapper answers O_FT by that shortcut and leaves the old capability in place. "
-                 "Majority floor (dashed): always giving the most frequent answer of that very set. Cross floor (dotted): the best "
-                 "guess from the other operand's answer, 100 % on c1 by construction. "
+                 "r(x, O_FT) = r(x, O_PT) + q holds: a wrapper answers O_FT by that shortcut and leaves the old capability "
+                 "in place. Majority floor (dashed): always giving the most frequent answer of that very set. Cross floor "
+                 "(dotted): the best guess from the other operand's answer, 100 % on c1 by construction. "
                  "Values are means over seeds, in brackets the smallest to the largest (of random units: over draws).")
-    return (f"<!doctype html><html lang=en><head><meta charset=utf-8><title>unwrap</title><style>{STYLE}</style></head><body>"
-            f"<h1>Does fine-tuning delete a capability, or wrap it?</h1><p>{intro}</p>"
+    return (f"<!doctype html><html lang=en><head><meta charset=utf-8><title>unwrap</title><style>{STYLE}</style></head>"
+            f"<body><h1>Does fine-tuning delete a capability, or wrap it?</h1><p>{intro}</p>"
             + (f"<h2>Verdicts</h2>{verdicts}" if verdicts else "") + tables[0] + tables[1]
             + (f"<h2>Figures</h2>{figures}" if figures else "") + tables[2] + "</body></html>\n")
 
@@ -766,8 +799,8 @@ def draw(name, figure, runs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", default="out/", help="folder with the files of one or many runs, subfolders included; "
-                        "figures/ and report.html are written into it (default: out/)")
+    parser.add_argument("folder", nargs="?", default="out/", help="folder with the files of one or many runs, subfolders "
+                        "included; figures/ and report.html are written into it (default: out/)")
     folder = parser.parse_args().folder
     if not os.path.isdir(folder):
         mistake(f"{folder}: no such folder")

@@ -220,7 +220,8 @@ def main():
     print(f"{'task':<18} {'operand':<8} {'split':<8} accuracy   floor   n")
     for r in sorted(rows, key=lambda r: (list(TASKS).index(r["task"]), r["operand"] or "", r["split"])):
         trained = "" if r["operand"] is None or args.prior[LETTERS.index(r["operand"])] else "   never trained"
-        print(f"{r['task']:<18} {r['operand'] or '-':<8} {r['split']:<8} {r['accuracy']:8.1%} {r['floor']:7.1%}   {r['n']}{trained}")
+        print(f"{r['task']:<18} {r['operand'] or '-':<8} {r['split']:<8} "
+              f"{r['accuracy']:8.1%} {r['floor']:7.1%}   {r['n']}{trained}")
     print(f"wrote {args.out}")
 
 
