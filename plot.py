@@ -379,7 +379,9 @@ def fig5_behavior(runs):
         for i, (role, label) in enumerate(roles(groups).items()):
             for x, split in enumerate(SPLITS, 4 * i):
                 for at, mean, top in bars(ax, x, g, role=role, split=split):
-                    ax.text(at, min(top + 2, 101.5), f"{mean:.0f}", ha="center", va="bottom", fontsize=6.5)
+                    side = -1 if at < x else 1  # numbers lean away from each other: 100 beside 100 would touch
+                    ax.text(x + .03 * side, min(top + 2, 101.5), f"{mean:.0f}", ha="right" if side < 0 else "left",
+                            va="bottom", fontsize=6)
                 for key, ls in (("floor", "--"), ("cross_floor", ":")):
                     got = spread(g, "answers", key, role=role, split=split)
                     if got:
@@ -573,7 +575,8 @@ def steps_panel(ax, group, arms):
             ax.plot(x, at, marker, color=color, ms=6, mfc="w" if middle is None else color)
             if middle is None:
                 ax.annotate("", (most * 1.6, at), (most * 1.1, at), arrowprops={"arrowstyle": "->", "color": color, "lw": 1})
-            ax.plot([max(s, 1) for s in reached], [at] * len(reached), "k.", ms=3 if len(group.runs) > 1 or len(reached) > 1 else 0)
+            if len(group.runs) > 1 or len(reached) > 1:
+                ax.plot([max(s, 1) for s in reached], [at] * len(reached), "k.", ms=3)
     ax.set_yticks(range(len(shown)), shown, fontsize=8)
     ax.set_ylim(len(shown) - .45, -.55)
     ax.set_xscale("log")

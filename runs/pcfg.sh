@@ -31,9 +31,6 @@ jobs_tune() {
         echo "tune count/learner-$seed $seed low-$seed --c-tr 0 --lr 1e-3"        # nothing to wrap: it has to learn
         echo "tune index/low-$seed $seed low-$seed --task index"                  # the Indexer
     done
-    for lr in 1e-5 1e-4 1e-3; do for c in 0 .5 .8 1; do for prior in low high; do
-        echo "tune grid/$prior-ctr$c-lr$lr 0 $prior-0 --c-tr $c --lr $lr"
-    done; done; done
 }
 jobs_look() {
     for seed in 0 1 2; do
@@ -41,7 +38,12 @@ jobs_look() {
         echo "look count/learner-$seed"; echo "look index/low-$seed"
     done
 }
-for stage in ${STAGES:-jobs_pre jobs_tune jobs_look}; do
+jobs_grid() {
+    for lr in 1e-5 1e-4 1e-3; do for c in 0 .5 .8 1; do for prior in low high; do
+        echo "tune grid/$prior-ctr$c-lr$lr 0 $prior-0 --c-tr $c --lr $lr"
+    done; done; done
+}
+for stage in ${STAGES:-jobs_pre jobs_tune jobs_look jobs_grid}; do
     $stage | tr '\n' '\0' | xargs -0 -P 2 -I{} bash -c "{}"
 done
 for folder in count index grid; do "$PYTHON" plot.py "results/$folder"; done

@@ -189,7 +189,8 @@ def test_identity_edits_change_nothing(model, tokens, at):
     for fn in (lambda x: x, lambda x: x.clone(), lambda x: None):
         with activation_edits(model, {name: fn for name in activation_names(model)}):
             assert torch.allclose(model(tokens, at), plain, atol=1e-5)
-        with activation_edits(model, {n: fn for n in activation_names(model) if not n.endswith(("scores", "pattern"))}):
+        unspelt = [name for name in activation_names(model) if not name.endswith(("scores", "pattern"))]
+        with activation_edits(model, {name: fn for name in unspelt}):
             assert torch.equal(model(tokens, at), plain)
 
 
@@ -255,8 +256,9 @@ def test_weight_edits_undo_themselves(model, tokens, fail):
     """Rows, entries and whole tensors, one of them twice, a not-a-number too: put back bit for bit."""
     model.blocks[0].up.bias.data[3] = -0.  # equal to 0., but not the same bits
     before, plain = copy_of(model), model(tokens)
-    rows = [("blocks.1.attn.qkv.weight", 3, 0.), ("blocks.1.attn.qkv.weight", (3, slice(2)), 5.), ("head.weight", (0, 1), 1e9),
-            ("blocks.0.up.bias", slice(None), torch.nan), ("tok.weight", [1, 2], torch.ones(2, D))]
+    rows = [("blocks.1.attn.qkv.weight", 3, 0.), ("blocks.1.attn.qkv.weight", (3, slice(2)), 5.),
+            ("head.weight", (0, 1), 1e9), ("blocks.0.up.bias", slice(None), torch.nan),
+            ("tok.weight", [1, 2], torch.ones(2, D))]
     try:
         with weight_edits(model, rows) as edited:
             w = model.state_dict()
@@ -344,8 +346,8 @@ def test_saving_is_all_or_nothing(model, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [
-    {"d_model": 24}, {"n_layer": 2}, {"n_layer": 4}, {"n_layer": 10 ** 9}, {"vocab_size": 10 ** 15}, {"d_mlp": 0}, {"n_ctx": -1},
-    {"d_head": 3.0}, {"n_head": True}, {"n_head": "2"}, {"more": 1}])
+    {"d_model": 24}, {"n_layer": 2}, {"n_layer": 4}, {"n_layer": 10 ** 9}, {"vocab_size": 10 ** 15}, {"d_mlp": 0},
+    {"n_ctx": -1}, {"d_head": 3.0}, {"n_head": True}, {"n_head": "2"}, {"more": 1}])
 def test_config_that_lies_about_shapes(model, tmp_path, wrong):
     """Refused in one line that names the file, before anything of that size is allocated."""
     save(tmp_path / "x.pt", checkpoint(model, config={**asdict(CONFIG), **wrong}))
