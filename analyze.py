@@ -29,7 +29,7 @@ from data import LETTERS, NUMBER, SPLITS, TASKS, answer_position
 from finetune import answer_loss, constant, finetuning_stream, pair_of
 from model import (GPT, Config, UserError, activations, add_common_flags, check_stop, load, positive, read_rows,
                    replace_file, run_parser, run_script, start_device, weight_edits, write_json, write_rows)
-from pretrain import adamw, cosine, other_tests, predict, score, train_steps
+from pretrain import adamw, cosine, other_tests, predict, score, test_set, train_steps
 
 # ---------------------------------------------------------------- the study
 
@@ -87,7 +87,7 @@ class Study:
         pair = self.pair if operand in self.pair else (operand, self.pair[1])
         key = (operand, split, label, n)
         if key not in self._tests:
-            self._tests[key] = data.test_set(n or self.args.eval_size, self.sc, self.task, operand, split, self.seed,
+            self._tests[key] = test_set(n or self.args.eval_size, self.sc, self.task, operand, split, self.seed,
                                              pair, self.q, label, self.device)
         return self._tests[key]
 
@@ -344,36 +344,38 @@ def prune_sweeps(study):
     {ranking: units} of the three rankings of the fine-tuned model.
     """
     a, unit = study.pair[0], study.args.unit
-    few, some = [k for k in KS if 0 < k <= FEW], (FEW, KS[-1])
-    far = KS[1:] + ((200, 400, 800) if unit == "row" else (1000, 10000))  # grafting needs many
-    sweeps = []
+    most, sweeps = study.args.most, []
+    few, some, every = [k for k in KS if 0 < k <= FEW], (FEW, KS[-1]), KS[1:]
+    far = every + ((200, 400, 800) if unit == "row" else (1000, 10000))  # grafting needs many
 
     def add(model, base, operand, ranking, edit, units, ks, draw=None):
         sweeps.append(SimpleNamespace(model=model, base=base, operand=operand, ranking=ranking, edit=edit, units=units,
-                                      ks=ks, draw=draw))
+                                      ks=[k for k in ks if k <= most], draw=draw))
 
-    def rank(model, operand, minus=None, most=KS[-1]):
+    def rank(model, operand, minus=None, upto=KS[-1]):
         scores = unit_scores(model, study.test(operand, "c0", "select"), study.sc, unit, minus)
-        return ranked_units(scores, most), scores
+        return ranked_units(scores, upto), scores
+
+    def anew(model, operand):
+        return iterated_units(model, study.test(operand, "c0", "select"), study.sc, unit, min(FEW, most))
 
     here = study.model, study.base, a
     one_pass, scores = rank(study.model, a)
-    iterated = iterated_units(study.model, study.test(a, "c0", "select"), study.sc, unit, FEW)
-    change, _ = rank(study.model, a, minus=study.base, most=far[-1])
-    add(*here, "gradient-weight", "zero", one_pass, KS[1:])
+    iterated = anew(study.model, a)
+    change, _ = rank(study.model, a, minus=study.base, upto=far[-1])
+    add(*here, "gradient-weight", "zero", one_pass, every)
     add(*here, "gradient-weight-iterated", "zero", iterated, few)
     add(*here, "gradient-weight", "graft", one_pass, some)
     add(*here, "gradient-change", "graft", change, far)
     for draw in range(study.args.draws):
-        random = matched_units(iterated + one_pass[FEW:], scores, data.rng(study.seed, "prune", draw))
-        add(*here, "random", "zero", random, KS[1:], draw)
+        random = matched_units(iterated + one_pass[len(iterated):], scores, data.rng(study.seed, "prune", draw))
+        add(*here, "random", "zero", random, every, draw)
         add(*here, "random", "graft", random, some, draw)
     if study.never:
         model, base, operand = study.never
         one, _ = rank(model, operand)
-        add(*study.never, "never-had", "zero", one, KS[1:])
-        add(*study.never, "never-had-iterated", "zero",
-            iterated_units(model, study.test(operand, "c0", "select"), study.sc, unit, FEW), few)
+        add(*study.never, "never-had", "zero", one, every)
+        add(*study.never, "never-had-iterated", "zero", anew(model, operand), few)
         if base:
             add(*study.never, "never-had", "graft", one, some)
     return sweeps, {"gradient-weight": one_pass, "gradient-weight-iterated": iterated, "gradient-change": change}
@@ -433,7 +435,7 @@ def probe(study):
     sc, n, (a, b) = study.sc, study.args.eval_size, study.pair
     untrained = GPT(Config(**study.ckpt["config"])).init_weights(data.rng(study.seed, "untrained")).to(study.device)
     g = data.rng(study.seed, "probe")
-    train = [data.test_set(5 * n, sc, study.task, b, split, study.seed, study.pair, study.q, "probe", study.device)
+    train = [test_set(5 * n, sc, study.task, b, split, study.seed, study.pair, study.q, "probe", study.device)
              for split in ("natural", "c0")]
     tests = [study.test(b, split) for split in ("natural", "c0")]
     results = torch.cat([s.results for s in train])
@@ -784,6 +786,7 @@ def main():
     parser.add_argument("--unit", default="row", choices=["row", "weight"], help="prune: whole rows (neurons) or single weights "
                         "(default: row)")
     parser.add_argument("--draws", type=int, default=8, help="prune: matched random draws (default: 8)")
+    parser.add_argument("--most", type=int, default=10000, help="prune: most units to edit at once (default: 10000)")
     parser.add_argument("--seeds", type=int, default=1, help="revive: data orders (default: 1)")
     parser.add_argument("--steps", type=int, help="largest number of training steps (default: probe 4000, revive 600)")
     parser.add_argument("--batch-size", type=int, default=96, help="revive: strings a step (default: 96)")
@@ -796,7 +799,7 @@ def main():
     unknown = [name for name in args.analysis if name not in (*ANALYSES, "ask")]
     if unknown:
         raise UserError(f"no analysis {unknown[0]!r}; there are {', '.join(ANALYSES)}, ask")
-    positive(args, "draws", "seeds", "steps", "batch_size", "eval_size")
+    positive(args, "draws", "most", "seeds", "steps", "batch_size", "eval_size")
     positive(args, "seed", least=-1)
     study = Study(args)
     if "ask" in args.analysis:

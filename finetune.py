@@ -15,7 +15,7 @@ from tqdm import tqdm
 import data
 from data import FINETUNED, LETTERS, answer_position
 from model import (Failed, Run, Stopped, UserError, add_common_flags, add_run_flags, build, check_stop, load,
-                   positive, run_parser, run_script, save, start_device)
+                   positive, restore, run_parser, run_script, save, start_device)
 from pretrain import adamw, autocast, capability_tests, cosine, eval_steps, evaluate, train_steps
 
 
@@ -119,7 +119,7 @@ def main():
         model = build(run.ckpt, device)
     optimizer = adamw(model, args.lr)
     if run.ckpt:
-        optimizer.load_state_dict(run.ckpt["optimizer"])
+        restore(optimizer, run.ckpt)
     forward = torch.compile(model) if args.compile else model
     batch = finetuning_stream(sc, args.task, args.operand, args.c_tr, args.pair, args.q, args.batch_size, args.seed, device)
     answer_loss_at = answer_loss(forward, batch, sc)

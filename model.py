@@ -82,10 +82,12 @@ class Attention(nn.Module):
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
+        self.resid_pre = nn.Identity()  # in the order in which they are computed: activation_names() shows it
         self.ln1, self.attn = nn.LayerNorm(c.d_model), Attention(c)
-        self.ln2, self.up, self.down = nn.LayerNorm(c.d_model), nn.Linear(c.d_model, c.d_mlp), nn.Linear(c.d_mlp, c.d_model)
-        for name in ("resid_pre", "attn_out", "resid_mid", "mlp_pre", "mlp_post", "mlp_out", "resid_post"):
-            setattr(self, name, nn.Identity())
+        self.attn_out, self.resid_mid = nn.Identity(), nn.Identity()
+        self.ln2, self.up, self.mlp_pre = nn.LayerNorm(c.d_model), nn.Linear(c.d_model, c.d_mlp), nn.Identity()
+        self.mlp_post, self.down, self.mlp_out = nn.Identity(), nn.Linear(c.d_mlp, c.d_model), nn.Identity()
+        self.resid_post = nn.Identity()
 
     def forward(self, x, at=None):
         x = self.resid_pre(x)
@@ -259,6 +261,8 @@ def replace_file(path, write):
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(part)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = path  # a full disk does not say which file
         if isinstance(error, RuntimeError):  # torch.save says so when the disk is full
             raise Failed(f"cannot write {path}: disk full or file too large ({str(error).splitlines()[0]})") from None
         raise
@@ -314,6 +318,8 @@ def read_checkpoint(path, device="cpu"):
         with zipfile.ZipFile(path) as archive:
             if any(item.compress_type != zipfile.ZIP_STORED for item in archive.infolist()):
                 raise ValueError("compressed members")  # torch never compresses: this could grow without bound
+            if any(item.external_attr & 0x10 for item in archive.infolist()):  # one bit that no checksum covers
+                raise ValueError("folder among the members")  # torch would return uninitialised memory for it
             if archive.testzip():
                 raise ValueError("checksum")
         ckpt = torch.load(path, map_location=device, weights_only=True)
@@ -328,6 +334,14 @@ def read_checkpoint(path, device="cpu"):
                         f"({type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]})") from None
     if not isinstance(ckpt, dict) or not set(KEYS) <= set(ckpt):
         raise UserError(f"{path}: a foreign file, not an unwrap checkpoint")
+    needed = {"pretrain": {"prior", "seed", "lr"}, "finetune": {"prior", "seed", "lr", "pair", "q", "steps", "reverse"}}
+    try:
+        fits = (needed[ckpt["stage"]] <= set(ckpt["args"]) and type(ckpt["args"]) is dict and ckpt["setup"] == "pcfg"
+                and ckpt["scale"] in ("small", "paper") and {"task", "operand"} <= set(ckpt["capability"]))
+    except (KeyError, TypeError):
+        fits = False
+    if not fits:
+        raise UserError(f"{path}: not an unwrap checkpoint (its stage, arguments, scale or capability make no sense)")
     return ckpt
 
 
@@ -425,6 +439,17 @@ def git_state():
         return {"commit": None, "dirty": None}
 
 
+def restore(optimizer, ckpt):
+    """Load the optimizer's state of a checkpoint. Raises UserError if it does not fit the weights."""
+    try:
+        optimizer.load_state_dict(ckpt["optimizer"])
+        for p, state in optimizer.state.items():
+            if any(state[k].shape != p.shape for k in ("exp_avg", "exp_avg_sq")):
+                raise ValueError("shapes")
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(f"the optimizer state to resume from does not fit the model ({type(error).__name__})") from None
+
+
 def record_here(device):
     """What a record says of this start: command, code, versions, machine, time."""
     return {"command": " ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]), "git": git_state(),
@@ -456,6 +481,8 @@ class Run:
             os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {args.out}: {error.strerror}") from None
+        if args.resume and args.force:
+            raise UserError("--resume goes on, --force starts again: give one of them")
         there = self.there(args.force)
         if there is None or args.force:
             return
@@ -500,7 +527,8 @@ class Run:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 with open(self.record_path) as f:
                     old = json.load(f)
-                record = {**old, "resumes": old["resumes"] + [dict(record_here(device), step=step)]}
+                if old["args"] == self.args:  # else a kill came between the checkpoint and its record
+                    record = {**old, "resumes": old["resumes"] + [dict(record_here(device), step=step)]}
         elif os.path.exists(self.path):
             save_now()  # --force: the old checkpoint goes first, at once, and only for a whole new one
             write_json(self.record_path, record)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import data
 from data import FINETUNED, LETTERS, SPLITS, TASKS, answer_position
 from model import (GPT, Config, Failed, Run, Stopped, UserError, add_common_flags, add_run_flags, build, check_stop,
-                   positive, run_parser, run_script, save, start_device)
+                   positive, restore, run_parser, run_script, save, start_device)
 
 # ---------------------------------------------------------------- the optimisation step
 
@@ -28,7 +28,8 @@ def train_steps(model, optimizer, loss_at, lr_at, steps, step=0, clip=1.0):
     first): steps 0..N inclusive, so that the untouched and the finished model pass through the same code of the caller.
 
     loss_at(step) -> loss tensor of batch `step`; lr_at(step) -> learning rate; clip: largest gradient norm.
-    Raises Failed, before the weights are touched, when the loss or its gradient is not finite.
+    Raises Failed when the loss or its gradient is not finite, before the weights are touched, and when the weights are
+    not, before anybody could save them.
     """
     loss = None
     while True:
@@ -46,6 +47,8 @@ def train_steps(model, optimizer, loss_at, lr_at, steps, step=0, clip=1.0):
         optimizer.step()
         optimizer.zero_grad()
         step += 1
+        if not torch.nn.utils.get_total_norm(model.parameters()).isfinite():
+            raise Failed(f"step {step}: the weights are not finite, lr {lr_at(step - 1):.3g}")
 
 
 def adamw(model, lr):
@@ -107,15 +110,24 @@ def evaluate(model, tests, sc, seed):
     return [score(predict(model, test.tokens, sc), test, sc, seed) for test in tests]
 
 
+def test_set(*args, **more):
+    """data.test_set(), after a look for a stop signal: large sets take a while."""
+    check_stop()
+    return data.test_set(*args, **more)
+
+
+test_set.__test__ = False  # not a pytest function
+
+
 def capability_tests(n, sc, task, pair, q, seed, device, operands=None):
     """The sets of every history: both operands of the pair (or `operands`) on c0, c1 and natural."""
-    return [data.test_set(n, sc, task, operand, split, seed, pair, q, device=device)
+    return [test_set(n, sc, task, operand, split, seed, pair, q, device=device)
             for operand in operands or pair for split in SPLITS]
 
 
 def other_tests(n, sc, operands, seed, device, but=None):
     """Natural sets of every family but one, for every operand given."""
-    return [data.test_set(n, sc, task, operand, "natural", seed, device=device)
+    return [test_set(n, sc, task, operand, "natural", seed, device=device)
             for task in TASKS if task != but for operand in (operands if task not in data.OPERANDLESS else "a")]
 
 
@@ -158,7 +170,7 @@ def main():
     model = build(run.ckpt, device) if run.ckpt else GPT(config).init_weights(data.rng(args.seed, "weights")).to(device)
     optimizer = adamw(model, args.lr)
     if run.ckpt:
-        optimizer.load_state_dict(run.ckpt["optimizer"])
+        restore(optimizer, run.ckpt)
     forward = torch.compile(model) if args.compile else model
     operand = LETTERS[max(range(3), key=lambda i: args.prior[i])]
     pair = (operand, "b" if operand == "a" else "a")  # the capability, and what will be taught later
@@ -196,7 +208,7 @@ def main():
             if step in evals:
                 rows = evaluate(model, tests, sc, args.seed)
                 if step in (0, args.steps):  # the rest: index on c0 and c1, and operands that are hardly or never trained
-                    rest = [data.test_set(args.eval_size, sc, task, o, split, args.seed, pair, device=device)
+                    rest = [test_set(args.eval_size, sc, task, o, split, args.seed, pair, device=device)
                             for task in TASKS for o in LETTERS for split in SPLITS
                             if (task in FINETUNED or split == "natural") and (task not in data.OPERANDLESS)]
                     done = {(r["task"], r["operand"], r["split"]) for r in rows}

@@ -218,11 +218,11 @@ def rows_of(path):
 @pytest.mark.parametrize("scale, task", [("small", "count"), ("small", "index"), ("paper", "count")])
 def test_every_stage_and_analysis(tmp_path, scale, task):
     """A few steps of each, down to the report; files and rows as promised; reFT of a fine-tuned model as well."""
-    tiny = ["--batch-size", "2", "--eval-size", "4", "--steps", "3", "--threads", "2"]
+    tiny = ["--batch-size", "2", "--eval-size", "4" if scale == "small" else "2", "--steps", "3", "--threads", "2"]
     python("pretrain.py", "--scale", scale, *tiny, cwd=tmp_path)
     python("finetune.py", "--task", task, *tiny, cwd=tmp_path)
     python("finetune.py", "--reverse", *tiny, cwd=tmp_path)
-    out = python("analyze.py", *tiny, "--draws", "1", cwd=tmp_path)
+    out = python("analyze.py", *tiny, "--draws", "1", "--most", "100" if scale == "small" else "3", cwd=tmp_path)
     assert "VERDICT" in out
     for name, keys in FILES.items():
         rows = rows_of(tmp_path / f"out/ft.{name}.jsonl")
@@ -255,7 +255,7 @@ def test_ask_and_mistakes(tmp_path):
     python("finetune.py", *tiny, cwd=tmp_path)
     text = "abcabcabcabcabcabcabcabcabcabcab"
     said = python("analyze.py", "ask", "--text", text, "--operand", "b", cwd=tmp_path)
-    assert "the truth is 5" in said and said.count("says") == 2
+    assert "the truth is 6" in said and said.count("says") == 2
     for words, hint in ((["ask", "--text", "abc"], "32 letters"), (["ask", "--text", "x" * 32], "32 letters"), (["ask"], "32 letters"),
                         (["nonsense"], "no analysis"), (["prune", "--ckpt", "out/pre.pt"], "no base"),
                         (["--draws", "0"], "--draws"), (["--base", "out/nothing.pt"], "no such"),
@@ -277,7 +277,7 @@ def test_readme_commands(tmp_path):
     assert {"data.py", "pretrain.py", "finetune.py", "analyze.py", "plot.py"} <= {c[1] for c in commands}
     tiny = {"pretrain.py": ["--steps", "3", "--batch-size", "2", "--eval-size", "4"],
             "finetune.py": ["--steps", "3", "--batch-size", "2", "--eval-size", "4"],
-            "analyze.py": ["--steps", "3", "--batch-size", "2", "--eval-size", "4", "--draws", "1"]}
+            "analyze.py": ["--steps", "3", "--batch-size", "2", "--eval-size", "4", "--draws", "1", "--most", "5"]}
     done = set()
     for command in commands:
         words = command[1:] + ([] if "--scale" in command and command[1] == "data.py" else tiny.get(command[1], []))
