@@ -29,7 +29,7 @@ from data import LETTERS, NUMBER, SPLITS, TASKS, answer_position
 from finetune import answer_loss, constant, finetuning_stream, pair_of
 from model import (GPT, Config, UserError, activations, add_common_flags, check_stop, load, positive, read_rows,
                    replace_file, run_parser, run_script, start_device, weight_edits, write_json, write_rows)
-from pretrain import adamw, cosine, other_tests, predict, score, test_set, train_steps
+from pretrain import accuracy, adamw, cosine, other_tests, predict, score, test_set, train_steps
 
 # ---------------------------------------------------------------- the study
 
@@ -138,9 +138,8 @@ def rule_shares(answer, a, b, q):
     """
     rules = {"a": answer == a, "b": answer == b, "a_plus_q": answer == a + q, "blend": answer == (a + b + q) // 2,
              "constant": answer == answer.mode().values}
-    shares = {f"share_{k}": v.double().mean().item() for k, v in rules.items()}
-    shares["share_none"] = (~torch.stack(list(rules.values())).any(0)).double().mean().item()
-    return shares
+    rules["none"] = ~torch.stack(list(rules.values())).any(0)
+    return {f"share_{k}": v.sum().item() / len(answer) for k, v in rules.items()}
 
 
 def distance_moved(study):
@@ -468,7 +467,7 @@ def probe(study):
             logits, truth = new @ w + c, test.results[:, LETTERS.index(key["target"])]
             other = test.results[:, LETTERS.index(b if key["target"] != b else a)]
             rows.append(study.blank(operand=key["target"], split=test.split, n=len(truth), **key,
-                                    accuracy=(logits.argmax(1) == truth).double().mean().item(),
+                                    accuracy=accuracy(logits, truth),
                                     floor=data.majority_floor(truth), cross_floor=data.cross_floor(truth, other),
                                     loss=F.cross_entropy(logits, truth.clamp(max=logits.shape[1] - 1)).item()))
     study.write("probe", rows)
@@ -524,7 +523,7 @@ def attention(study):
                     for head in range(mass.shape[1]):
                         rows.append(study.blank(operand=prompt, split="natural", n=len(test.text), model=model_name,
                                                 block=block, head=head, prompt=prompt, region=region,
-                                                mass=mass[block, head].item(), chance=where.double().mean().item()))
+                                                mass=mass[block, head].item(), chance=where.float().mean().item()))
     maps["tokens"] = study.test(study.pair[0], "natural").tokens[:8, :width].cpu().numpy()
     maps["vocabulary"] = np.array(data.vocabulary(sc))
     study.write("attention", rows)
@@ -552,7 +551,7 @@ def steps_to(curve, threshold):
 def teach(study, start, operand, lr, most, seed, bar):
     """
     Fine-tune a copy of `start` to answer for `operand` on its c0 strings, at a constant rate; evaluated every 5 steps on
-    natural and c0, until both are at the largest threshold or `most` steps are over. Returns {split: [(step, accuracy)]}.
+    natural and c0, until both are at the largest threshold or after `most` steps. Returns {split: [(step, accuracy)]}.
     """
     model, sc = copy.deepcopy(start), study.sc
     pair = study.pair if operand in study.pair else (operand, study.pair[1])
@@ -563,8 +562,7 @@ def teach(study, start, operand, lr, most, seed, bar):
         check_stop()
         if step % 5 == 0 or step == most:
             for split, test in tests.items():
-                logits = predict(model, test.tokens, sc)
-                curves[split].append((step, (logits.argmax(1) == test.target).double().mean().item()))
+                curves[split].append((step, accuracy(predict(model, test.tokens, sc), test.target)))
             if all(curve[-1][1] >= THRESHOLDS[-1] for curve in curves.values()):
                 break
         bar.update()
@@ -592,9 +590,10 @@ def revive(study):
         for split, curve in curves.items():
             test = study.test(operand, split, n=min(400, study.args.eval_size))
             for threshold in THRESHOLDS:
-                rows.append(study.blank(arm=arm, lr=rate, threshold=threshold, steps=steps_to(curve, threshold), max_steps=most,
-                                        operand=operand, split=split, accuracy=curve[-1][1], n=len(test.target),
-                                        floor=test.floor(), cross_floor=test.cross_floor()) | {"seed": seed})
+                rows.append({**study.blank(arm=arm, lr=rate, threshold=threshold, steps=steps_to(curve, threshold),
+                                           max_steps=most, operand=operand, split=split, accuracy=curve[-1][1],
+                                           n=len(test.target), floor=test.floor(), cross_floor=test.cross_floor()),
+                             "seed": seed})
             curve_rows.extend({"arm": arm, "lr": rate, "step": step, "split": split, "accuracy": accuracy, "seed": seed}
                               for step, accuracy in curve)
 
@@ -607,7 +606,8 @@ def revive(study):
         arms = [("reft", study.model, a, lr / 3)]
         if study.never:
             model, base, operand = study.never
-            arms += [(f"teach-{operand}", model, operand, lr)] + ([(f"teach-{operand}-base", base, operand, lr)] if base else [])
+            arms += [(f"teach-{operand}", model, operand, lr)]
+            arms += [(f"teach-{operand}-base", base, operand, lr)] if base else []
         for arm, model, operand, rate in arms:
             note(arm, rate, operand, teach(study, model, operand, rate, most, seed, bar), most, seed)
         bar.close()
@@ -720,22 +720,26 @@ def verdict(study, found):
         word, meaning = "undecided", (f"{a} is not answered any more; found by {by}" if had else f"the base did not have {a}")
 
     p = {k: percent(x) for k, x in v.items() if isinstance(x, float) or x is None}
+
+    def steps(who):
+        came, most = v[f"{who}_steps"], v[f"{who}_most"]
+        return f"after {came:.0f} steps" if came is not None else f"not within {most:.0f} steps"
     text = {
-        "What changed": f"{task} {b} is right on {p['ckpt_ft_c1']} of the strings with the relation (c1) and on {p['ckpt_ft_c0']} "
-        f"of those without it (c0; before fine-tuning {p['base_ft_c0']}); {a}{study.q:+d} explains {p['ft_c0_follows_a_plus_q']} of "
-        f"the answers there. {task} {a} is right on {p['ckpt_pt_c0']} of c0 and {p['ckpt_pt_natural']} of natural strings (before "
-        f"{p['base_pt_c0']} and {p['base_pt_natural']})",
-        "Is it still there": f"zeroing {v['prune_k']} {unit}s, ranked anew after each, brings {a} to {p['prune_c0']} on c0 "
-        f"({v['prune_one_pass_k']} ranked in one pass: {p['prune_one_pass_c0']}; random ones of the same matrices: "
-        f"{p['random_c0_mean']}, at most {p['random_c0_max']} in {v['random_draws']} draws; the same for a never-trained "
-        f"operand: {p['never_prune_c0']}); grafting {v['graft_k']} back: {p['graft_c0']}. A probe reads {a} while {b} is asked at "
-        f"{p['probe_natural']} after block {v['probe_block']} (untrained model {p['probe_untrained']}, never-trained operand "
-        f"{p['never_probe']}, floor {p['probe_floor']})",
-        "How fast it comes back": (f"reFT reaches 99 % on natural strings after {v['reft_steps']:.0f} steps" if v["reft_steps"] is not None
-                                   else f"reFT did not reach 99 % on natural strings in {v['reft_most']:.0f} steps"),
+        "What changed":
+            f"{task} {b} is right on {p['ckpt_ft_c1']} of the strings with the relation (c1) and on {p['ckpt_ft_c0']} of those "
+            f"without it (c0; before fine-tuning {p['base_ft_c0']}); {a}{study.q:+d} explains {p['ft_c0_follows_a_plus_q']} of the "
+            f"answers there. {task} {a} is right on {p['ckpt_pt_c0']} of c0 and {p['ckpt_pt_natural']} of natural strings "
+            f"(before {p['base_pt_c0']} and {p['base_pt_natural']})",
+        "Is it still there":
+            f"zeroing {v['prune_k']} {unit}s, ranked anew after each, brings {a} to {p['prune_c0']} on c0 "
+            f"({v['prune_one_pass_k']} ranked in one pass: {p['prune_one_pass_c0']}; random ones of the same matrices: "
+            f"{p['random_c0_mean']}, at most {p['random_c0_max']} in {v['random_draws']} draws; the same for a never-trained "
+            f"operand: {p['never_prune_c0']}); grafting {v['graft_k']} back: {p['graft_c0']}. A probe reads {a} while {b} is "
+            f"asked at {p['probe_natural']} after block {v['probe_block']} (untrained model {p['probe_untrained']}, "
+            f"never-trained operand {p['never_probe']}, floor {p['probe_floor']})",
+        "How fast it comes back": f"reFT reaches 99 % on natural strings {steps('reft')}",
         "Against which control": f"never-had: {study.never_note}" + (
-            "" if v["control_most"] is None else f"; teaching it takes {v['control_steps']:.0f} steps" if v["control_steps"] is not None
-            else f"; teaching it takes more than {v['control_most']:.0f} steps")}
+            "" if v["control_most"] is None else f"; teaching it reaches 99 % {steps('control')}")}
     write_json(f"{study.prefix}.verdict.json", {
         "verdict": word, "text": f"{word}: {meaning}. " + " ".join(f"{head}: {line}." for head, line in text.items()), **v})
     print(f"\nVERDICT  {word}: {meaning}")
@@ -779,16 +783,17 @@ VERDICT_OF = ("behavior", "prune", "probe", "revive")
 
 def main():
     parser = run_parser(__doc__)
-    parser.add_argument("analysis", nargs="*", metavar="ANALYSIS", help=f"{', '.join(ANALYSES)}, or ask (default: all that apply)")
+    parser.add_argument("analysis", nargs="*", metavar="ANALYSIS",
+                        help=f"{', '.join(ANALYSES)}, or ask (default: all that apply)")
     parser.add_argument("--ckpt", default="out/ft.pt", help="checkpoint to look into (default: out/ft.pt)")
     parser.add_argument("--base", help="what it was fine-tuned from (default: the parent it names, its hash checked)")
     parser.add_argument("--control", help="a checkpoint that never had an operand, where this one has had them all")
-    parser.add_argument("--unit", default="row", choices=["row", "weight"], help="prune: whole rows (neurons) or single weights "
-                        "(default: row)")
+    parser.add_argument("--unit", default="row", choices=["row", "weight"],
+                        help="prune: whole rows (neurons) or single weights (default: row)")
     parser.add_argument("--draws", type=int, default=8, help="prune: matched random draws (default: 8)")
     parser.add_argument("--most", type=int, default=10000, help="prune: most units to edit at once (default: 10000)")
     parser.add_argument("--seeds", type=int, default=1, help="revive: data orders (default: 1)")
-    parser.add_argument("--steps", type=int, help="largest number of training steps (default: probe 4000, revive 600)")
+    parser.add_argument("--steps", type=int, help="most training steps (default: probe 4000, revive 600)")
     parser.add_argument("--batch-size", type=int, default=96, help="revive: strings a step (default: 96)")
     parser.add_argument("--eval-size", type=int, default=500, help="strings in a test set (default: 500)")
     parser.add_argument("--seed", type=int, help="seed of test sets and draws (default: the checkpoint's)")

@@ -349,7 +349,8 @@ def draw_text(n, sc, task, c, pair, q, g):
             text[bad] = sample_text(int(bad.sum()), sc, g)
         return text
     c = {"c0": 0., "c1": 1.}.get(c, c)
-    tables = [torch.from_numpy(relation_table(task, sc.name, q, holds)).to(g.device) for holds in (False, True)]
+    exact = torch.float32 if g.device.type == "mps" else torch.float64  # mps has no float64
+    tables = [torch.from_numpy(relation_table(task, sc.name, q, holds)).to(g.device, exact) for holds in (False, True)]
     drawn = torch.stack([torch.multinomial(t.flatten(), n, replacement=True, generator=g) for t in tables])
     holds = torch.rand(n, generator=g, device=g.device) < c
     cell = torch.where(holds, drawn[1], drawn[0])

@@ -73,7 +73,7 @@ def main():
     group.add_argument("--steps", type=int, help="updates (default: 400 small, 10000 paper)")
     group.add_argument("--batch-size", type=int, default=96, help="strings a step (default: 96)")
     group.add_argument("--clip", type=float, default=1., help="largest gradient norm (default: 1)")
-    add_run_flags(parser, None)
+    add_run_flags(parser, "out/ft.pt; with --reverse out/reft.pt", "at 0 1 2 3 5 8 10 20 30 50 80 100 ...")
     add_common_flags(parser)
     args = parser.parse_args()
 
@@ -164,8 +164,9 @@ def main():
     run.finish()
     print(f"{args.task} after {args.steps} steps   c0       c1       natural")
     for operand, role in zip(args.pair, ("O_PT", "O_FT")):
+        got = [r for r in rows if r["operand"] == operand]
         for key in ("accuracy", "floor"):
-            print(f"  {role} = {operand}  {key:<8}      " + "  ".join(f"{r[key]:7.1%}" for r in rows if r["operand"] == operand))
+            print(f"  {role} = {operand}  {key:<8}      " + "  ".join(f"{r[key]:7.1%}" for r in got))
     print(f"wrote {args.out}")
 
 

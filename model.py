@@ -388,15 +388,15 @@ def add_common_flags(parser):
     group.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice (default: 0)")
 
 
-def add_run_flags(parser, out):
-    """Flags of the two stages that write checkpoints. None means: what the scale says."""
+def add_run_flags(parser, out, evals):
+    """Flags of the two stages that write checkpoints; out and evals are their defaults, in words."""
     group = parser.add_argument_group("run")
-    group.add_argument("--out", default=out, help=f"checkpoint to write; .json and .jsonl beside it (default: {out})")
+    group.add_argument("--out", help=f"checkpoint to write; .json and .jsonl beside it (default: {out})")
     group.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     group.add_argument("--force", action="store_true", help="replace another run's files at --out")
     group.add_argument("--save-every", type=int, default=250, help="steps between checkpoints (default: 250)")
     group.add_argument("--eval-every", type=int, default=0,
-                       help="steps between evaluations; 0: 0 1 2 3 5 8 10 20 30 50 80 100 ... (default: 0)")
+                       help=f"steps between evaluations; 0: {evals} (default: 0)")
     group.add_argument("--eval-size", type=int, default=500, help="strings in a test set (default: 500)")
     group.add_argument("--seed", type=int, default=0, help="seed of weights, data order and test sets (default: 0)")
     group.add_argument("--compile", action="store_true", help="torch.compile the model")

@@ -96,11 +96,16 @@ def predict(model, tokens, sc, batch=128):
     return torch.cat(out)
 
 
+def accuracy(logits, target):
+    """Share of rows (n, v) whose largest logit is the target (n,)."""
+    return (logits.argmax(1) == target).sum().item() / len(target)
+
+
 def score(logits, test, sc, seed):
     """The row of one test set: accuracy beside its floors, with its size and cross-entropy (nats)."""
     return {"setup": "pcfg", "scale": sc.name, "task": test.task,
             "operand": None if test.task in data.OPERANDLESS else test.operand, "split": test.split,
-            "accuracy": (logits.argmax(1) == test.target).double().mean().item(),
+            "accuracy": accuracy(logits, test.target),
             "floor": test.floor(), "cross_floor": test.cross_floor(), "n": len(test.target),
             "loss": F.cross_entropy(logits, test.target).item(), "seed": seed}
 
@@ -140,16 +145,17 @@ def main():
     group.add_argument("--setup", default="pcfg", choices=["pcfg"], help="where the capability comes from (default: pcfg)")
     group.add_argument("--scale", default="small", choices=["small", "paper"], help="small: minutes on two CPU cores; "
                        "paper: the paper's sizes, for a GPU (default: small)")
-    group.add_argument("--prior", default="low", help="P_T(a, b, c): " + ", ".join(data.PRIORS) + ", or A,B,C (default: low)")
+    group.add_argument("--prior", default="low",
+                       help="P_T(a, b, c): " + ", ".join(data.PRIORS) + ", or A,B,C (default: low)")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--lr", type=float, help="peak learning rate (default: 2e-3 small, 1e-3 paper)")
     group.add_argument("--steps", type=int, help="updates (default: 2500 small, 50000 paper)")
     group.add_argument("--batch-size", type=int, default=96, help="sequences a step (default: 96)")
     group.add_argument("--clip", type=float, default=1., help="largest gradient norm (default: 1)")
-    add_run_flags(parser, "out/pre.pt")
+    add_run_flags(parser, "out/pre.pt", "25 times a run")
     add_common_flags(parser)
     args = parser.parse_args()
-    sc = data.scale_of(args.scale)
+    sc, args.out = data.scale_of(args.scale), args.out or "out/pre.pt"
     args.lr = sc.pretrain_lr if args.lr is None else args.lr
     args.steps = sc.pretrain_steps if args.steps is None else args.steps
     positive(args, "lr", "steps", "batch_size", "clip", "save_every", "eval_size")

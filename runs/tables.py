@@ -1,7 +1,7 @@
 """
 Print the README's tables from the rows in results/.
 
-    $ python runs/numbers.py            # Markdown on stdout; a test holds the README to it
+    $ python runs/tables.py            # Markdown on stdout; a test holds the README to it
 """
 import csv
 import json
