@@ -143,9 +143,7 @@ def settings_of(prefix, records):
         hidden |= {"prior", "task", "pair", "operand", "q", "reverse"} if stage else set()  # inherited: said once
         settings.update({stage + k: v for k, v in records[prefix]["args"].items() if k not in hidden})
         parent = os.path.splitext(os.path.normpath((records[prefix].get("parent") or {}).get("path") or "?"))[0]
-        beside = os.path.join(os.path.dirname(prefix), os.path.basename(parent))
-        elsewhere = (p for p in records if f"/{os.path.normpath(p)}".endswith("/" + parent))
-        prefix = beside if beside in records else next(elsewhere, None)
+        prefix = next((p for p in records if f"/{os.path.normpath(p)}".endswith("/" + parent)), None)
         stage = f"{records[prefix]['stage']} " if prefix else ""
     return settings
 
