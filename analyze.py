@@ -28,7 +28,7 @@ import data
 from data import LETTERS, NUMBER, SPLITS, TASKS, answer_position
 from finetune import answer_loss, constant, finetuning_stream, pair_of
 from model import (GPT, Config, UserError, activations, add_common_flags, check_stop, load, positive, read_rows,
-                   replace_file, run_parser, run_script, start_device, weight_edits, write_json, write_rows)
+                   replace_file, run_parser, run_script, sha256, start_device, weight_edits, write_json, write_rows)
 from pretrain import accuracy, adamw, cosine, other_tests, predict, score, test_set, train_steps
 
 # ---------------------------------------------------------------- the study
@@ -48,18 +48,25 @@ class Study:
         self.third = LETTERS[3 - sum(LETTERS.index(letter) for letter in self.pair)]
         self.base = self.base_ckpt = None
         parent = self.ckpt["parent"]
-        if args.base or parent:
-            path = args.base or parent["path"]
-            if not args.base and not os.path.exists(path):  # moved together with its child, perhaps
-                path = os.path.join(os.path.dirname(args.ckpt), os.path.basename(path))
-            self.base, self.base_ckpt = load(path, self.device)
-            if not args.base and self.base_ckpt["sha256"] != parent["sha256"]:
-                raise UserError(f"{path} has changed since {args.ckpt} was made from it: give the old one as --base")
+        if args.base and not parent:
+            raise UserError(f"--base: {args.ckpt} was not fine-tuned from anything")
+        if parent:
+            self.base, self.base_ckpt = load(args.base or self.find_parent(parent), self.device)
             if self.base_ckpt["config"] != self.ckpt["config"]:
-                raise UserError(f"--base {path}: another shape or vocabulary than {args.ckpt}")
+                raise UserError(f"--base {args.base}: another shape or vocabulary than {args.ckpt}")
         self.models = {"base": self.base, "ckpt": self.model} if self.base else {"ckpt": self.model}
         self.never = self.find_never()
         self._tests = {}
+
+    def find_parent(self, parent):
+        """The file that this checkpoint was fine-tuned from, where it was or beside the checkpoint; its hash must agree."""
+        beside = os.path.join(os.path.dirname(self.args.ckpt), os.path.basename(parent["path"]))
+        there = [path for path in (parent["path"], beside) if os.path.isfile(path)]
+        for path in there:
+            if sha256(path) == parent["sha256"]:
+                return path
+        raise UserError(f"{parent['path']} " + ("has changed since" if there else "is not there any more:")
+                        + f" {self.args.ckpt} was made from it; give it as --base")
 
     def find_never(self):
         """
@@ -70,6 +77,8 @@ class Study:
             return ckpt["args"]["prior"][LETTERS.index(self.third)] > 0 or self.third in ckpt["args"].get("taught", [])
 
         path = self.args.control
+        if path and not had(self.ckpt):
+            raise UserError(f"--control is not needed: {self.args.ckpt} itself never had operand {self.third}")
         if not had(self.ckpt):
             self.never_note = f"operand {self.third}, never trained, in the same model"
             return self.model, self.base, self.third
@@ -259,9 +268,17 @@ def iterated_units(model, test, sc, unit, most):
 
 
 def matched_units(units, scores, g):
-    """Random units, rank by rank from the same block and matrix as `units`: the control for which ones were chosen."""
-    order = {k: torch.randperm(len(s), generator=g).tolist() for k, s in scores.items()}
-    return [(block, matrix, order[block, matrix].pop(), None) for block, matrix, _, _ in units]
+    """
+    Random units, rank by rank from the same block and matrix as `units` (queries, keys and values apart): the control
+    for which ones were chosen.
+    """
+    def pool_of(block, matrix, index):
+        return block, matrix, index * 3 // len(scores[block, matrix]) if matrix == "attn.qkv" else 0
+    pools = collections.defaultdict(list)
+    for block, matrix in scores:
+        for index in torch.randperm(len(scores[block, matrix]), generator=g).tolist():
+            pools[pool_of(block, matrix, index)].append(index)
+    return [(block, matrix, pools[pool_of(block, matrix, index)].pop(), None) for block, matrix, index, _ in units]
 
 
 def unit_edits(model, units, unit, base=None):
@@ -290,8 +307,9 @@ def prune(study):
     High accuracy on a after few edits: the answer was there, and these units kept it from being read. It does not say
     that the change sits in these units: a zeroed unit is a lever, only grafting undoes what fine-tuning did.
     Fooled by: any damage that happens to shift answers by q (hence random units from the same matrices, --draws of
-    them, with K chosen in the same way); a method that finds units for anything (hence never-had: the same procedure
-    for an operand that was never trained).
+    them, with K chosen in the same way: zeroed ones matched to the iterated ranking and then to the one in one pass,
+    grafted ones to that by change); a method that finds units for anything (hence never-had: the same procedure for an
+    operand that was never trained).
     """
     if not study.base:
         raise UserError(f"prune needs a fine-tuned checkpoint: {study.args.ckpt} has no base")
@@ -319,10 +337,9 @@ def prune(study):
         choices += [r for r in rows[-len(swept):] if r["chosen"] and r["operand"] == s.operand]
         bar.update()
     bar.close()
-    name = "prune" if unit == "row" else "prune-weight"
-    study.write(name, rows)
-    study.write(f"{name}.rows", [dict(zip(("ranking", "rank", "block", "matrix", "index", "score"), (ranking, i + 1, *u)))
-                                 for ranking, units in ranked.items() for i, u in enumerate(units[:KS[-1]])])
+    study.write("prune", rows)
+    study.write("prune.rows", [dict(zip(("ranking", "rank", "block", "matrix", "index", "score"), (ranking, i + 1, *u)))
+                               for ranking, units in ranked.items() for i, u in enumerate(units[:KS[-1]])])
 
     print(f"\nprune   {unit}s ranked on one set of c0 strings, scored on another (accuracy on c0; for {b} on c1); "
           f"random: mean of {study.args.draws} draws\n  never-had control: {study.never_note}")
@@ -342,10 +359,11 @@ def prune_sweeps(study):
     What prune() goes through: a list of sweeps (model, base, operand, ranking, edit, units in order, Ks, draw), and
     {ranking: units} of the three rankings of the fine-tuned model.
     """
-    a, unit = study.pair[0], study.args.unit
-    most, sweeps = study.args.most, []
-    few, some, every = [k for k in KS if 0 < k <= FEW], (FEW, KS[-1]), KS[1:]
-    far = every + ((200, 400, 800) if unit == "row" else (1000, 10000))  # grafting needs many
+    a, unit, most, sweeps = study.pair[0], study.args.unit, study.args.most, []
+    total = sum(map(len, unit_scores(study.model, study.test(a, "c0", "select"), study.sc, unit).values()))
+    few, every = [k for k in KS if 0 < k <= FEW], KS[1:]
+    far = (*every, *(200 * 2 ** i for i in range(30) if 400 * 2 ** i <= total))  # grafting needs many
+    some = (FEW, KS[-1], far[-1])
 
     def add(model, base, operand, ranking, edit, units, ks, draw=None):
         sweeps.append(SimpleNamespace(model=model, base=base, operand=operand, ranking=ranking, edit=edit, units=units,
@@ -366,17 +384,19 @@ def prune_sweeps(study):
     add(*here, "gradient-weight-iterated", "zero", iterated, few)
     add(*here, "gradient-weight", "graft", one_pass, some)
     add(*here, "gradient-change", "graft", change, far)
+    taken = {u[:3] for u in iterated}
+    zeroed = iterated + [u for u in one_pass if u[:3] not in taken][:len(one_pass) - len(iterated)]
     for draw in range(study.args.draws):
-        random = matched_units(iterated + one_pass[len(iterated):], scores, data.rng(study.seed, "prune", draw))
-        add(*here, "random", "zero", random, every, draw)
-        add(*here, "random", "graft", random, some, draw)
+        g = data.rng(study.seed, "prune", draw)
+        add(*here, "random", "zero", matched_units(zeroed, scores, g), every, draw)
+        add(*here, "random", "graft", matched_units(change, scores, g), some, draw)
     if study.never:
         model, base, operand = study.never
-        one, _ = rank(model, operand)
+        one = rank(model, operand)[0]
         add(*study.never, "never-had", "zero", one, every)
         add(*study.never, "never-had-iterated", "zero", anew(model, operand), few)
         if base:
-            add(*study.never, "never-had", "graft", one, some)
+            add(*study.never, "never-had-change", "graft", rank(model, operand, minus=base, upto=far[-1])[0], some)
     return sweeps, {"gradient-weight": one_pass, "gradient-weight-iterated": iterated, "gradient-change": change}
 
 
@@ -441,8 +461,12 @@ def probe(study):
     shuffle = torch.randperm(len(results), generator=g).to(study.device)
     asked = {prompt: [prompt] if prompt != b else [a, b, study.third] for prompt in dict.fromkeys([a, b, study.third])}
 
-    x, held, keys, site, y = [], [], [], [], []
-    for name, model in {**study.models, "untrained": untrained}.items():
+    models = {**study.models, "untrained": untrained}
+    if study.never and study.never[0] is not study.model:
+        models["control"] = study.never[0]
+
+    x, held, keys, site, y = [], [], [], [], []  # held: the sites' activations on test strings; site: place in x
+    for name, model in models.items():
         for prompt, targets in asked.items():
             seen, new = ([residuals(model, data.encode_one(s.text, study.task, prompt, sc)[0], sc) for s in sets]
                          for sets in (train, tests))
@@ -465,11 +489,12 @@ def probe(study):
     for key, i, w, c in zip(keys, site, weight, bias):
         for test, new in zip(tests, held[i]):
             logits, truth = new @ w + c, test.results[:, LETTERS.index(key["target"])]
+            seen = truth.max() < logits.shape[1]  # else a class is new, and no loss is defined
             other = test.results[:, LETTERS.index(b if key["target"] != b else a)]
             rows.append(study.blank(operand=key["target"], split=test.split, n=len(truth), **key,
                                     accuracy=accuracy(logits, truth),
                                     floor=data.majority_floor(truth), cross_floor=data.cross_floor(truth, other),
-                                    loss=F.cross_entropy(logits, truth.clamp(max=logits.shape[1] - 1)).item()))
+                                    loss=F.cross_entropy(logits, truth).item() if seen else None))
     study.write("probe", rows)
 
     print(f"\nprobe   linear, at the answer position, {len(results)} training strings; accuracy on {n} natural strings "
@@ -541,6 +566,7 @@ def attention(study):
 # ---------------------------------------------------------------- revive
 
 THRESHOLDS = (.9, .99)
+FASTER = 3  # reFT must be so many times as fast as its control; the control goes on for so many times as many steps
 
 
 def steps_to(curve, threshold):
@@ -555,7 +581,8 @@ def teach(study, start, operand, lr, most, seed, bar):
     """
     model, sc = copy.deepcopy(start), study.sc
     pair = study.pair if operand in study.pair else (operand, study.pair[1])
-    batch = finetuning_stream(sc, study.task, operand, 0., pair, study.q, study.args.batch_size, seed, study.device, "revive")
+    batch = finetuning_stream(sc, study.task, operand, 0., pair, study.q, study.args.batch_size, seed, study.device,
+                              "revive")
     tests = {split: study.test(operand, split, n=min(400, study.args.eval_size)) for split in ("natural", "c0")}
     curves = {split: [] for split in tests}
     for step, _ in train_steps(model, adamw(model, lr), answer_loss(model, batch, sc), constant(lr), most):
@@ -579,45 +606,50 @@ def revive(study):
     and on c0 strings. The controls go on three times as long as reFT needed: what has not come by then is shown as >=.
     Few steps compared with teach-c: it was there. teach-c much faster than pretraining is how much any good
     initialisation helps, which a comparison with training from scratch would have called a revival.
-    Fooled by: steps at different rates; an easy target (hence c0, where no other operand helps).
+    Fooled by: steps at different rates; an easy target (hence c0, where another operand helps up to the cross floor at
+    most); the control's token, which was never an input: part of what teach-c has to learn is what O_c means.
     """
     if not study.base:
         raise UserError(f"revive needs a fine-tuned checkpoint: {study.args.ckpt} has no base")
     lr, a = study.ckpt["args"]["lr"], study.pair[0]
     rows, curve_rows = [], []
 
-    def note(arm, rate, operand, curves, most, seed):
+    def note(arm, rate, operand, curves, most, seed, test=None):
         for split, curve in curves.items():
-            test = study.test(operand, split, n=min(400, study.args.eval_size))
-            for threshold in THRESHOLDS:
-                rows.append({**study.blank(arm=arm, lr=rate, threshold=threshold, steps=steps_to(curve, threshold),
-                                           max_steps=most, operand=operand, split=split, accuracy=curve[-1][1],
-                                           n=len(test.target), floor=test.floor(), cross_floor=test.cross_floor()),
-                             "seed": seed})
+            about = test or score_of(study.test(operand, split, n=min(400, study.args.eval_size)))
+            rows.extend({**study.blank(), **about, "operand": operand, "split": split, "accuracy": curve[-1][1],
+                         "seed": seed, "arm": arm, "lr": rate, "threshold": threshold, "steps": steps_to(curve, threshold),
+                         "max_steps": most} for threshold in THRESHOLDS)
             curve_rows.extend({"arm": arm, "lr": rate, "step": step, "split": split, "accuracy": accuracy, "seed": seed}
                               for step, accuracy in curve)
 
+    def score_of(test):
+        return {"floor": test.floor(), "cross_floor": test.cross_floor(), "n": len(test.target)}
+
+    limit = study.args.steps or study.sc.revive_steps
     for seed in range(study.seed, study.seed + study.args.seeds):
         bar = study.bar(None, "revive")
-        most = study.args.steps or 600
-        curves = teach(study, study.model, a, lr, most, seed, bar)
-        note("reft", lr, a, curves, most, seed)
-        most = min(most, max(30, 3 * curves["natural"][-1][0]))
-        arms = [("reft", study.model, a, lr / 3)]
+        curves = teach(study, study.model, a, lr, limit, seed, bar)
+        note("reft", lr, a, curves, limit, seed)
+        note("reft", lr / 3, a, teach(study, study.model, a, lr / 3, limit, seed, bar), limit, seed)
+        step, accuracy = curves["natural"][-1]
+        most = max(30, FASTER * step) if accuracy >= THRESHOLDS[-1] and not study.args.steps else limit
+        arms = []
         if study.never:
             model, base, operand = study.never
-            arms += [(f"teach-{operand}", model, operand, lr)]
-            arms += [(f"teach-{operand}-base", base, operand, lr)] if base else []
-        for arm, model, operand, rate in arms:
-            note(arm, rate, operand, teach(study, model, operand, rate, most, seed, bar), most, seed)
+            arms = [(f"teach-{operand}", model), (f"teach-{operand}-base", base)][:2 if base else 1]
+        for arm, model in arms:
+            note(arm, lr, operand, teach(study, model, operand, lr, most, seed, bar), most, seed)
         bar.close()
     if study.base_ckpt["stage"] == "pretrain":
         args = study.base_ckpt["args"]
         for split in ("natural", "c0"):
-            curve = [(r["step"], r["accuracy"]) for r in read_rows(os.path.splitext(study.base_ckpt["path"])[0] + ".jsonl")
-                     if (r["task"], r["operand"], r["split"]) == (study.task, a, split)]
-            if curve:
-                note("pretraining", args["lr"], a, {split: curve}, study.base_ckpt["steps"], args["seed"])
+            history = [r for r in read_rows(os.path.splitext(study.base_ckpt["path"])[0] + ".jsonl")
+                       if (r["task"], r["operand"], r["split"]) == (study.task, a, split)]
+            if len(history) > 3:  # what is only looked at before and after has no steps to a threshold
+                about = {k: history[-1][k] for k in ("floor", "cross_floor", "n")}
+                note("pretraining", args["lr"], a, {split: [(r["step"], r["accuracy"]) for r in history]},
+                     study.base_ckpt["steps"], args["seed"], about)
     study.write("revive", rows)
     study.write("revive.curve", curve_rows)
 
@@ -627,14 +659,20 @@ def revive(study):
 
     def shown(r):
         return "-" if r is None else r["steps"] if r["steps"] is not None else f">= {r['max_steps']}"
+    ends = {key[:4]: percent(r["accuracy"]) for key, r in cells.items() if key[4] == "natural"}
     columns = [(split, threshold) for split in ("natural", "c0") for threshold in THRESHOLDS]
     table(["arm", "lr", "seed", "asked", *(f"{split} {t:.0%}" for split, t in columns), "natural at the end"],
           [[key[0], f"{key[1]:.2g}", *key[2:], *(shown(cells.get((*key, *c))) for c in columns),
-            percent(cells[*key, "natural", THRESHOLDS[0]]["accuracy"])] for key in dict.fromkeys(k[:4] for k in cells)])
+            ends.get(key, "-")]
+           for key in dict.fromkeys(k[:4] for k in cells)])
     return rows
 
 
 # ---------------------------------------------------------------- verdict
+
+
+KNOWS = .9    # accuracy on natural strings from which on a model has a capability
+MARGIN = .25  # by so much an accuracy must exceed what is possible without it: the cross floor, or a control
 
 
 def evidence(study, found):
@@ -662,32 +700,31 @@ def evidence(study, found):
     never = [accuracy for ranking in ("never-had", "never-had-iterated") for accuracy, _ in edited(ranking)]
     v["never_prune_c0"] = max(never) if study.never else None
 
-    def read(model, target):
-        rows = pick("probe", model=model, target=target, prompt=b, labels="true", split="natural")
-        return max(rows, key=lambda r: r["accuracy"])
+    def read(model, target):  # the block is chosen on c0 strings, the accuracy quoted on natural ones
+        rows = pick("probe", model=model, target=target, prompt=b, labels="true", split="c0")
+        block = max(rows, key=lambda r: r["accuracy"])["block"]
+        return pick("probe", model=model, target=target, prompt=b, labels="true", split="natural", block=block)[0]
     site = read("ckpt", a)
     v["probe_natural"], v["probe_block"], v["probe_floor"] = site["accuracy"], site["block"], site["floor"]
     v["probe_untrained"] = read("untrained", a)["accuracy"]
-    v["never_probe"] = read("ckpt", study.third)["accuracy"] if study.never and study.never[0] is study.model else None
+    where = "ckpt" if study.never and study.never[0] is study.model else "control"
+    v["never_probe"] = read(where, study.third)["accuracy"] if study.never else None
 
-    def steps(arm):  # mean over data orders; (None, most) when one did not arrive
+    def steps(arm):  # mean over data orders; an order that did not arrive counts with all the steps it was given
         rows = pick("revive", arm=arm, split="natural", threshold=THRESHOLDS[-1])
         rows = [r for r in rows if arm != "reft" or r["lr"] == study.ckpt["args"]["lr"]]
-        if not rows:
-            return None, None
-        came = [r["steps"] for r in rows]
-        return (None if None in came else float(np.mean(came))), float(np.mean([r["max_steps"] for r in rows]))
-    v["reft_steps"], v["reft_most"] = steps("reft")
-    v["control_steps"], v["control_most"] = steps(f"teach-{study.third}")
-    v["pretraining_steps"] = steps("pretraining")[0]
+        bounds = [r["max_steps"] if r["steps"] is None else r["steps"] for r in rows]
+        return (float(np.mean(bounds)), all(r["steps"] is not None for r in rows)) if rows else (None, None)
+    for who, arm in (("reft", "reft"), ("control", f"teach-{study.third}"), ("pretraining", "pretraining")):
+        v[f"{who}_steps"], v[f"{who}_reached"] = steps(arm)
 
-    v["found_by"] = []
-    if v["prune_c0"] >= .5 and v["prune_c0"] - max(v["random_c0_max"], v["never_prune_c0"] or 0) >= .25:
-        v["found_by"].append("pruning")
-    if v["probe_natural"] >= .9 and v["probe_natural"] - max(v["probe_untrained"], v["never_probe"] or 0) >= .1:
-        v["found_by"].append("probing")
-    if None not in (v["reft_steps"], v["control_most"]) and 3 * v["reft_steps"] <= (v["control_steps"] or v["control_most"]):
-        v["found_by"].append("reviving")
+    never_prune, never_probe = v["never_prune_c0"] or 0, v["never_probe"] or 0
+    finds = {"pruning": v["prune_c0"] >= v["pt_c0_cross_floor"] + MARGIN
+             and v["prune_c0"] - max(v["random_c0_max"], never_prune) >= MARGIN,
+             "probing": v["probe_natural"] >= KNOWS and v["probe_natural"] - max(v["probe_untrained"], never_probe) >= .1,
+             "reviving": v["ckpt_pt_natural"] < KNOWS and v["reft_reached"] and v["control_steps"] is not None
+             and FASTER * v["reft_steps"] <= v["control_steps"]}
+    v["found_by"] = [name for name, yes in finds.items() if yes]
     return v
 
 
@@ -696,50 +733,57 @@ def verdict(study, found):
     What the analyses say together, in words with numbers. found: {name: what the analysis returned}.
 
         new        b is answered on c0 where the base could not: fine-tuning built it
-        intact     a is still answered on c0: nothing hides it, no wrapper was needed
-        wrapped    a is not answered, b only where the shortcut serves, and at least two of the three instruments
-                   (pruning, probing, reviving) find a, each against its control
-        lost       a is not answered, and none of the three finds it
+        intact     a is still answered on c0 when it is asked for
+        wrapped    a is not answered, b only where the shortcut serves, and at least two of the three instruments find a
+        lost       a is not answered, and none of the three finds it, though all had their never-had control
         undecided  anything else
+
+    Answered: above the cross floor by MARGIN. Found, by pruning (ours: ranked anew after each row; the paper's one pass
+    is quoted beside it): answered again, and above every random draw and the never-had operand by MARGIN; by probing:
+    90 % on natural strings, and 10 points above the untrained model and the never-had operand; by reviving: in a third
+    of the control's steps or less.
     """
     v, (a, b), task, unit = evidence(study, found), study.pair, study.task, study.args.unit
-    had = v["base_pt_natural"] >= .9
-    answered = had and v["ckpt_pt_c0"] >= max(v["pt_c0_cross_floor"] + .25, .75 * v["base_pt_c0"])
-    could, can = (v[f"{model}_ft_c0"] >= v["ft_c0_cross_floor"] + .25 for model in ("base", "ckpt"))
-    by = ", ".join(v["found_by"]) or "no instrument"
-    if can and not could:
+    had, by = v["base_pt_natural"] >= KNOWS, ", ".join(v["found_by"]) or "no instrument"
+    answered = v["ckpt_pt_c0"] >= v["pt_c0_cross_floor"] + MARGIN
+    could, can = (v[f"{model}_ft_c0"] >= v["ft_c0_cross_floor"] + MARGIN for model in ("base", "ckpt"))
+    if not had:
+        word, meaning = "undecided", f"the base did not have {a}"
+    elif can and not could:
         word, meaning = "new", (f"fine-tuning built {b}, which the base could not answer on c0; {a} is "
-                                + ("still answered" if answered else f"not answered any more, and found by {by}"))
+                                + ("still answered" if answered else f"not answered any more (found by {by})"))
     elif answered:
-        word, meaning = "intact", f"{a} is still answered and nothing hides it: strongly relevant, no wrapper was needed"
-    elif had and not can and len(v["found_by"]) >= 2:
+        word, meaning = "intact", f"{a} is still answered, " + (
+            f"and so is {b}: strongly relevant, no wrapper was needed" if can else
+            f"and {b} as {a}{study.q:+d}: a wrapper that only opens when {b} is asked"
+            if v["ft_c0_follows_a_plus_q"] >= .5 else f"and {b} was not learned")
+    elif not can and v["ckpt_ft_c1"] >= KNOWS and len(v["found_by"]) >= 2:
         word, meaning = "wrapped", f"{a} is not answered any more, but it is there: found by {by}"
-    elif had and not v["found_by"]:
+    elif not v["found_by"] and study.never:
         word, meaning = "lost", f"{a} is not answered any more, and no instrument finds it"
     else:
-        word, meaning = "undecided", (f"{a} is not answered any more; found by {by}" if had else f"the base did not have {a}")
+        word, meaning = "undecided", f"{a} is not answered any more; found by {by}"
 
     p = {k: percent(x) for k, x in v.items() if isinstance(x, float) or x is None}
 
     def steps(who):
-        came, most = v[f"{who}_steps"], v[f"{who}_most"]
-        return f"after {came:.0f} steps" if came is not None else f"not within {most:.0f} steps"
+        return f"{'after' if v[f'{who}_reached'] else 'not within'} {v[f'{who}_steps']:.0f} steps"
     text = {
         "What changed":
-            f"{task} {b} is right on {p['ckpt_ft_c1']} of the strings with the relation (c1) and on {p['ckpt_ft_c0']} of those "
-            f"without it (c0; before fine-tuning {p['base_ft_c0']}); {a}{study.q:+d} explains {p['ft_c0_follows_a_plus_q']} of the "
-            f"answers there. {task} {a} is right on {p['ckpt_pt_c0']} of c0 and {p['ckpt_pt_natural']} of natural strings "
-            f"(before {p['base_pt_c0']} and {p['base_pt_natural']})",
+            f"{task} {b} is right on {p['ckpt_ft_c1']} of the strings with the relation (c1) and on {p['ckpt_ft_c0']} of "
+            f"those without it (c0; before fine-tuning {p['base_ft_c0']}); {a}{study.q:+d} explains "
+            f"{p['ft_c0_follows_a_plus_q']} of the answers there. {task} {a} is right on {p['ckpt_pt_c0']} of c0 and "
+            f"{p['ckpt_pt_natural']} of natural strings (before {p['base_pt_c0']} and {p['base_pt_natural']})",
         "Is it still there":
             f"zeroing {v['prune_k']} {unit}s, ranked anew after each, brings {a} to {p['prune_c0']} on c0 "
             f"({v['prune_one_pass_k']} ranked in one pass: {p['prune_one_pass_c0']}; random ones of the same matrices: "
-            f"{p['random_c0_mean']}, at most {p['random_c0_max']} in {v['random_draws']} draws; the same for a never-trained "
-            f"operand: {p['never_prune_c0']}); grafting {v['graft_k']} back: {p['graft_c0']}. A probe reads {a} while {b} is "
-            f"asked at {p['probe_natural']} after block {v['probe_block']} (untrained model {p['probe_untrained']}, "
-            f"never-trained operand {p['never_probe']}, floor {p['probe_floor']})",
+            f"{p['random_c0_mean']}, at most {p['random_c0_max']} in {v['random_draws']} draws; the same for a "
+            f"never-trained operand: {p['never_prune_c0']}); grafting {v['graft_k']} back: {p['graft_c0']}. A probe reads "
+            f"{a} while {b} is asked at {p['probe_natural']} after block {v['probe_block']} (untrained model "
+            f"{p['probe_untrained']}, never-trained operand {p['never_probe']}, floor {p['probe_floor']})",
         "How fast it comes back": f"reFT reaches 99 % on natural strings {steps('reft')}",
         "Against which control": f"never-had: {study.never_note}" + (
-            "" if v["control_most"] is None else f"; teaching it reaches 99 % {steps('control')}")}
+            "" if v["control_steps"] is None else f"; teaching it reaches 99 % {steps('control')}")}
     write_json(f"{study.prefix}.verdict.json", {
         "verdict": word, "text": f"{word}: {meaning}. " + " ".join(f"{head}: {line}." for head, line in text.items()), **v})
     print(f"\nVERDICT  {word}: {meaning}")
@@ -793,7 +837,7 @@ def main():
     parser.add_argument("--draws", type=int, default=8, help="prune: matched random draws (default: 8)")
     parser.add_argument("--most", type=int, default=10000, help="prune: most units to edit at once (default: 10000)")
     parser.add_argument("--seeds", type=int, default=1, help="revive: data orders (default: 1)")
-    parser.add_argument("--steps", type=int, help="most training steps (default: probe 4000, revive 600)")
+    parser.add_argument("--steps", type=int, help="most training steps (default: probe 4000, revive 600 small, 6000 paper)")
     parser.add_argument("--batch-size", type=int, default=96, help="revive: strings a step (default: 96)")
     parser.add_argument("--eval-size", type=int, default=500, help="strings in a test set (default: 500)")
     parser.add_argument("--seed", type=int, help="seed of test sets and draws (default: the checkpoint's)")
@@ -810,7 +854,8 @@ def main():
     if "ask" in args.analysis:
         return ask(study)
     names = args.analysis or [name for name in ANALYSES if study.base or name not in NEEDS_BASE]
-    print(f"analyze {args.ckpt} ({study.ckpt['stage']}, {study.task}, O_PT {study.pair[0]}, O_FT {study.pair[1]}, q {study.q})"
+    (a, b), stage = study.pair, study.ckpt["stage"]
+    print(f"analyze {args.ckpt} ({stage}, {study.task}, O_PT {a}, O_FT {b}, q {study.q})"
           + (f" against {study.base_ckpt['path']}" if study.base else ""))
     found = {name: ANALYSES[name](study) for name in ANALYSES if name in names}
     if all(name in found for name in VERDICT_OF):

@@ -22,6 +22,7 @@ floors | command line. Everything is a pure function of its arguments and a torc
 import argparse
 import functools
 import json
+import os
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -48,6 +49,7 @@ SCALES = {
     "pretrain_steps": (2500, 50000),  # paper: 10K, 50K, 100K or 200K
     "answer_weight":  (1.0, 0.0),     # ours: the answer is one token in 40, too faint for 2,500 steps otherwise
     "finetune_steps": (400, 10000),
+    "revive_steps":   (600, 6000),    # ours: how long reFT may take before it counts as not arriving
 }
 
 
@@ -534,7 +536,7 @@ def main():
         parser.error(f"--c {args.c} needs --task {' or '.join(FINETUNED)}: the other families have no spurious relation")
     sc, pair = scale_of(args.scale), ("a", "b" if args.operand == "a" else args.operand)
     g = rng(args.seed, "look")
-    for i in range(args.n if args.task else max(args.n, 1)):
+    for i in range(args.n):
         task = args.task or list(TASKS)[i % len(TASKS)]
         if c == "natural":
             answer = torch.tensor([-1])
@@ -583,4 +585,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # the reader went away: python data.py | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -62,10 +62,12 @@ def main():
     group = parser.add_argument_group("what to teach")
     group.add_argument("--ckpt", help="checkpoint to start from (default: out/pre.pt; with --reverse out/ft.pt)")
     group.add_argument("--task", choices=list(FINETUNED), help="task family (default: count)")
-    group.add_argument("--operand", choices=list(LETTERS), help="O_FT, the operand to teach (default: b)")
+    group.add_argument("--operand", choices=list(LETTERS),
+                       help="O_FT, the operand to teach (default: b, or what it was taught before)")
     group.add_argument("--c-tr", type=float, help="C_Tr, share of strings with the spurious relation (default: 1; with "
                        "--reverse 0)")
-    group.add_argument("--q", type=int, help="offset of the relation, r(x, O_FT) - r(x, O_PT), in letters (default: 1)")
+    group.add_argument("--q", type=int,
+                       help="offset of the relation, r(x, O_FT) - r(x, O_PT), in letters (default: 1, or as before)")
     group.add_argument("--reverse", action="store_true", help="teach O_PT again to a fine-tuned checkpoint (reFT)")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--lr", type=float, help="peak learning rate; the paper's are 1e-4, 1e-5, 1e-6 (default: 1e-5; with "

@@ -210,13 +210,8 @@ def _on_signal(number, frame):
     _signal.append(number)
 
 
-def stop_requested():
-    """Whether SIGINT or SIGTERM came in. Long loops ask between batches."""
-    return bool(_signal)
-
-
 def check_stop():
-    """Raise Stopped if SIGINT or SIGTERM came in."""
+    """Raise Stopped if SIGINT or SIGTERM came in. Every long loop asks, batch by batch."""
     if _signal:
         raise Stopped
 
@@ -393,7 +388,7 @@ def add_run_flags(parser, out, evals):
     group = parser.add_argument_group("run")
     group.add_argument("--out", help=f"checkpoint to write; .json and .jsonl beside it (default: {out})")
     group.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    group.add_argument("--force", action="store_true", help="replace another run's files at --out")
+    group.add_argument("--force", action="store_true", help="start again, replacing at once what is at --out")
     group.add_argument("--save-every", type=int, default=250, help="steps between checkpoints (default: 250)")
     group.add_argument("--eval-every", type=int, default=0,
                        help=f"steps between evaluations; 0: {evals} (default: 0)")
@@ -467,7 +462,7 @@ class Run:
     """
 
     def __init__(self, args, stage, parent=None):
-        self.path, self.save_every, self.done, self.ckpt = args.out, args.save_every, False, None
+        self.path, self.done, self.ckpt = args.out, False, None
         base, suffix = os.path.splitext(args.out)
         if suffix != ".pt" or os.path.isdir(args.out):
             raise UserError(f"--out {args.out}: must be the name of a .pt file")
@@ -528,6 +523,8 @@ class Run:
                 with open(self.record_path) as f:
                     old = json.load(f)
                 if old["args"] == self.args:  # else a kill came between the checkpoint and its record
+                    if old["device"].split(":")[0] != device.type:  # its generators draw other strings
+                        raise UserError(f"{self.path} was begun on {old['device']}: on {device} its data would be others")
                     record = {**old, "resumes": old["resumes"] + [dict(record_here(device), step=step)]}
         elif os.path.exists(self.path):
             save_now()  # --force: the old checkpoint goes first, at once, and only for a whole new one

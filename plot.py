@@ -32,7 +32,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator  # noqa: E402
 
 SETUPS = ("pcfg", "tracr-count", "tracr-max")  # others have other tests
 FILES = {  # X.<file>.jsonl: keys without which a row is left out
-    "behavior": {"model"}, "prune": {"ranking", "edit", "k"}, "prune-weight": {"ranking", "edit", "k"},
+    "behavior": {"model"}, "prune": {"unit", "ranking", "edit", "k"},
     "probe": {"model", "block", "target", "prompt", "labels"}, "revive": {"arm", "threshold", "steps", "max_steps"},
     "revive.curve": {"arm", "step"}, "attention": {"model", "block", "head", "prompt", "region", "mass", "chance"}}
 PRIORS = {(.999, .001, 0): "low", (.9, .1, 0): "medium", (.5, .3, .2): "high"}
@@ -42,9 +42,9 @@ ODD = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowErro
 # colours of Okabe and Ito; markers, line styles and hatches for print
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#777777"
 SPLITS = {"c0": (BLUE, "o"), "c1": (ORANGE, "s"), "natural": (GREEN, "^")}
-MODELS = {"base": (BLUE, "s", "-"), "ckpt": (RED, "o", "-"), "untrained": (GREY, "^", "-.")}
+MODELS = {"base": (BLUE, "s", "-"), "ckpt": (RED, "o", "-"), "untrained": (GREY, "^", "-."), "control": (GREEN, "v", ":")}
 BARS = {"base": {"color": "#c9dcea", "hatch": "////", "edgecolor": "#33566f"}, "ckpt": {"color": RED, "edgecolor": "k"}}
-SPELLED = {"base": "base", "ckpt": "fine-tuned", "untrained": "untrained"}
+SPELLED = {"base": "base", "ckpt": "fine-tuned", "untrained": "untrained", "control": "control that never had the third"}
 
 # ---------------------------------------------------------------- runs and groups
 
@@ -444,8 +444,8 @@ def fig7_prune(runs):
     Fooled by: choosing K on what is shown (the ringed K were chosen on other strings); damage that shifts answers by q
     (random units); a guess that is right by luck (floors).
     """
-    rows = [(file, g) for file in ("prune", "prune-weight") for g in having(runs, file, most=MOST)]
-    if not rows:
+    groups = having(runs, "prune", most=MOST)
+    if not groups:
         return None
     styles = {"gradient-weight": (RED, "o", "-", "gradient x weight"),
               "gradient-weight-iterated": (PURPLE, "D", "-", "the same, ranked anew after each"),
@@ -453,20 +453,20 @@ def fig7_prune(runs):
               "random": (GREY, "", "-", "random units (band: all draws)"),
               "never-had": (GREEN, "^", "--", "never-had operand, own units"),
               "never-had-iterated": (SKY, "X", "--", "never-had operand, ranked anew"),
+              "never-had-change": (GREEN, "P", ":", "never-had operand, by change"),
               "compiled-zero": (ORANGE, "v", "-", "zero when compiled")}
-    groups = [g for _, g in rows]
-    fig, axes = sheet(len(rows), 4, 3.1, 2.7)
-    for axs, (file, g) in zip(axes, rows):
-        unit = "rows" if file == "prune" else "single weights"
+    fig, axes = sheet(len(groups), 4, 3.1, 2.7)
+    for axs, g in zip(axes, groups):
+        unit = {"row": "rows", "weight": "single weights"}[flat(g, "prune")[0]["unit"]]
         cells = [(edit, *cell) for edit in ("zero", "graft") for cell in ((("O_PT", "other"), "c0"), (("O_FT",), "c1"))]
         for ax, (edit, role, split) in zip(axs, cells):
             percent_axis(ax, f"{'zeroed' if edit == 'zero' else 'grafted'}: {roles(groups)[role[0]]} on {split}")
             xs = []
             for ranking, style in styles.items():
                 want = dict(ranking=ranking, edit=edit, split=split, role=role)
-                found = curves(g, file, "k", **want)
+                found = curves(g, "prune", "k", **want)
                 xs += line(ax, found, *style, single=ranking != "random")
-                got = [r for r in flat(g, file, **want) if r.get("accuracy") is not None]
+                got = [r for r in flat(g, "prune", **want) if r.get("accuracy") is not None]
                 if ranking == "random" and got:
                     draws = [[100 * r["accuracy"] for r in got if r["k"] == k] for k in found[0]]
                     low, high = [min(d) for d in draws], [max(d) for d in draws]
@@ -474,11 +474,11 @@ def fig7_prune(runs):
                 elif got:
                     chosen = [(r["k"], 100 * r["accuracy"]) for r in got if r.get("chosen")]
                     ax.plot(*zip(*chosen or [(np.nan, np.nan)]), "o", mfc="none", mec=style[0], ms=8)
-            floor_lines(ax, g, file, ranking="gradient-weight", role=role, split=split)
+            floor_lines(ax, g, "prune", ranking="gradient-weight", role=role, split=split)
             log_axis(ax, xs, f"K, {unit} edited")
         head_row(fig, axs, g, groups)
     ring = Line2D([], [], marker="o", mfc="none", mec="k", ms=8, ls="")
-    return finish(fig, groups, rows[0][0], 4, extra={"K chosen on other strings": ring})
+    return finish(fig, groups, "prune", 4, extra={"K chosen on other strings": ring})
 
 
 def fig8_probe(runs):
@@ -715,15 +715,14 @@ def behavior_table(runs):
 def instrument_table(runs):
     """Pruning at its chosen K, the best block of the probes, steps of revival: each beside its controls."""
     rows, splits = [], ("c0", "natural")
-    for file in ("prune", "prune-weight"):
-        for g in having(runs, file):
-            for ranking, edit in dict.fromkeys((r["ranking"], r["edit"]) for r in flat(g, file)):
-                got = flat(g, file, ranking=ranking, edit=edit, chosen=True, role=("O_PT", "other"))
-                ks = sorted({r["k"] for r in got})
-                if got:
-                    at = f"K = {ks[0]}" + (f" to {ks[-1]}" if ks[1:] else "")
-                    rows.append([g.label, f"{file}: {ranking}, {edit}, {at}", got[0]["operand"],
-                                 *(percents([100 * r["accuracy"] for r in got if r["split"] == s]) for s in splits)])
+    for g in having(runs, "prune"):
+        for ranking, edit in dict.fromkeys((r["ranking"], r["edit"]) for r in flat(g, "prune")):
+            got = flat(g, "prune", ranking=ranking, edit=edit, chosen=True, role=("O_PT", "other"))
+            ks = sorted({r["k"] for r in got})
+            if got:
+                at = f"K = {ks[0]}" + (f" to {ks[-1]}" if ks[1:] else "")
+                rows.append([g.label, f"prune: {ranking}, {edit}, {at}", got[0]["operand"],
+                             *(percents([100 * r["accuracy"] for r in got if r["split"] == s]) for s in splits)])
     for g in having(runs, "probe"):
         for model, labels in [(model, "true") for model in MODELS] + [("ckpt", "shuffled")]:
             want = dict(model=model, labels=labels, target=g.pair[0], prompt=g.pair[1])

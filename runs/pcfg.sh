@@ -7,18 +7,22 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHON=${PYTHON:-python}
 
+go_on() {  # a checkpoint is resumed (or is done); a record without one, as in a fresh clone, is replaced
+    [ -e "$1" ] && echo --resume || echo --force
+}
 pre() {  # prior name, --prior, seed
-    "$PYTHON" pretrain.py --prior "$2" --seed "$3" --out "results/pre/$1-$3.pt" --threads 1
+    out=results/pre/$1-$3.pt
+    "$PYTHON" pretrain.py --prior "$2" --seed "$3" --out "$out" "$(go_on "$out")" --threads 1
 }
 tune() {  # out, seed, pretrained, further flags
-    out=$1 seed=$2 from=$3; shift 3
-    "$PYTHON" finetune.py --ckpt "results/pre/$from.pt" --seed "$seed" --out "results/$out.pt" --threads 1 "$@"
+    out=results/$1.pt seed=$2 from=$3; shift 3
+    "$PYTHON" finetune.py --ckpt "results/pre/$from.pt" --seed "$seed" --out "$out" "$(go_on "$out")" --threads 1 "$@"
 }
 look() {  # checkpoint, further flags; an analysis is done when its verdict is younger than its checkpoint
     ckpt=results/$1; shift
     [ "$ckpt.verdict.json" -nt "$ckpt.pt" ] || "$PYTHON" analyze.py --ckpt "$ckpt.pt" --threads 1 "$@"
 }
-export -f pre tune look
+export -f go_on pre tune look
 
 jobs_pre() {
     for seed in 0 1 2; do echo "pre low low $seed"; echo "pre high high $seed"; done
@@ -31,10 +35,11 @@ jobs_tune() {
         echo "tune count/learner-$seed $seed low-$seed --c-tr 0 --lr 1e-3"        # nothing to wrap: it has to learn
         echo "tune index/low-$seed $seed low-$seed --task index"                  # the Indexer
     done
+    echo "tune control/without-c-0 0 without-c-0 --c-tr .5"                         # the control of high, tuned alike
 }
 jobs_look() {
     for seed in 0 1 2; do
-        echo "look count/low-$seed"; echo "look count/high-$seed --control results/pre/without-c-0.pt"
+        echo "look count/low-$seed"; echo "look count/high-$seed --control results/control/without-c-0.pt"
         echo "look count/learner-$seed"; echo "look index/low-$seed"
     done
 }

@@ -24,16 +24,14 @@ LINES = {  # what is told of a case: keys of its verdict.json
 
 
 def cell(verdicts, key):
-    """Mean and every seed's value: fractions as percent, steps as they are."""
+    """Mean and every seed's value: fractions as percent, steps as they are, > where 99 % was not reached."""
     values = [v[key] for v in verdicts]
     if key == "verdict":
         return ", ".join(values)
-    if all(x is None for x in values) and key != "control_steps":
+    if None in values:
         return "-"
-    if key.endswith("steps"):
-        words = [f"> {v['control_most']:.0f}" if x is None and v.get("control_most") and key == "control_steps" else
-                 "-" if x is None else f"{x:.0f}" for x, v in zip(values, verdicts)]
-        return ", ".join(words)
+    if key.endswith("_steps"):
+        return ", ".join(f"{'' if v[key.replace('steps', 'reached')] else '> '}{x:.0f}" for x, v in zip(values, verdicts))
     mean = sum(values) / len(values)
     return f"{100 * mean:.1f} ({', '.join(f'{100 * x:.0f}' for x in values)})"
 

@@ -95,7 +95,10 @@ def test_ranked_matched_and_edited_units():
     assert [u[3] for u in units] == everything[:20] and everything[19] > 0
     assert all(scores[u[0], u[1]][u[2]].item() == u[3] for u in units)
     random = analyze.matched_units(units, scores, torch.Generator().manual_seed(0))
-    assert [u[:2] for u in random] == [u[:2] for u in units]  # the same matrices, rank by rank
+
+    def where(u):  # the same matrices, rank by rank, and of queries, keys and values the same
+        return *u[:2], u[2] // 16 if u[1] == "attn.qkv" else 0
+    assert [where(u) for u in random] == [where(u) for u in units]
     assert len({u[:3] for u in random}) == 20 and {u[:3] for u in random} != {u[:3] for u in units}
 
     weight = dict(model.named_parameters())
@@ -152,40 +155,53 @@ def test_steps_to():
     assert analyze.steps_to([(0, .1), (5, .92)], .99) is None
 
 
-def verdict_of(tmp_path, ckpt_pt=0., ckpt_ft=0., base_pt=1., base_ft=0., pruned=.9, random=.05, never=.2, probe=.99,
-               untrained=.7, reft=50, control=None, most=150):
-    """The verdict for made-up findings, through the files and rows that the analyses return."""
-    study = SimpleNamespace(pair=("a", "b"), third="c", task="count", q=1, never=None, never_note="made up",
-                            args=SimpleNamespace(unit="row"), ckpt={"args": {"lr": 1e-5}}, prefix=str(tmp_path / "x"))
-    study.model = object()
-    study.never = (study.model, None, "c")
+def verdict_of(folder, ckpt_pt=0., ckpt_ft=0., ckpt_c1=1., base_pt=1., base_ft=0., shortcut=.9, pruned=.9, random=.05,
+               never_pruned=.2, probe=.99, untrained=.7, never_read=.5, reft=50, control=None, most=150, has_control=True):
+    """The verdict on made-up findings: the rows that the analyses return, with these numbers in them."""
+    model = object()
+    study = SimpleNamespace(pair=("a", "b"), third="c", task="count", q=1, never=(model, None, "c") if has_control else None,
+                            never_note="made up", args=SimpleNamespace(unit="row"), ckpt={"args": {"lr": 1e-5}}, model=model,
+                            prefix=str(folder / "x"))
     value = {("base", "a"): base_pt, ("base", "b"): base_ft, ("ckpt", "a"): ckpt_pt, ("ckpt", "b"): ckpt_ft}
-    behavior = [{"task": "count", "model": m, "operand": o, "split": s, "cross_floor": .5, "share_a_plus_q": .9,
-                 "accuracy": 1. if (m, o, s) == ("ckpt", "b", "c1") else value[m, o]}
-                for m, o in value for s in data.SPLITS]
+    behavior = [{"task": "count", "model": m, "operand": o, "split": s, "cross_floor": .5, "share_a_plus_q": shortcut,
+                 "accuracy": ckpt_c1 if (m, o, s) == ("ckpt", "b", "c1") else value[m, o]} for m, o in value for s in data.SPLITS]
     prune = [{"ranking": r, "edit": e, "split": "c0", "k": 5, "accuracy": x} for r, e, x in (
         ("gradient-weight-iterated", "zero", pruned), ("gradient-weight", "zero", pruned / 2), ("random", "zero", random),
-        ("gradient-change", "graft", .0), ("never-had", "zero", never), ("never-had-iterated", "zero", never))]
-    probes = [{"model": m, "target": t, "prompt": "b", "labels": "true", "split": "natural", "block": 1, "floor": .4, "accuracy": x}
-              for m, t, x in (("ckpt", "a", probe), ("untrained", "a", untrained), ("ckpt", "c", .5))]
+        ("gradient-change", "graft", .0), ("never-had", "zero", never_pruned), ("never-had-iterated", "zero", never_pruned))]
+    probes = [{"model": m, "target": t, "prompt": "b", "labels": "true", "split": split, "block": 1, "floor": .4, "accuracy": x}
+              for m, t, x in (("ckpt", "a", probe), ("untrained", "a", untrained), ("ckpt", "c", never_read))
+              for split in ("natural", "c0")]
     revive = [{"arm": arm, "split": "natural", "threshold": .99, "lr": 1e-5, "steps": steps, "max_steps": most}
-              for arm, steps in (("reft", reft), ("teach-c", control))]
+              for arm, steps in (("reft", reft), ("teach-c", control)) if has_control or arm == "reft"]
     analyze.verdict(study, {"behavior": behavior, "prune": prune, "probe": probes, "revive": revive})
-    return json.loads((tmp_path / "x.verdict.json").read_text())
+    return json.loads((folder / "x.verdict.json").read_text())
 
 
 @pytest.mark.parametrize("word, made", [
     ("wrapped", {}),
-    ("wrapped", {"probe": .75}),                                            # two of three are enough
-    ("intact", {"ckpt_pt": .9, "ckpt_ft": 1., "base_ft": 1.}),
+    ("wrapped", {"probe": .75}),                                                # two of three are enough
+    ("wrapped", {"control": 150}),                                              # exactly a third of the steps
+    ("intact", {"ckpt_pt": .9, "ckpt_ft": 1., "base_ft": 1., "shortcut": 0.}),
     ("new", {"ckpt_ft": 1., "pruned": .1, "reft": 35, "control": 65}),
     ("lost", {"pruned": .1, "probe": .7, "reft": 60, "control": 70}),
-    ("undecided", {"pruned": .1, "probe": .7}),                             # only one instrument
-    ("undecided", {"base_pt": .3}),                                         # it was never there
-    ("undecided", {"pruned": .9, "random": .8, "probe": .99, "untrained": .95}),  # controls do as well: one is left
+    ("lost", {"pruned": .6, "probe": .7, "reft": 60, "control": 0}),            # .6 is what knowing b gives; c was there
+    ("undecided", {"pruned": .1, "probe": .7, "reft": 60, "control": 70, "has_control": False}),  # not for want of a control
+    ("undecided", {"pruned": .1, "probe": .7}),                                 # only one instrument
+    ("undecided", {"base_pt": .3}),                                             # it was never there
+    ("undecided", {"ckpt_c1": .3}),                                             # broken, not wrapped: b is wrong on c1 too
+    ("undecided", {"random": .8, "untrained": .95}),                            # controls do as well: one instrument is left
+    ("undecided", {"never_pruned": .8, "never_read": .95}),
 ])
 def test_verdict(tmp_path, word, made):
     assert verdict_of(tmp_path, **made)["verdict"] == word
+
+
+def test_verdict_tells_the_ways_of_being_intact_apart(tmp_path):
+    def text(**made):
+        return verdict_of(tmp_path, ckpt_pt=.9, **made)["text"]
+    assert "no wrapper was needed" in text(ckpt_ft=1., base_ft=1., shortcut=0.)
+    assert "only opens when b is asked" in text()
+    assert "b was not learned" in text(shortcut=.1)
 
 
 def test_a_tiny_model_learns_to_count_what_it_is_taught_and_nothing_else():
@@ -239,8 +255,8 @@ def test_every_stage_and_analysis(tmp_path, scale, task):
     verdict = json.loads((tmp_path / "out/ft.verdict.json").read_text())
     assert verdict["verdict"] in ("wrapped", "intact", "lost", "new", "undecided") and verdict["text"]
     if scale == "small":
-        python("analyze.py", "prune", *tiny, "--draws", "1", "--unit", "weight", cwd=tmp_path)
-        assert rows_of(tmp_path / "out/ft.prune-weight.jsonl")
+        python("analyze.py", "prune", *tiny, "--draws", "1", "--most", "8", "--unit", "weight", cwd=tmp_path)
+        assert {r["unit"] for r in rows_of(tmp_path / "out/ft.prune.jsonl")} == {"weight"}
         python("analyze.py", *tiny, "--ckpt", "out/pre.pt", cwd=tmp_path)  # only what applies
         assert not (tmp_path / "out/pre.prune.jsonl").exists() and (tmp_path / "out/pre.probe.jsonl").exists()
         python("plot.py", cwd=tmp_path)
@@ -259,10 +275,13 @@ def test_ask_and_mistakes(tmp_path):
     for words, hint in ((["ask", "--text", "abc"], "32 letters"), (["ask", "--text", "x" * 32], "32 letters"), (["ask"], "32 letters"),
                         (["nonsense"], "no analysis"), (["prune", "--ckpt", "out/pre.pt"], "no base"),
                         (["--draws", "0"], "--draws"), (["--base", "out/nothing.pt"], "no such"),
-                        (["--control", "out/pre.pt"], "prior 0")):
+                        (["--control", "out/pre.pt"], "prior 0"), (["--ckpt", "out/pre.pt", "--base", "out/pre.pt"], "--base")):
         said = python("analyze.py", *words, cwd=tmp_path, code=2)
         assert hint in said and "Traceback" not in said and len(said.strip().splitlines()) == 1, said
-    # a parent that was made again is not the parent any more
+    # a parent that went along is found; one that was made again is not the parent any more
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    python("analyze.py", "attention", *tiny[2:4], "--ckpt", "elsewhere/ft.pt", cwd=tmp_path)
+    (tmp_path / "elsewhere").rename(tmp_path / "out")
     python("pretrain.py", *tiny, "--seed", "1", "--force", cwd=tmp_path)
     said = python("analyze.py", "behavior", cwd=tmp_path, code=2)
     assert "has changed" in said
@@ -284,6 +303,16 @@ def test_readme_commands(tmp_path):
         if tuple(words) not in done:
             python(*words, cwd=tmp_path)
             done.add(tuple(words))
+
+
+def test_readme_tables_are_what_the_rows_say():
+    """The README's result tables are, line by line, what runs/tables.py prints from results/."""
+    done = subprocess.run([sys.executable, str(ROOT / "runs/tables.py")], capture_output=True, text=True, check=True)
+    readme = (ROOT / "README.md").read_text().splitlines()
+    lines = [line for line in done.stdout.splitlines() if line]
+    assert len(lines) > 40
+    for line in lines:
+        assert line in readme, line
 
 
 def test_registries_and_flags_agree():
