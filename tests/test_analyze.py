@@ -24,17 +24,17 @@ ROOT = Path(__file__).parent.parent
 
 
 def python(*words, cwd, code=0):
-    """Run a script of the repository with one thread; returns what it printed."""
+    """Run a script of the repository; returns what it printed, on stderr alone where it is to fail."""
     words = [str(word) for word in words]
     done = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return done.stderr if code else done.stdout + done.stderr
 
 
 def small_model(seed=0, n_layer=2):
     sc = data.scale_of("small")
-    config = Config(vocab_size=len(data.vocabulary(sc)), n_ctx=sc.length + 9, n_layer=n_layer, n_head=2, d_model=16, d_head=8,
-                    d_mlp=32)
+    config = Config(vocab_size=len(data.vocabulary(sc)), n_ctx=sc.length + 9, n_layer=n_layer, n_head=2, d_model=16,
+                    d_head=8, d_mlp=32)
     model = GPT(config).init_weights(torch.Generator().manual_seed(seed))
     for p in model.parameters():  # large enough that every gradient is well above rounding
         p.data.mul_(5)
@@ -207,7 +207,8 @@ def test_verdict_tells_the_ways_of_being_intact_apart(tmp_path):
 def test_a_tiny_model_learns_to_count_what_it_is_taught_and_nothing_else():
     """180 steps of the real optimisation step on the real data: count a well above its floor, count c not."""
     sc, pair = data.scale_of("small"), ("a", "b")
-    config = Config(vocab_size=len(data.vocabulary(sc)), n_ctx=sc.length + 9, n_layer=2, n_head=2, d_model=32, d_head=16, d_mlp=128)
+    config = Config(vocab_size=len(data.vocabulary(sc)), n_ctx=sc.length + 9, n_layer=2, n_head=2, d_model=32, d_head=16,
+                    d_mlp=128)
     model = GPT(config).init_weights(data.rng(0, "weights"))
     batch = finetune.finetuning_stream(sc, "count", "a", 0., pair, 1, 64, 0, "cpu")
     tests = [data.test_set(300, sc, "count", "a", "natural", 0), data.test_set(300, sc, "count", "c", "c0", 0, ("c", "b"))]
@@ -223,7 +224,8 @@ def test_a_tiny_model_learns_to_count_what_it_is_taught_and_nothing_else():
 
 ROW = {"setup", "scale", "task", "operand", "split", "accuracy", "floor", "cross_floor", "n", "loss", "seed"}
 FILES = {"behavior": {"model"}, "prune": {"unit", "ranking", "edit", "k", "draw"}, "prune.rows": None,
-         "probe": {"model", "block", "target", "prompt", "labels"}, "attention": {"model", "block", "head", "prompt", "region", "mass", "chance"},
+         "probe": {"model", "block", "target", "prompt", "labels"},
+         "attention": {"model", "block", "head", "prompt", "region", "mass", "chance"},
          "revive": {"arm", "lr", "threshold", "steps", "max_steps"}, "revive.curve": None}
 
 
@@ -272,10 +274,11 @@ def test_ask_and_mistakes(tmp_path):
     text = "abcabcabcabcabcabcabcabcabcabcab"
     said = python("analyze.py", "ask", "--text", text, "--operand", "b", cwd=tmp_path)
     assert "the truth is 6" in said and said.count("says") == 2
-    for words, hint in ((["ask", "--text", "abc"], "32 letters"), (["ask", "--text", "x" * 32], "32 letters"), (["ask"], "32 letters"),
-                        (["nonsense"], "no analysis"), (["prune", "--ckpt", "out/pre.pt"], "no base"),
+    for words, hint in ((["ask", "--text", "abc"], "32 letters"), (["ask", "--text", "x" * 32], "32 letters"),
+                        (["ask"], "32 letters"), (["nonsense"], "no analysis"), (["prune", "--ckpt", "out/pre.pt"], "no base"),
                         (["--draws", "0"], "--draws"), (["--base", "out/nothing.pt"], "no such"),
-                        (["--control", "out/pre.pt"], "prior 0"), (["--ckpt", "out/pre.pt", "--base", "out/pre.pt"], "--base")):
+                        (["--control", "out/pre.pt"], "prior 0"),
+                        (["--ckpt", "out/pre.pt", "--base", "out/pre.pt"], "--base")):
         said = python("analyze.py", *words, cwd=tmp_path, code=2)
         assert hint in said and "Traceback" not in said and len(said.strip().splitlines()) == 1, said
     # a parent that went along is found; one that was made again is not the parent any more
