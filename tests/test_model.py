@@ -301,7 +301,7 @@ def checkpoint(gpt, **other):
     gpt(torch.arange(8)[None]).square().mean().backward()
     optimizer.step()
     return {"model": gpt.state_dict(), "optimizer": optimizer.state_dict(), "config": asdict(gpt.config),
-            "args": {"lr": .1, "prior": [1., 0., 0.]}, "setup": "pcfg", "scale": "small", "stage": "pretrain", "step": 1,
+            "args": {"lr": .1, "prior": [1., 0., 0.], "seed": 0}, "setup": "pcfg", "scale": "small", "stage": "pretrain", "step": 1,
             "steps": 1, "finished": True, "parent": None, "capability": {"task": "count", "operand": "a"}, **other}
 
 

@@ -399,7 +399,7 @@ def small(tmp_path_factory):
     path = tmp_path_factory.mktemp("small") / "x.pt"
     gpt = GPT(Config(vocab_size=5, n_ctx=4, n_layer=1, n_head=2, d_model=4, d_head=2, d_mlp=8))
     model_py.save(path, {"model": gpt.state_dict(), "optimizer": {}, "config": vars(gpt.config),
-                         "args": {"prior": [1., 0., 0.]}, "setup": "pcfg", "scale": "small", "stage": "pretrain",
+                         "args": {"prior": [1., 0., 0.], "seed": 0, "lr": .1}, "setup": "pcfg", "scale": "small", "stage": "pretrain",
                          "step": 1, "steps": 1, "finished": True,
                          "parent": None, "capability": {"task": "count", "operand": "a"}})
     return path, path.read_bytes()
