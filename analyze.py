@@ -360,10 +360,6 @@ def prune_sweeps(study):
     {ranking: units} of the three rankings of the fine-tuned model.
     """
     a, unit, most, sweeps = study.pair[0], study.args.unit, study.args.most, []
-    total = sum(map(len, unit_scores(study.model, study.test(a, "c0", "select"), study.sc, unit).values()))
-    few, every = [k for k in KS if 0 < k <= FEW], KS[1:]
-    far = (*every, *(200 * 2 ** i for i in range(30) if 400 * 2 ** i <= total))  # grafting needs many
-    some = (FEW, KS[-1], far[-1])
 
     def add(model, base, operand, ranking, edit, units, ks, draw=None):
         sweeps.append(SimpleNamespace(model=model, base=base, operand=operand, ranking=ranking, edit=edit, units=units,
@@ -378,6 +374,9 @@ def prune_sweeps(study):
 
     here = study.model, study.base, a
     one_pass, scores = rank(study.model, a)
+    total, few, every = sum(map(len, scores.values())), [k for k in KS if 0 < k <= FEW], KS[1:]
+    far = (*every, *(200 * 2 ** i for i in range(30) if 400 * 2 ** i <= total))  # grafting needs many
+    some = (FEW, KS[-1], far[-1])
     iterated = anew(study.model, a)
     change, _ = rank(study.model, a, minus=study.base, upto=far[-1])
     add(*here, "gradient-weight", "zero", one_pass, every)
@@ -632,8 +631,8 @@ def revive(study):
         curves = teach(study, study.model, a, lr, limit, seed, bar)
         note("reft", lr, a, curves, limit, seed)
         note("reft", lr / 3, a, teach(study, study.model, a, lr / 3, limit, seed, bar), limit, seed)
-        step, accuracy = curves["natural"][-1]
-        most = max(30, FASTER * step) if accuracy >= THRESHOLDS[-1] and not study.args.steps else limit
+        step, reached = curves["natural"][-1]
+        most = max(30, FASTER * step) if reached >= THRESHOLDS[-1] and not study.args.steps else limit
         arms = []
         if study.never:
             model, base, operand = study.never
@@ -663,13 +662,11 @@ def revive(study):
     columns = [(split, threshold) for split in ("natural", "c0") for threshold in THRESHOLDS]
     table(["arm", "lr", "seed", "asked", *(f"{split} {t:.0%}" for split, t in columns), "natural at the end"],
           [[key[0], f"{key[1]:.2g}", *key[2:], *(shown(cells.get((*key, *c))) for c in columns),
-            ends.get(key, "-")]
-           for key in dict.fromkeys(k[:4] for k in cells)])
+            ends.get(key, "-")] for key in dict.fromkeys(k[:4] for k in cells)])
     return rows
 
 
 # ---------------------------------------------------------------- verdict
-
 
 KNOWS = .9    # accuracy on natural strings from which on a model has a capability
 MARGIN = .25  # by so much an accuracy must exceed what is possible without it: the cross floor, or a control
