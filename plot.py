@@ -183,7 +183,11 @@ def having(runs, file, kinds=None, most=None):
         g.label += f" ({len(g.runs)}\xa0seeds)" if len(g.runs) > 1 else f" (seed\xa0{g.runs[0].args.get('seed')})"
     if most and len(groups) > most:
         note(f"{file}: {len(groups)} groups, only the first {most} are drawn (plot a folder that holds fewer)")
-    return sorted(groups, key=lambda g: (g.kind == "reFT", [str(g.settings.get(k)) for k in ("prior", "c_tr", "lr")]))[:most]
+    def place(g):  # low prior first, then by correlation and rate
+        prior, numbers = g.settings.get("prior"), [g.settings.get(k) for k in ("c_tr", "lr")]
+        return (g.kind == "reFT", [-p for p in prior] if isinstance(prior, list) else [],
+                [x if isinstance(x, (int, float)) else 0 for x in numbers])
+    return sorted(groups, key=place)[:most]
 
 
 # ---------------------------------------------------------------- numbers

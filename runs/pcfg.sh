@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes results/: every number and figure of the README's PCFG tables. About 75 minutes on two cores; restartable: what
+# Makes results/: every number and figure of the README's PCFG tables. About an hour on two cores; restartable: what
 # is done already is passed over. Two single-threaded runs side by side beat one run on two threads.
 #
 #     bash runs/pcfg.sh            # everything        PYTHON=path/to/python to choose an interpreter
@@ -45,10 +45,10 @@ jobs_look() {
 }
 jobs_grid() {
     for lr in 1e-5 1e-4 1e-3; do for c in 0 .5 .8 1; do for prior in low high; do
-        echo "tune grid/$prior-ctr$c-lr$lr 0 $prior-0 --c-tr $c --lr $lr"
+        echo "tune grid/$prior/ctr$c-lr$lr 0 $prior-0 --c-tr $c --lr $lr"
     done; done; done
 }
 for stage in ${STAGES:-jobs_pre jobs_tune jobs_look jobs_grid}; do
     $stage | tr '\n' '\0' | xargs -0 -P 2 -I{} bash -c "{}"
 done
-for folder in count index grid; do "$PYTHON" plot.py "results/$folder"; done
+for folder in count index grid/low grid/high; do "$PYTHON" plot.py "results/$folder"; done

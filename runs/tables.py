@@ -52,7 +52,7 @@ def grid():
     for prior in ("low", "high"):
         for lr, theirs in (("1e-3", "1e-4"), ("1e-4", "1e-5"), ("1e-5", "1e-6")):
             for c_tr in ("0", ".5", ".8", "1"):
-                rows = [json.loads(line) for line in (RESULTS / f"grid/{prior}-ctr{c_tr}-lr{lr}.jsonl").read_text().splitlines()]
+                rows = [json.loads(line) for line in (RESULTS / f"grid/{prior}/ctr{c_tr}-lr{lr}.jsonl").read_text().splitlines()]
                 last = {(r["operand"], r["split"]): 100 * r["accuracy"] for r in rows if r["step"] == rows[-1]["step"]}
                 c = c_tr.replace(".", "0.") if c_tr.startswith(".") else c_tr
                 print(f"| {prior} | {lr} ({theirs}) | {c_tr} | " + " | ".join(
