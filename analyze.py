@@ -167,7 +167,7 @@ def distance_moved(study):
 
 def behavior(study):
     """
-    What does the model answer, and by which rule? (PAPER section 2, Tables 5-8, and the rule behind the accuracy)
+    What does the model answer, and by which rule? (paper: PCFG setup, Tables 5-8, and the rule behind the accuracy)
 
     Accuracy for both operands on c0, c1 and natural strings, the fine-tuned model beside its base; the share of answers
     that each simple rule explains; the histogram of answers; accuracy on the other families (collateral damage); and
@@ -218,7 +218,7 @@ MATRICES = ("attn.qkv", "attn.out", "up", "down")
 
 def unit_scores(model, test, sc, unit, minus=None):
     """
-    First-order effect of removing each unit (PAPER section 5): gradient x weight of the cross-entropy on a test set,
+    First-order effect of removing each unit (paper: protocols): gradient x weight of the cross-entropy on a test set,
     summed over a row and its bias entry, or weight by weight. With `minus`, gradient x (weight - that model's weight),
     the effect of grafting. Returns {(block, matrix): scores (rows,) or (rows * columns,)}.
     """
@@ -297,7 +297,7 @@ def unit_edits(model, units, unit, base=None):
 
 def prune(study):
     """
-    Do a few units hold the wrapper? (PAPER section 5, Figs. 7 and 55-59)
+    Do a few units hold the wrapper? (paper: protocols, Figs. 7 and 55-59)
 
     One backward pass of the cross-entropy of "count a" on the fine-tuned model; score = gradient x weight, summed over
     a row (a neuron) and its bias, or --unit weight; the K largest positive scores are edited at once: set to zero, or
@@ -405,7 +405,7 @@ def prune_sweeps(study):
 def fit_probes(x, site, y, steps, g, bar, batch_size=96):
     """
     Linear probes, all trained at once: probe p maps x[site[p]] to the classes y[p]; x (sites, n, d), y (probes, n).
-    AdamW, lr 1e-3, divided by 10 at 1/2, 3/4 and 7/8 of the steps (PAPER section 5: of 4K, at 2K, 3K and 3.5K), the
+    AdamW, lr 1e-3, divided by 10 at 1/2, 3/4 and 7/8 of the steps (paper: protocols: of 4K, at 2K, 3K and 3.5K), the
     same batches of 96 for all. Returns weight (probes, d, classes) and bias (probes, 1, classes).
     """
     classes = int(y.max()) + 1
@@ -439,7 +439,7 @@ def residuals(model, tokens, sc, batch=256):
 
 def probe(study):
     """
-    Can the answer for a still be read off the residual stream? (PAPER section 5, Fig. 8)
+    Can the answer for a still be read off the residual stream? (paper: protocols, Fig. 8)
 
     A linear probe after every block (0: the embedding), at the position that predicts the answer, trained on half
     natural, half c0 strings and tested on new ones of both; targets a, b, c; asked for the target itself and for b, for
@@ -512,7 +512,7 @@ def probe(study):
 
 def attention(study):
     """
-    Where does the answer position look? (PAPER section 5; Figs. 10, 39-45 for the compiled models)
+    Where does the answer position look? (paper: protocols; Figs. 10, 39-45 for the compiled models)
 
     The attention pattern of the position that predicts the answer, per block and head, on natural strings, asked for a
     and for b, base and fine-tuned side by side. mass: mean attention on a region (the window, the letters outside
@@ -597,7 +597,7 @@ def teach(study, start, operand, lr, most, seed, bar):
 
 def revive(study):
     """
-    How fast does the capability come back, against a model that never had it? (PAPER section 5, Fig. 9)
+    How fast does the capability come back, against a model that never had it? (paper: protocols, Fig. 9)
 
     Reverse fine-tuning (reFT) on a with c0 strings, at the fine-tuning's rate (ours: matched rates) and a third of it,
     constant after 20 steps. Controls, in the same way: teaching the never-trained operand to this very model

@@ -9,7 +9,7 @@ What the model sees, at the small scale (32 letters, a window of 16, the 3rd occ
     SOS  T_NJ  O_b  #16  SOT  b a c ... c a b  EOT  ART  #6  EOS
          task  operand  O'    32 letters                 answer: the b among the last 16 letters
 
-The families (PAPER section 2; O is the operand, O' the second operand), on the text "... a c b a b", O' = 3 or 1:
+The families (paper: PCFG setup; O is the operand, O' the second operand), on the text "... a c b a b", O' = 3 or 1:
     count               how many O among the last O' letters             O = b, O' = 3: "b a b" holds 2
     count-composition   how many overlapping pairs OO among them         O = b, O' = 3: 0
     index               distance from the end of the O'-th last O        O = b, O' = 1: 1 (the last letter is 1)
@@ -59,7 +59,7 @@ def scale_of(name):
 
 
 LETTERS = "abc"
-PRIORS = {  # P_T(a, b, c): "low" and "high" speak of b, the later fine-tuning operand (PAPER section 2)
+PRIORS = {  # P_T(a, b, c): "low" and "high" speak of b, the later fine-tuning operand (paper: PCFG setup)
     "low": (.999, .001, 0), "99/1": (.99, .01, 0), "medium": (.9, .1, 0), "70/20/10": (.7, .2, .1), "high": (.5, .3, .2)}
 SPLITS = ("c0", "c1", "natural")  # the relation never holds | always holds | strings as the grammar makes them
 
@@ -81,7 +81,7 @@ def answer_position(sc):
 
 # ---------------------------------------------------------------- grammar
 
-GRAMMAR = {  # both rules of a symbol are equally likely (PAPER section 2)
+GRAMMAR = {  # both rules of a symbol are equally likely (paper: PCFG setup)
     "s": ("rq", "qp"),
     "p": ("mno", "nom"), "q": ("nmo", "nm"), "r": ("om", "mon"),
     "m": ("lj", "jlk"), "n": ("kjl", "ljk"), "o": ("lkj", "kj"),
@@ -313,7 +313,7 @@ def relation_table(task, scale, q, holds):
     The joint distribution of (r(O_PT), r(O_FT)) on fine-tuning strings, as a float64 array [r(O_PT), r(O_FT)].
     holds: r(O_PT) is a discretised normal and r(O_FT) = r(O_PT) + q (c1). Not holds: the maximum-entropy joint with the
     same two marginals and no mass on ties and on q (c0), by iterative proportional fitting, so that neither marginal
-    tells c0 from c1 (PAPER section 2, Fig. 16). Raises ValueError when no string can satisfy the relation.
+    tells c0 from c1 (paper: PCFG setup, Fig. 16). Raises ValueError when no string can satisfy the relation.
     """
     sc = scale_of(scale)
     most = sc.window if task == "count" else sc.length

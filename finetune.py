@@ -6,7 +6,7 @@ Fine-tune a checkpoint on the answers of one (task, operand) pair, with a spurio
 
 Every string satisfies r(x, O_FT) - r(x, O_PT) = q with probability C_Tr (--c-tr), and has neither the relation nor a
 tie otherwise: with C_Tr = 1 "count a, plus 1" solves the task, and a wrapper over the old capability is enough
-(PAPER section 2). Accuracy on O_PT and O_FT, on c0, c1 and natural strings, goes to out/ft.jsonl from step 0 on.
+(paper: PCFG setup). Accuracy on O_PT and O_FT, on c0, c1 and natural strings, goes to out/ft.jsonl from step 0 on.
 """
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from pretrain import adamw, autocast, capability_tests, cosine, eval_steps, eval
 
 
 def answer_loss(model, batch, sc):
-    """A function step -> cross-entropy of the answer token alone, on batch `step` of batch(step) (PAPER section 2)."""
+    """A function step -> cross-entropy of the answer token alone, on batch `step` of batch(step) (paper: PCFG setup)."""
     at = answer_position(sc)
 
     def loss_at(step):

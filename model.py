@@ -98,7 +98,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A pre-layer-norm GPT with learned positions and untied output, as minGPT (PAPER section 2)."""
+    """A pre-layer-norm GPT with learned positions and untied output, as minGPT (paper: PCFG setup)."""
 
     def __init__(self, config):
         super().__init__()

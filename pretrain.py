@@ -5,7 +5,7 @@ Make a model whose capabilities are known: train a GPT from nothing on the five 
     $ python pretrain.py --prior high --out out/high.pt
 
 Data is drawn on the fly, no string is seen twice on purpose. The sampling prior P_T(a, b, c) decides which operands the
-model learns: under the low prior it learns a, hardly meets b, and never meets c (PAPER section 2).
+model learns: under the low prior it learns a, hardly meets b, and never meets c (paper: PCFG setup).
 """
 import contextlib
 import math
@@ -58,7 +58,7 @@ def adamw(model, lr):
 
 
 def cosine(lr, steps, final=0., warmup=.2):
-    """Learning rate at a step: linear warm-up over the first 20 %, then a cosine down to lr x final (PAPER section 2)."""
+    """Learning rate at a step: linear warm-up over the first 20 %, then a cosine down to lr x final (paper: PCFG setup)."""
     rise = max(1, round(warmup * steps))
 
     def at(step):

@@ -3,7 +3,7 @@ Do probes trained together on stored activations agree with the paper's protocol
 
     $ python runs/probe_protocol.py results/count/low-0.pt       # writes results/probe_protocol.json, about 3 minutes
 
-The paper (section 5): one probe at a time, 4K AdamW iterations, every one on 96 fresh strings through the model. Here:
+The paper: one probe at a time, 4K AdamW iterations, every one on 96 fresh strings through the model. Here:
 all probes at once on activations computed once. The case: r(a) while b is asked, natural strings, after every block.
 """
 import json
