@@ -124,10 +124,10 @@ def test_set(*args, **more):
 test_set.__test__ = False  # not a pytest function
 
 
-def capability_tests(n, sc, task, pair, q, seed, device, operands=None):
-    """The sets of every history: both operands of the pair (or `operands`) on c0, c1 and natural."""
+def capability_tests(n, sc, task, pair, q, seed, device):
+    """The sets of every history: both operands of the pair on c0, c1 and natural."""
     return [test_set(n, sc, task, operand, split, seed, pair, q, device=device)
-            for operand in operands or pair for split in SPLITS]
+            for operand in pair for split in SPLITS]
 
 
 def other_tests(n, sc, operands, seed, device, but=None):
