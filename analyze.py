@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from data import LETTERS, NUMBER, SPLITS, TASKS, answer_position
+from data import SPLITS, answer_position
 from finetune import answer_loss, constant, finetuning_stream, pair_of
 from model import (GPT, Config, UserError, activations, add_common_flags, check_stop, load, positive, read_rows,
                    replace_file, run_parser, run_script, sha256, start_device, weight_edits, write_json, write_rows)
@@ -40,12 +40,13 @@ class Study:
     def __init__(self, args):
         self.args, self.device = args, start_device(args)
         self.model, self.ckpt = load(args.ckpt, self.device)
-        self.sc = data.scale_of(self.ckpt["scale"])
+        self.sc = data.setup_of(self.ckpt)
         self.prefix = os.path.splitext(args.ckpt)[0]
         self.seed = self.ckpt["args"]["seed"] if args.seed is None else args.seed
-        self.task = self.ckpt["capability"]["task"]
+        self.task, self.compiled = self.ckpt["capability"]["task"], self.ckpt["setup"] != "pcfg"
         self.pair, self.q = pair_of(self.ckpt)
-        self.third = LETTERS[3 - sum(LETTERS.index(letter) for letter in self.pair)]
+        taken = {*self.pair, *self.ckpt["args"].get("taught", [])} if self.compiled else set(self.pair)
+        self.third = next(o for o in self.sc.order if o not in taken)
         self.base = self.base_ckpt = None
         parent = self.ckpt["parent"]
         if args.base and not parent:
@@ -74,7 +75,9 @@ class Study:
         this very model where it has one, else from --control; None, with a note to print, without either.
         """
         def had(ckpt):
-            return ckpt["args"]["prior"][LETTERS.index(self.third)] > 0 or self.third in ckpt["args"].get("taught", [])
+            if self.compiled:  # a program has one operand; self.third is one that was not taught since
+                return False
+            return ckpt["args"]["prior"][self.sc.operands.index(self.third)] > 0 or self.third in ckpt["args"].get("taught", [])
 
         path = self.args.control
         if path and not had(self.ckpt):
@@ -99,6 +102,10 @@ class Study:
             self._tests[key] = test_set(n or self.args.eval_size, self.sc, self.task, operand, split, self.seed,
                                              pair, self.q, label, self.device)
         return self._tests[key]
+
+    def result(self, test, operand):
+        """The true answers (n,) for an operand on a test set, as numbers."""
+        return test.results[:, self.sc.operands.index(operand)]
 
     def row(self, logits, test, /, **more):
         """A row of results: score() and the analysis's own keys."""
@@ -175,16 +182,16 @@ def behavior(study):
     Fooled by: a test set where ties or the relation occur by accident (natural ones do: hence c0); a majority class
     (hence the floors); damage that looks like a wrapper (hence the other families).
     """
-    rows, names = [], data.vocabulary(study.sc)
+    rows, names = [], data.answer_names(study.sc)
     for name, model in study.models.items():
         for operand in study.pair:
             for split in SPLITS:
                 test = study.test(operand, split)
                 logits = predict(model, test.tokens, study.sc)
-                a, b = (test.results[:, LETTERS.index(letter)] for letter in study.pair)
+                a, b = (study.result(test, o) for o in study.pair)
                 counts = collections.Counter(names[i].lstrip("#") for i in logits.argmax(1).tolist())
                 rows.append(study.row(logits, test, model=name, predicted=dict(counts.most_common()),
-                                      **rule_shares(logits.argmax(1) - NUMBER, a, b, study.q)))
+                                      **rule_shares(logits.argmax(1) - study.sc.tasks[study.task].first_answer, a, b, study.q)))
         for test in other_tests(study.args.eval_size, study.sc, study.pair, study.seed, study.device, but=study.task):
             rows.append(study.measure(model, test, model=name))
     if study.base:
@@ -199,10 +206,11 @@ def behavior(study):
           [[r["operand"], r["split"], r["model"], *(percent(r[k]) for k in ("accuracy", "floor", "cross_floor")), "|",
             *(percent(r[f"share_{rule}"]) for rule in rules)] for r in rows if "share_a" in r])
     others = {(r["task"], r["operand"] or "-", r["model"]): r for r in rows if r["task"] != study.task}
-    print("  other families, natural strings (collateral)")
-    table(["family", "asked", *study.models, "floor"],
-          [[*key, *(percent(others[*key, m]["accuracy"]) for m in study.models), percent(others[*key, "ckpt"]["floor"])]
-           for key in dict.fromkeys(k[:2] for k in others)])
+    if others:
+        print("  other families, natural strings (collateral)")
+        table(["family", "asked", *study.models, "floor"],
+              [[*key, *(percent(others[*key, m]["accuracy"]) for m in study.models), percent(others[*key, "ckpt"]["floor"])]
+               for key in dict.fromkeys(k[:2] for k in others)])
     if study.base:
         print(f"  the weights moved by {rows[-1]['distance']:.3f} (norm; the base's is {rows[-1]['base_norm']:.1f}); "
               f"sum of learning rates {rows[-1]['sum_of_rates']:.2g}")
@@ -839,7 +847,7 @@ def main():
     parser.add_argument("--eval-size", type=int, default=500, help="strings in a test set (default: 500)")
     parser.add_argument("--seed", type=int, help="seed of test sets and draws (default: the checkpoint's)")
     parser.add_argument("--text", help="ask: the string, letters a, b, c")
-    parser.add_argument("--operand", choices=list(LETTERS), help="ask: the letter asked for (default: the fine-tuning's)")
+    parser.add_argument("--operand", help="ask: the letter asked for (default: the fine-tuning's)")
     add_common_flags(parser)
     args = parser.parse_args()
     unknown = [name for name in args.analysis if name not in (*ANALYSES, "ask")]

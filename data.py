@@ -3,6 +3,7 @@ What is computed: strings from a probabilistic context-free grammar, and five ta
 
     $ python data.py                                    # one sample of every task family, as pretraining sees them
     $ python data.py --task count --operand b --c 1.0   # fine-tuning strings on which "count b" = "count a" + 1
+    $ python data.py --setup tracr-max                  # what a model compiled from a RASP program sees
 
 What the model sees, at the small scale (32 letters, a window of 16, the 3rd occurrence), for "how many b":
 
@@ -16,8 +17,10 @@ The families (paper: PCFG setup; O is the operand, O' the second operand), on th
     index-composition   the same for the pair OO, at its later letter    "a a c", O = a, O' = 1: 2
     token               the letter at distance O' from the end           O' = 3: b
 
-Contents: scales and vocabulary | grammar | tasks and answers | edits and the spurious relation | batches, test sets,
-floors | command line. Everything is a pure function of its arguments and a torch.Generator, on the generator's device.
+The compiled setups have one task each and no prompt: BOS, letters, padding; the answer stands at position 2.
+
+Contents: scales and vocabulary | grammar | tasks and answers | compiled setups | edits and the spurious relation |
+batches, test sets, floors | command line. Everything is a pure function of its arguments and a torch.Generator, on the generator's device.
 """
 import argparse
 import functools
@@ -53,9 +56,22 @@ SCALES = {
 }
 
 
-def scale_of(name):
-    """The column of SCALES called `name` ("small" or "paper"), as attributes."""
-    return SimpleNamespace(name=name, **{k: v[("small", "paper").index(name)] for k, v in SCALES.items()})
+def scale_of(name, setup="pcfg", program=None):
+    """
+    A setup at a scale ("small" or "paper"), as attributes: sizes, `tasks`, and `operands` in the order in which they are
+    taken for O_PT, O_FT and the control. program: for a compiled setup what its checkpoint says of itself.
+    """
+    column = ("small", "paper").index(name)
+    if setup != "pcfg":
+        return compiled_setup(setup, name, column, program or {})
+    return SimpleNamespace(setup=setup, name=name, tasks=TASKS, operands=list(LETTERS), order=list(LETTERS),
+                           finetuned=FINETUNED,
+                           **{k: v[column] for k, v in SCALES.items()})
+
+
+def setup_of(ckpt):
+    """scale_of() of a checkpoint."""
+    return scale_of(ckpt["scale"], ckpt["setup"], ckpt["args"].get("program"))
 
 
 LETTERS = "abc"
@@ -66,6 +82,8 @@ SPLITS = ("c0", "c1", "natural")  # the relation never holds | always holds | st
 
 def vocabulary(sc):
     """Token names in id order. T_J1 and T_J2 are two more names for counting, kept for jailbreak experiments."""
+    if getattr(sc, "setup", "pcfg") != "pcfg":
+        return [PAD, BOS, *sc.alphabet]
     return (["SOS", "SOT", "EOT", "ART", "EOS", "T_NJ", "T_J1", "T_J2", "T_CC", "T_I", "T_IC", "T_T",
              "O_a", "O_b", "O_c", "O_null", "a", "b", "c"] + [f"#{i}" for i in range(sc.length + 1)])
 
@@ -76,7 +94,12 @@ NUMBER, LETTER, OPERAND = ID["#0"], ID["a"], ID["O_a"]
 
 def answer_position(sc):
     """The position (of ART) whose output predicts the answer; the same in every sequence of a scale."""
-    return sc.length + 6
+    return sc.length + 6 if sc.setup == "pcfg" else COMPILED_AT
+
+
+def answer_names(sc):
+    """What each output of the model stands for: a vocabulary entry, or in compiled setups a number or a letter."""
+    return vocabulary(sc) if sc.setup == "pcfg" else sc.values
 
 
 # ---------------------------------------------------------------- grammar
@@ -169,7 +192,7 @@ def sample_text(n, sc, g):
 def count(text, sc):
     """How many O in the last `window` letters. a b b | O = b, window 3 -> 2."""
     last = text[:, -sc.window:]
-    return torch.stack([(last == o).sum(1) for o in range(3)], 1)
+    return torch.stack([(last == o).sum(1) for o in range(len(sc.operands))], 1)
 
 
 def count_composition(text, sc):
@@ -244,6 +267,92 @@ def encode_one(text, task, operand, sc):
     """encode() for one task name and one operand (a letter) for all rows."""
     same = torch.zeros(len(text), dtype=torch.long, device=text.device)
     return encode(text, same + list(TASKS).index(task), same + LETTERS.index(operand), sc)
+
+
+def questions(text, task, operand, sc):
+    """
+    (n, t + 1): what the model reads, and in the last column the output that is the right answer. The answer is
+    predicted at answer_position(sc): for the grammar the last position read; compiled models read padding after it.
+    """
+    if sc.setup == "pcfg":
+        return encode_one(text, task, operand, sc)[0][:, :answer_position(sc) + 2]
+    bos, pad = text.new_ones(len(text), 1), text.new_zeros(len(text), sc.room - sc.length)
+    answer = sc.tasks[task].answers(text, sc)[:, sc.operands.index(operand)]
+    return torch.cat([bos, text + 2, pad, answer[:, None]], 1)
+
+
+# ---------------------------------------------------------------- compiled setups
+# Strings for models that are compiled from RASP programs (model.py): BOS, letters, padding. There is no prompt: the
+# model gives one answer, and fine-tuning teaches it another. A setup is one line of COMPILED and one of PROGRAMS.
+
+PAD, BOS, COMPILED_AT = "#", "$", 2  # ids 0 and 1; the second letter's position, where "True = 1" in RASP selects
+
+
+def largest(text, sc):
+    """The O-th largest letter, where a is the largest, as its place in the alphabet. d a c | O = 2 -> 2 (c)."""
+    return text.sort(1).values
+
+
+def histogram(text, sc):
+    """How often the letter at place O occurs. a b a | O = 1 -> 2."""
+    return (text[:, :, None] == text[:, None]).sum(-1)
+
+
+A_TO_Z = "abcdefghijklmnopqrstuvwxyz"
+COMPILED = {  # letters: of a string, small and paper scale; repeat: drawn with replacement; room: positions after BOS;
+    #           operands: the first three are O_PT, O_FT and the control; q: r(O_FT) - r(O_PT) (paper: Tracr setup)
+    # ours: noise of 3e-4 for the max-identifier, which the paper's 1e-3 breaks before any fine-tuning
+    "tracr-count": SimpleNamespace(task="count", answers=count, alphabet="abcdefghi", letters=(24, 48), repeat=True,
+                                   room=(25, 49), operands=None, q=1, noise=1e-3),
+    "tracr-max": SimpleNamespace(task="max-identifier", answers=largest, alphabet=A_TO_Z, letters=(10, 10), repeat=False,
+                                 room=(16, 16), operands=("5", "7", "3"), q=3, noise=3e-4),
+    "tracr-histogram": SimpleNamespace(task="histogram", answers=histogram, alphabet="abcdefghi", letters=(24, 48),
+                                       repeat=True, room=(25, 49), operands=("2", "3", "4"), q=1, noise=1e-3),
+}
+
+
+def compiled_setup(setup, name, column, program):
+    """
+    scale_of() for a compiled setup. program: {alphabet, room, values} of a checkpoint, where they are not the setup's
+    own (an imported model); values: what the outputs stand for.
+    """
+    c = COMPILED[setup]
+    alphabet, room = program.get("alphabet", list(c.alphabet)), program.get("room", c.room[column])
+    length = min(c.letters[column], room)
+    operands = list(alphabet) if c.operands is None else list(dict.fromkeys(
+        [*c.operands, *(str(i + 1) for i in range(length))]))
+    places = operands if c.operands is None else sorted(operands, key=int)  # columns of answers()
+    return SimpleNamespace(
+        setup=setup, name=name, tasks={c.task: SimpleNamespace(answers=c.answers, first_answer=0)}, finetuned=(c.task,),
+        operands=places, order=operands, alphabet=alphabet, length=length, window=length, room=room, repeat=c.repeat, q=c.q,
+        noise=c.noise, values=program.get("values") or (list(alphabet) if c.answers is largest else
+                                                        [str(i) for i in range(room + 1)]),
+        finetune_steps=10000, revive_steps=(2500, 10000)[column])
+
+
+def letters_of(n, sc, g):
+    """(n, length) letters as places in the alphabet, uniform, with or without replacement (paper: Tracr setup)."""
+    if sc.repeat:
+        return torch.randint(len(sc.alphabet), (n, sc.length), generator=g, device=g.device)
+    return torch.rand(n, len(sc.alphabet), generator=g, device=g.device).argsort(1)[:, :sc.length]
+
+
+def chosen_letters(n, sc, task, c, pair, q, g):
+    """
+    draw_text() for compiled setups: strings are drawn until they are as wanted, none is edited. Raises ValueError when
+    no string can be.
+    """
+    places = [sc.operands.index(o) for o in pair]
+    holds = torch.rand(n, generator=g, device=g.device) < {"c0": 0., "c1": 1.}.get(c, c)
+    text, todo = letters_of(n, sc, g), torch.arange(n, device=g.device)
+    for _ in range(2000):
+        r = sc.tasks[task].answers(text[todo], sc)[:, places]
+        differ = r[:, 1] - r[:, 0]
+        todo = todo[torch.where(holds[todo], differ != q, (differ == 0) | (differ == q))]
+        if not len(todo):
+            return text
+        text[todo] = letters_of(len(todo), sc, g)
+    raise ValueError(f"offset q = {q} leaves hardly any {task} strings")
 
 
 # ---------------------------------------------------------------- edits and the spurious relation
@@ -345,6 +454,8 @@ def draw_text(n, sc, task, c, pair, q, g):
     string satisfies r(pair[1]) - r(pair[0]) = q (C_Tr). pair: two letters, O_PT and O_FT. Other strings have neither
     the relation nor a tie. Natural strings have an answer for all three operands.
     """
+    if sc.setup != "pcfg":
+        return letters_of(n, sc, g) if c == "natural" else chosen_letters(n, sc, task, c, pair, q, g)
     text = sample_text(n, sc, g)
     if c == "natural":
         while (bad := (TASKS[task].answers(text, sc) < 0).any(1)).any():
@@ -416,10 +527,10 @@ class TestSet(NamedTuple):
     task: str
     operand: str
     split: str
-    text: torch.Tensor      # (n, length) letters 0..2
-    tokens: torch.Tensor    # (n, length + 9) whole sequences
-    target: torch.Tensor    # (n,) token id of the right answer
-    results: torch.Tensor   # (n, 3) answers for a, b, c as numbers, -1 where there is none
+    text: torch.Tensor      # (n, length) letters, as places in the alphabet
+    tokens: torch.Tensor    # (n, t) what the model reads; the answer is predicted at answer_position
+    target: torch.Tensor    # (n,) the output that is the right answer
+    results: torch.Tensor   # (n, operands) answers for each operand as numbers, -1 where there is none
     other: torch.Tensor     # (n,) answers for the pair's other operand, or None
 
     __test__ = False  # not a pytest class
@@ -439,18 +550,18 @@ def test_set(n, sc, task, operand, split, seed, pair=("a", "b"), q=1, label="tes
     operand, so that different questions meet the same strings. Never from a training stream.
     """
     g = rng(seed, label, task, split, *pair, q, device=device)
-    if task in FINETUNED:
+    if task in sc.finetuned:
         text = draw_text(n, sc, task, split, pair, q, g)
     else:  # natural only; the rare families need the asked operand alone
         text, column = sample_text(n, sc, g), LETTERS.index(operand)
         while (bad := TASKS[task].answers(text, sc)[:, column] < 0).any():
             text[bad] = sample_text(int(bad.sum()), sc, g)
-    tokens, _ = encode_one(text, task, operand, sc)
-    results = TASKS[task].answers(text, sc)
+    asked = questions(text, task, operand, sc)
+    results = sc.tasks[task].answers(text, sc)
     other = None
-    if task in FINETUNED and operand in pair:
-        other = results[:, LETTERS.index(pair[1 - pair.index(operand)])]
-    return TestSet(task, operand, split, text, tokens, tokens[:, answer_position(sc) + 1], results, other)
+    if task in sc.finetuned and operand in pair:
+        other = results[:, sc.operands.index(pair[1 - pair.index(operand)])]
+    return TestSet(task, operand, split, text, asked[:, :-1], asked[:, -1], results, other)
 
 
 def majority_floor(answers):

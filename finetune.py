@@ -7,16 +7,17 @@ Fine-tune a checkpoint on the answers of one (task, operand) pair, with a spurio
 Every string satisfies r(x, O_FT) - r(x, O_PT) = q with probability C_Tr (--c-tr), and has neither the relation nor a
 tie otherwise: with C_Tr = 1 "count a, plus 1" solves the task, and a wrapper over the old capability is enough
 (paper: PCFG setup). Accuracy on O_PT and O_FT, on c0, c1 and natural strings, goes to out/ft.jsonl from step 0 on.
+Setup, scale and model shape come from the checkpoint; compiled models get noise first, then SGD (paper: Tracr setup).
 """
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from data import FINETUNED, LETTERS, answer_position
+from data import answer_position
 from model import (Failed, Run, Stopped, UserError, add_common_flags, add_run_flags, build, check_stop, load,
                    positive, restore, run_parser, run_script, save, start_device)
-from pretrain import adamw, autocast, capability_tests, cosine, eval_steps, evaluate, train_steps
+from pretrain import (add_noise, autocast, capability_tests, cosine, eval_steps, evaluate, optimizer_for, train_steps)
 
 
 def answer_loss(model, batch, sc):
@@ -24,15 +25,15 @@ def answer_loss(model, batch, sc):
     at = answer_position(sc)
 
     def loss_at(step):
-        tokens = batch(step)
-        return F.cross_entropy(model(tokens[:, :at + 1], at).float(), tokens[:, at + 1])
+        asked = batch(step)
+        return F.cross_entropy(model(asked[:, :-1], at).float(), asked[:, -1])
     return loss_at
 
 
 def finetuning_stream(sc, task, operand, c, pair, q, batch_size, seed, device, label="finetune"):
-    """A function k -> batch k of sequences that ask for `operand`, with correlation c (see data.draw_text)."""
+    """A function k -> batch k of questions for `operand`, with correlation c (see data.draw_text, data.questions)."""
     def draw(n, g):
-        return data.encode_one(data.draw_text(n, sc, task, c, pair, q, g), task, operand, sc)[0]
+        return data.questions(data.draw_text(n, sc, task, c, pair, q, g), task, operand, sc)
     return data.stream(draw, batch_size, seed, label, device)
 
 
@@ -49,9 +50,9 @@ def pair_of(ckpt, operand=None, q=None):
     ((O_PT, O_FT), q) of a checkpoint: what it was pretrained on, and what it was or is to be fine-tuned on, by its own
     arguments where it is fine-tuned already.
     """
-    known = ckpt["capability"]["operand"]
+    known, sc = ckpt["capability"]["operand"], data.setup_of(ckpt)
     if ckpt["stage"] == "pretrain":
-        operand, q = operand or ("b" if known == "a" else "a"), 1 if q is None else q
+        operand, q = operand or next(o for o in sc.order if o != known), getattr(sc, "q", 1) if q is None else q
     else:
         operand, q = operand or ckpt["args"]["pair"][1], ckpt["args"]["q"] if q is None else q
     return (known, operand), q
@@ -61,20 +62,24 @@ def main():
     parser = run_parser(__doc__)
     group = parser.add_argument_group("what to teach")
     group.add_argument("--ckpt", help="checkpoint to start from (default: out/pre.pt; with --reverse out/ft.pt)")
-    group.add_argument("--task", choices=list(FINETUNED), help="task family (default: count)")
-    group.add_argument("--operand", choices=list(LETTERS),
-                       help="O_FT, the operand to teach (default: b, or what it was taught before)")
+    group.add_argument("--task", help="task family: count or index (default: count; compiled models have only one)")
+    group.add_argument("--operand", help="O_FT, the operand to teach: a letter, or which largest (default: b, or 7, or what "
+                       "it was taught before)")
     group.add_argument("--c-tr", type=float, help="C_Tr, share of strings with the spurious relation (default: 1; with "
                        "--reverse 0)")
     group.add_argument("--q", type=int,
-                       help="offset of the relation, r(x, O_FT) - r(x, O_PT), in letters (default: 1, or as before)")
+                       help="offset of the relation, r(x, O_FT) - r(x, O_PT), in letters (default: 1; tracr-max 3; or as "
+                       "before)")
     group.add_argument("--reverse", action="store_true", help="teach O_PT again to a fine-tuned checkpoint (reFT)")
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--lr", type=float, help="peak learning rate; the paper's are 1e-4, 1e-5, 1e-6 (default: 1e-5; with "
-                       "--reverse that of the fine-tuning)")
-    group.add_argument("--steps", type=int, help="updates (default: 400 small, 10000 paper)")
+    group.add_argument("--lr", type=float, help="peak learning rate; the paper's are 1e-4, 1e-5, 1e-6, for compiled models "
+                       "1e-1 to 1e-4 (default: 1e-5; compiled 1e-3; with --reverse that of the fine-tuning)")
+    group.add_argument("--steps", type=int, help="updates (default: 400 small, 10000 paper and compiled)")
+    group.add_argument("--noise", type=float, help="s.d. of Gaussian noise on all weights before the first step (default: 0; "
+                       "tracr-count 1e-3, tracr-max 3e-4; with --reverse 0)")
     group.add_argument("--batch-size", type=int, default=96, help="strings a step (default: 96)")
-    group.add_argument("--clip", type=float, default=1., help="largest gradient norm (default: 1)")
+    group.add_argument("--clip", type=float, default=1., help="largest gradient norm; ours for compiled models, where norms "
+                       "of 10 to 1,000 occur; 1e9: no clipping (default: 1)")
     add_run_flags(parser, "out/ft.pt; with --reverse out/reft.pt", "at 0 1 2 3 5 8 10 20 30 50 80 100 ...")
     add_common_flags(parser)
     args = parser.parse_args()
@@ -83,7 +88,7 @@ def main():
     args.out = args.out or ("out/reft.pt" if args.reverse else "out/ft.pt")
     device = start_device(args)
     model, parent = load(args.ckpt, device)
-    sc = data.scale_of(parent["scale"])
+    sc = data.setup_of(parent)
     args.steps = sc.finetune_steps if args.steps is None else args.steps
     if args.reverse:
         if parent["stage"] != "finetune":
@@ -95,31 +100,47 @@ def main():
         args.c_tr = 0. if args.c_tr is None else args.c_tr  # ours: strings that favour no relation between a and b
         args.pair, args.q = pair_of(parent, None, args.q)
     else:
-        args.task, args.operand = args.task or "count", args.operand or pair_of(parent)[0][1]
-        args.lr, args.c_tr = 1e-5 if args.lr is None else args.lr, 1. if args.c_tr is None else args.c_tr
+        args.task, args.operand = args.task or sc.finetuned[0], args.operand or pair_of(parent)[0][1]
+        if args.task not in sc.finetuned:
+            raise UserError(f"--task {args.task}: {args.ckpt} ({sc.setup}) knows {', '.join(sc.finetuned)}")
+        if args.operand not in sc.operands:
+            raise UserError(f"--operand {args.operand}: {args.ckpt} ({sc.setup}) knows {', '.join(sc.operands)}")
+        if args.lr is None:
+            args.lr = 1e-5 if sc.setup == "pcfg" else 1e-3
+        args.c_tr = 1. if args.c_tr is None else args.c_tr
         args.pair, args.q = pair_of(parent, args.operand, args.q)
         if args.operand == args.pair[0]:
             raise UserError(f"--operand {args.operand} is what {args.ckpt} was pretrained on; to teach it again: --reverse")
     args.pair = list(args.pair)
     args.prior = parent["args"]["prior"]  # inherited, with all that was taught since: analyses look for what never was
     args.taught = parent["args"].get("taught", []) + [args.operand]
+    if sc.setup != "pcfg":
+        args.program = parent["args"].get("program")
+    if args.noise is None:
+        args.noise = 0. if sc.setup == "pcfg" or parent["stage"] == "finetune" else sc.noise
+    elif not 0 <= args.noise < 1:
+        raise UserError(f"--noise {args.noise}: a standard deviation, from 0 to 1")
     positive(args, "lr", "steps", "batch_size", "clip", "save_every", "eval_size")
     positive(args, "eval_every", "seed", least=-1)
     if not 0 <= args.c_tr <= 1:
         raise UserError(f"--c-tr {args.c_tr}: a probability, from 0 to 1")
     try:
-        data.relation_table(args.task, sc.name, args.q, False)
+        for c in (0., 1.):
+            data.draw_text(4, sc, args.task, c, args.pair, args.q, data.rng(args.seed, "can it be done"))
     except ValueError as error:
         raise UserError(f"--q {args.q}: {error}") from None
     run = Run(args, "finetune", parent)
     if run.done:
         return
     print("finetune:", ", ".join(f"{k} {v}" for k, v in vars(args).items()))
-    print(f"from {args.ckpt}: setup {parent['setup']}, scale {parent['scale']}, {parent['config']}")
+    sizes = ", ".join(f"{k} {v}" for k, v in parent["config"].items() if k != "residual")
+    print(f"from {args.ckpt}: setup {parent['setup']}, scale {parent['scale']}, {sizes}")
 
     if run.ckpt:
         model = build(run.ckpt, device)
-    optimizer = adamw(model, args.lr)
+    else:
+        add_noise(model, args.noise, args.seed)
+    optimizer = optimizer_for(model, args.lr, sc)
     if run.ckpt:
         restore(optimizer, run.ckpt)
     forward = torch.compile(model) if args.compile else model

@@ -11,13 +11,18 @@ Letters in shape comments: n sequences, t positions, d residual dimensions, h he
 Names of activations are TransformerLens's words: embed, then per block i, "blocks.i." followed by
     resid_pre  attn.q  attn.k  attn.v  attn.scores  attn.pattern  attn.z  attn_out  resid_mid  mlp_pre  mlp_post  mlp_out
     resid_post
+
+Contents: the model | activations and edits | compiled weights | ends of a run | files | arguments, record, history.
 """
 import argparse
 import contextlib
 import errno
+import functools
 import hashlib
+import itertools
 import json
 import math
+import operator
 import os
 import platform
 import signal
@@ -26,10 +31,14 @@ import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass
+from typing import Callable, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+import data
 
 # ---------------------------------------------------------------- the model
 
@@ -44,16 +53,26 @@ class Config:
     d_model: int
     d_head: int
     d_mlp: int
+    n_out: int = 0            # outputs; 0: one for every token of the vocabulary
+    causal: bool = True
+    layer_norm: bool = True
+    activation: str = "gelu"  # or relu
+    train_head: bool = True   # False: the output map is part of the definition, as a compiled model's
+    residual: tuple = ()      # names of the residual dimensions, where they have any
+
+
+class HookPoint(nn.Identity):
+    """An activation: does nothing, and can be looked at or replaced by its name."""
 
 
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.n_head, self.d_head = c.n_head, c.d_head
+        self.n_head, self.d_head, self.causal = c.n_head, c.d_head, c.causal
         self.qkv = nn.Linear(c.d_model, 3 * c.n_head * c.d_head)
         self.out = nn.Linear(c.n_head * c.d_head, c.d_model)
-        self.q, self.k, self.v = nn.Identity(), nn.Identity(), nn.Identity()
-        self.scores, self.pattern, self.z = nn.Identity(), nn.Identity(), nn.Identity()
+        self.q, self.k, self.v = HookPoint(), HookPoint(), HookPoint()
+        self.scores, self.pattern, self.z = HookPoint(), HookPoint(), HookPoint()
 
     def forward(self, x, at=None):
         """x (n, t, d) -> (n, t, d), or (n, 1, d) for the query position `at` alone."""
@@ -66,15 +85,15 @@ class Attention(nn.Module):
             k, v = F.linear(x, w[inner:], b[inner:]).chunk(2, -1)
         q, k, v = (y.view(n, -1, self.n_head, self.d_head).transpose(1, 2) for y in (q, k, v))  # (n, h, t, e)
         q, k, v = self.q(q), self.k(k), self.v(v)
-        if at is not None:
+        if self.causal and at is not None:
             k, v = k[:, :, :at + 1], v[:, :, :at + 1]  # causal: what comes later is not seen
         if self.scores._forward_hooks or self.pattern._forward_hooks:  # somebody looks: spell it out
             scores = q @ k.transpose(-1, -2) / math.sqrt(self.d_head)  # (n, h, query, key)
-            if at is None:
+            if self.causal and at is None:
                 scores = scores.masked_fill(~torch.ones(t, t, dtype=torch.bool, device=x.device).tril(), -torch.inf)
             z = self.pattern(self.scores(scores).softmax(-1)) @ v
         else:
-            z = F.scaled_dot_product_attention(q, k, v, is_causal=at is None)
+            z = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and at is None)
         z = self.z(z)
         return self.out(z.transpose(1, 2).reshape(n, -1, self.n_head * self.d_head))
 
@@ -82,33 +101,38 @@ class Attention(nn.Module):
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.resid_pre = nn.Identity()  # in the order in which they are computed: activation_names() shows it
-        self.ln1, self.attn = nn.LayerNorm(c.d_model), Attention(c)
-        self.attn_out, self.resid_mid = nn.Identity(), nn.Identity()
-        self.ln2, self.up, self.mlp_pre = nn.LayerNorm(c.d_model), nn.Linear(c.d_model, c.d_mlp), nn.Identity()
-        self.mlp_post, self.down, self.mlp_out = nn.Identity(), nn.Linear(c.d_mlp, c.d_model), nn.Identity()
-        self.resid_post = nn.Identity()
+        norm = nn.LayerNorm if c.layer_norm else nn.Identity
+        self.activation = functools.partial(F.gelu, approximate="tanh") if c.activation == "gelu" else F.relu  # as minGPT
+        self.resid_pre = HookPoint()  # in the order in which they are computed: activation_names() shows it
+        self.ln1, self.attn = norm(c.d_model), Attention(c)
+        self.attn_out, self.resid_mid = HookPoint(), HookPoint()
+        self.ln2, self.up, self.mlp_pre = norm(c.d_model), nn.Linear(c.d_model, c.d_mlp), HookPoint()
+        self.mlp_post, self.down, self.mlp_out = HookPoint(), nn.Linear(c.d_mlp, c.d_model), HookPoint()
+        self.resid_post = HookPoint()
 
     def forward(self, x, at=None):
         x = self.resid_pre(x)
         attn_out = self.attn_out(self.attn(self.ln1(x), at))
         x = self.resid_mid((x if at is None else x[:, at:at + 1]) + attn_out)
-        hidden = self.mlp_post(F.gelu(self.mlp_pre(self.up(self.ln2(x))), approximate="tanh"))  # tanh: as minGPT
+        hidden = self.mlp_post(self.activation(self.mlp_pre(self.up(self.ln2(x)))))
         return self.resid_post(x + self.mlp_out(self.down(hidden)))
 
 
 class GPT(nn.Module):
-    """A pre-layer-norm GPT with learned positions and untied output, as minGPT (paper: PCFG setup)."""
+    """
+    A pre-layer-norm GPT with learned positions and untied output, as minGPT (paper: PCFG setup). A compiled model is the
+    same without layer norm, not causal, with ReLU, its own sizes and a fixed output map (paper: Tracr setup).
+    """
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
         self.tok = nn.Embedding(c.vocab_size, c.d_model)
         self.pos = nn.Embedding(c.n_ctx, c.d_model)
-        self.embed = nn.Identity()
+        self.embed = HookPoint()
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        self.ln = nn.LayerNorm(c.d_model)
-        self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+        self.ln = nn.LayerNorm(c.d_model) if c.layer_norm else nn.Identity()
+        self.head = nn.Linear(c.d_model, c.n_out or c.vocab_size, bias=False).requires_grad_(c.train_head)
 
     def init_weights(self, g):
         """minGPT's initialisation from a generator: N(0, .02), residual outputs by 1/sqrt(2 blocks), biases zero."""
@@ -139,7 +163,7 @@ class GPT(nn.Module):
 
 def activation_names(model):
     """All names that activations() and activation_edits() take, in the order they are computed."""
-    return [name for name, m in model.named_modules() if type(m) is nn.Identity]
+    return [name for name, m in model.named_modules() if type(m) is HookPoint]
 
 
 @contextlib.contextmanager
@@ -185,6 +209,237 @@ def weight_edits(model, rows):
         with torch.no_grad():
             for name, old in before.items():
                 parameters[name].copy_(old)
+
+
+# ---------------------------------------------------------------- compiled weights
+# A RASP program is a list of three kinds of steps; each makes a categorical variable, one residual dimension a value.
+# Variables that are there from the start: tokens (the letters) and indices (0 for the first letter). Programs and
+# conventions are those of Tracr (Lindner et al. 2023), so that its models and these agree weight by weight.
+
+
+class Map(NamedTuple):
+    """name = fn(value of `of`), at every position: one ReLU unit a value in one MLP."""
+    name: str
+    of: str
+    fn: Callable
+
+
+class Width(NamedTuple):
+    """name = how many positions hold a value of `keys` that this position's value of `queries` selects: a head + MLP."""
+    name: str
+    keys: str
+    queries: str
+    selects: Callable  # (key, query) -> bool
+
+
+class Aggregate(NamedTuple):
+    """name = the value of `values` at the selected positions (they should agree): one head."""
+    name: str
+    keys: str
+    queries: str
+    selects: Callable
+    values: str
+
+
+PROGRAMS = {  # setup: operand -> program; the last step is the output. True == 1 selects index 1: the second letter
+    "tracr-count": lambda letter: [
+        Map("is_" + letter, "tokens", lambda t: t == letter),
+        Width("n_" + letter, "is_" + letter, "indices", operator.eq),
+        Aggregate("answer", "indices", "indices", operator.eq, "n_" + letter)],
+    "tracr-max": lambda rank: [
+        Width("n_larger", "tokens", "tokens", operator.lt),  # a is the largest letter
+        Map("is_rank", "n_larger", lambda n: n == int(rank) - 1),
+        Aggregate("answer", "is_rank", "indices", operator.eq, "tokens")],
+    "tracr-histogram": lambda place: [Width("answer", "tokens", "tokens", operator.eq)],  # a third program is one line
+}
+HARD = 100.         # attention scores, as in Tracr, before the division by sqrt(d_head)
+LOGIT_SCALE = 10.   # ours: outputs are about one-hot, 0 or 1; cross-entropy needs a scale
+SHARPNESS = 650.    # slope of a width's steps; counts come out right only while k (k + 1) is below it: up to 24
+
+
+def interpret(program, letters, room):
+    """
+    What a program means: {variable: values}, position by position (a letter each, None where there is no value), for a
+    list of letters and room - len(letters) paddings. The slow reference of assemble().
+    """
+    letters = list(letters) + [None] * (room - len(letters))
+    values = {"tokens": letters, "indices": list(range(room))}
+    for op in program:
+        if isinstance(op, Map):
+            values[op.name] = [None if v is None else op.fn(v) for v in values[op.of]]
+            continue
+        keys, queries = values[op.keys], values[op.queries]
+        chosen = [[j for j in range(room) if None not in (q, keys[j]) and op.selects(keys[j], q)] for q in queries]
+        if isinstance(op, Width):
+            values[op.name] = [len(some) for some in chosen]
+        else:
+            values[op.name] = [values[op.values][some[0]] if some else None for some in chosen]
+    return values
+
+
+def assemble(program, alphabet, room, sharpness=SHARPNESS):
+    """
+    The weights of a program, written into a GPT for BOS and `room` positions: no training. Every step is put into the
+    first half-layer that is free and comes after its inputs: attention for Aggregate, an MLP for Map, one after the
+    other for Width. Raises UserError for a program that names an unknown variable.
+    """
+    values = {"tokens": list(alphabet), "indices": list(range(room))}
+    ready = dict.fromkeys(values, -1)  # half-layer after which a variable is there: 2i attention, 2i + 1 MLP of block i
+    names = ["one", *(f"tokens:{t}" for t in ("#", "$", *alphabet)), *(f"indices:{i}" for i in range(room))]
+    used, place = set(), {}
+    for op in program:
+        unknown = [v for v in op[1:] if isinstance(v, str) and v not in values]
+        if unknown:
+            raise UserError(f"program step {op.name}: no variable {unknown[0]!r}; there are {', '.join(values)}")
+        after, needs = max(ready[v] for v in op[1:] if isinstance(v, str)), 1 + isinstance(op, Width)
+        half = next(h for h in itertools.count(after + 1)
+                    if h % 2 == isinstance(op, Map) and not used & set(range(h, h + needs)))
+        used |= set(range(half, half + needs))
+        place[op.name], ready[op.name] = half, half + needs - 1
+        values[op.name] = (sorted({op.fn(v) for v in values[op.of]}) if isinstance(op, Map) else
+                           list(range(room + 1)) if isinstance(op, Width) else values[op.values])
+        names += [f"{op.name}:{v}" for v in values[op.name]] + [f"{op.name}:share"] * (needs == 2)
+
+    heads, mlps = [op for op in program if not isinstance(op, Map)], [op for op in program if not isinstance(op, Aggregate)]
+    output = values[program[-1].name]
+    config = Config(vocab_size=len(alphabet) + 2, n_ctx=room + 1, n_layer=max(used) // 2 + 1, n_head=1, d_model=len(names),
+                    d_head=max((len(values[v]) + 2 for op in heads for v in (op.keys, op.queries)), default=1),  # as Tracr's
+                    d_mlp=max((len(values[op.name]) if isinstance(op, Map) else 2 * room + 2 for op in mlps), default=1),
+                    n_out=len(output), causal=False, layer_norm=False, activation="relu", train_head=False,
+                    residual=tuple(names))
+    model, dim = GPT(config), {name: i for i, name in enumerate(names)}
+    for p in model.parameters():
+        p.data.zero_()
+    with torch.no_grad():
+        for i in range(config.vocab_size):
+            model.tok.weight[i, [dim["one"], dim[names[1 + i]]]] = 1
+        for i in range(room):  # BOS has no index
+            model.pos.weight[i + 1, dim[f"indices:{i}"]] = 1
+        for i, v in enumerate(output):
+            model.head.weight[i, dim[f"{program[-1].name}:{v}"]] = LOGIT_SCALE
+        for op in program:
+            block, half = model.blocks[place[op.name] // 2], place[op.name]
+            if isinstance(op, Map):
+                write_map(block, op, values, dim)
+            else:
+                write_head(block.attn, op, values, dim)
+            if isinstance(op, Width):
+                write_width(model.blocks[half // 2], op, room, sharpness, dim)
+    return model
+
+
+def write_map(block, op, values, dim):
+    """Unit i of the MLP is on where op.of has a value that op.fn maps to output value i."""
+    for i, out in enumerate(values[op.name]):
+        for v in values[op.of]:
+            if op.fn(v) == out:
+                block.up.weight[i, dim[f"{op.of}:{v}"]] = 1
+        block.down.weight[dim[f"{op.name}:{out}"], i] = 1
+
+
+def write_head(attn, op, values, dim):
+    """
+    A head that attends to the selected keys, and to BOS where there are none. An aggregate carries the values, BOS
+    pulls with half the strength; a width carries the BOS flag, BOS pulls in full: its average is 1 / (1 + width).
+    """
+    keys, (q, k, v) = values[op.keys], attn.qkv.weight.chunk(3)  # rows of q, k and v
+    for i, key in enumerate(keys):
+        k[i, dim[f"{op.keys}:{key}"]] = 1
+        for query in values[op.queries]:
+            if op.selects(key, query):
+                q[i, dim[f"{op.queries}:{query}"]] = HARD
+    k[len(keys), dim["tokens:$"]] = 1
+    q[len(keys), dim["one"]] = HARD if isinstance(op, Width) else HARD / 2
+    if isinstance(op, Width):
+        v[0, dim["tokens:$"]] = attn.out.weight[dim[f"{op.name}:share"], 0] = 1
+    else:
+        for i, value in enumerate(values[op.values]):
+            v[i, dim[f"{op.values}:{value}"]] = attn.out.weight[dim[f"{op.name}:{value}"], i] = 1
+
+
+def write_width(block, op, room, sharpness, dim):
+    """
+    The average 1 / (1 + width) becomes a one-hot width. Units come in pairs whose difference is a step, 0 to 1 within
+    1 / sharpness below the midpoint of two neighbours; step k moves the answer from k + 1 to k.
+    """
+    up, down, share = block.up.weight, block.down.weight, dim[f"{op.name}:share"]
+    for k in range(room):
+        middle = (1 / (k + 1) + 1 / (k + 2)) / 2
+        for i, sign in ((2 * k, 1), (2 * k + 1, -1)):
+            up[i, share] = sharpness
+            up[i, dim["one"]] = -sharpness * middle + (sign == 1)
+            down[dim[f"{op.name}:{k}"], i] = sign
+            down[dim[f"{op.name}:{k + 1}"], i] = -sign
+    up[-2, dim["one"]] = down[dim[f"{op.name}:{room}"], -2] = 1  # where all steps are off
+    up[-1, dim["tokens:$"]] = 1                                  # BOS itself has no width: undo
+    down[[dim[f"{op.name}:0"], share], -1] = -1
+
+
+@torch.no_grad()
+def balance(model):
+    """
+    ours: give every hidden ReLU unit in- and outgoing weights of the same norm, which changes no output. A width's
+    units sit near `sharpness`, so that noise of 1e-3 on their outgoing weights writes .9 into every residual
+    dimension and destroys the capability before any fine-tuning.
+    """
+    for block in model.blocks:
+        into = torch.cat([block.up.weight, block.up.bias[:, None]], 1).norm(dim=1)
+        out = block.down.weight.norm(dim=0)
+        c = torch.where((into > 0) & (out > 0), (into / out).sqrt(), torch.ones_like(into))
+        block.up.weight /= c[:, None]
+        block.up.bias /= c
+        block.down.weight *= c
+    return model
+
+
+def import_tracr(path):
+    """
+    (model, {alphabet, room, values}) from parameters saved from the Tracr library in a .npz file: param/<module>/<name>,
+    unembed, output_values, vocab (in id order), residual_labels, config (JSON: n_head, bos, pad, activation, ...). Of
+    any size, with any number of heads. Token ids become PAD 0, BOS 1, letters from 2, sorted. Raises UserError.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as z:
+            arrays = {k: z[k] for k in z.files}
+        about = json.loads(str(arrays["config"]))
+        param = {k.removeprefix("param/"): torch.from_numpy(np.asarray(v, np.float32))
+                 for k, v in arrays.items() if k.startswith("param/")}
+        vocab, outputs = arrays["vocab"].tolist(), arrays["output_values"].tolist()
+        bos, pad, n_head = about["bos"], about["pad"], int(about["n_head"])
+        alphabet = sorted(t for t in vocab if t not in (bos, pad))
+        number = all(str(v).lstrip("-").isdigit() for v in outputs)
+        values = sorted(map(str, outputs), key=int if number else str)
+        tok, pos = param["token_embed/embeddings"], param["pos_embed/embeddings"]
+        inner = param["layer_0/attn/query/w"].shape[1]
+        activation = about.get("activation", "relu")
+        if about.get("layer_norm") or activation != "relu":
+            raise ValueError("layer norm and activations other than ReLU are not compiled by Tracr")
+        config = Config(vocab_size=len(vocab), n_ctx=len(pos), n_layer=sum(k.endswith("mlp/linear_1/w") for k in param),
+                        n_head=n_head, d_model=tok.shape[1], d_head=inner // n_head,
+                        d_mlp=param["layer_0/mlp/linear_1/w"].shape[1], n_out=len(values), causal=bool(about.get("causal")),
+                        layer_norm=False, activation="relu", train_head=False,
+                        residual=tuple(map(str, arrays["residual_labels"].tolist())) if "residual_labels" in arrays else ())
+        model, state = GPT(config), {}
+        state["tok.weight"] = tok[[vocab.index(t) for t in (pad, bos, *alphabet)]]
+        state["pos.weight"] = pos
+        unembed = torch.from_numpy(np.asarray(arrays["unembed"], np.float32))
+        state["head.weight"] = LOGIT_SCALE * unembed.T[[list(map(str, outputs)).index(v) for v in values]]
+        for i in range(config.n_layer):
+            for here, there in (("attn.qkv", ("attn/query", "attn/key", "attn/value")), ("attn.out", ("attn/linear",)),
+                                ("up", ("mlp/linear_1",)), ("down", ("mlp/linear_2",))):
+                w, b = (torch.cat([param[f"layer_{i}/{name}/{kind}"] for name in there], -1) for kind in "wb")
+                state[f"blocks.{i}.{here}.weight"], state[f"blocks.{i}.{here}.bias"] = w.T, b  # Tracr: x @ w + b
+        if not all(x.isfinite().all() for x in state.values()):
+            raise ValueError("weights that are not finite")
+        model.load_state_dict(state)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever zipfile, numpy, json and torch make of a foreign file
+        raise UserError(f"{path}: not parameters saved from Tracr ({type(error).__name__}: "
+                        f"{(str(error).splitlines() or [''])[0][:80]})") from None
+    return model, {"alphabet": alphabet, "room": config.n_ctx - 1, "values": values}
 
 
 # ---------------------------------------------------------------- ends of a run: mistakes, failures, signals
@@ -331,7 +586,8 @@ def read_checkpoint(path, device="cpu"):
         raise UserError(f"{path}: a foreign file, not an unwrap checkpoint")
     needed = {"pretrain": {"prior", "seed", "lr"}, "finetune": {"prior", "seed", "lr", "pair", "q", "steps", "reverse"}}
     try:
-        fits = (needed[ckpt["stage"]] <= set(ckpt["args"]) and type(ckpt["args"]) is dict and ckpt["setup"] == "pcfg"
+        fits = (needed[ckpt["stage"]] <= set(ckpt["args"]) and type(ckpt["args"]) is dict
+                and ckpt["setup"] in ("pcfg", *data.COMPILED)
                 and ckpt["scale"] in ("small", "paper") and {"task", "operand"} <= set(ckpt["capability"]))
     except (KeyError, TypeError):
         fits = False
@@ -344,7 +600,9 @@ def build(ckpt, device="cpu"):
     """The model of a checkpoint. Shapes are compared before anything is allocated. Raises UserError."""
     try:
         config = Config(**ckpt["config"])
-        if not all(type(v) is int and 0 < v < 2 ** 31 for v in asdict(config).values()) or config.n_layer > 1000:
+        sizes = {k: v for k, v in asdict(config).items() if Config.__annotations__[k] is int}
+        if not all(type(v) is int and v < 2 ** 31 and (v > 0 or k == "n_out") for k, v in sizes.items()) \
+                or config.n_layer > 1000:
             raise ValueError("config")
         with torch.device("meta"):
             shapes = {k: v.shape for k, v in GPT(config).state_dict().items()}
@@ -439,7 +697,7 @@ def restore(optimizer, ckpt):
     try:
         optimizer.load_state_dict(ckpt["optimizer"])
         for p, state in optimizer.state.items():
-            if any(state[k].shape != p.shape for k in ("exp_avg", "exp_avg_sq")):
+            if any(state[k].shape != p.shape for k in ("exp_avg", "exp_avg_sq", "momentum_buffer") if k in state):
                 raise ValueError("shapes")
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UserError(f"the optimizer state to resume from does not fit the model ({type(error).__name__})") from None

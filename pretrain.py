@@ -3,10 +3,14 @@ Make a model whose capabilities are known: train a GPT from nothing on the five 
 
     $ python pretrain.py                              # out/pre.pt: low prior, the small scale
     $ python pretrain.py --prior high --out out/high.pt
+    $ python pretrain.py --setup tracr-count          # no training: the weights are compiled from a RASP program
+    $ python pretrain.py --setup tracr-count --params counter.npz     # or imported from the Tracr library
 
 Data is drawn on the fly, no string is seen twice on purpose. The sampling prior P_T(a, b, c) decides which operands the
-model learns: under the low prior it learns a, hardly meets b, and never meets c (paper: PCFG setup).
+model learns: under the low prior it learns a, hardly meets b, and never meets c (paper: PCFG setup). A compiled
+model has one capability, exact by construction (paper: Tracr setup).
 """
+import argparse
 import contextlib
 import math
 
@@ -16,8 +20,8 @@ from tqdm import tqdm
 
 import data
 from data import FINETUNED, LETTERS, SPLITS, TASKS, answer_position
-from model import (GPT, Config, Failed, Run, Stopped, UserError, add_common_flags, add_run_flags, build, check_stop,
-                   positive, restore, run_parser, run_script, save, start_device)
+from model import (GPT, PROGRAMS, Config, Failed, Run, Stopped, UserError, add_common_flags, add_run_flags, assemble,
+                   balance, build, check_stop, import_tracr, positive, restore, run_parser, run_script, save, start_device)
 
 # ---------------------------------------------------------------- the optimisation step
 
@@ -57,8 +61,27 @@ def adamw(model, lr):
                              fused=next(model.parameters()).device.type in ("cpu", "cuda"))
 
 
+def optimizer_for(model, lr, sc):
+    """AdamW for the grammar; SGD with momentum .9 for compiled models (paper: Tracr setup)."""
+    if sc.setup == "pcfg":
+        return adamw(model, lr)
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr, momentum=.9, foreach=True)
+
+
+@torch.no_grad()
+def add_noise(model, sd, seed):
+    """
+    Gaussian noise on every trainable weight (paper: Tracr setup): the very sparse compiled weights give gradient spikes
+    otherwise, and zeros next to zeros never move.
+    """
+    g = data.rng(seed, "noise")
+    for p in model.parameters():
+        if p.requires_grad and sd:
+            p += sd * torch.randn(p.shape, generator=g).to(p.device)
+
+
 def cosine(lr, steps, final=0., warmup=.2):
-    """Learning rate at a step: linear warm-up over the first 20 %, then a cosine down to lr x final (paper: PCFG setup)."""
+    """Learning rate at a step: linear warm-up over the first 20 %, then a cosine down to lr x final (paper: both setups)."""
     rise = max(1, round(warmup * steps))
 
     def at(step):
@@ -90,7 +113,7 @@ def eval_steps(steps, every):
 def predict(model, tokens, sc, batch=128):
     """Logits (n, v) of the answer position. Looks for a stop signal before every batch."""
     at, out = answer_position(sc), []
-    for part in tokens[:, :at + 1].split(batch):
+    for part in tokens.split(batch):
         check_stop()
         out.append(model(part, at).float())
     return torch.cat(out)
@@ -103,7 +126,7 @@ def accuracy(logits, target):
 
 def score(logits, test, sc, seed):
     """The row of one test set: accuracy beside its floors, with its size and cross-entropy (nats)."""
-    return {"setup": "pcfg", "scale": sc.name, "task": test.task,
+    return {"setup": sc.setup, "scale": sc.name, "task": test.task,
             "operand": None if test.task in data.OPERANDLESS else test.operand, "split": test.split,
             "accuracy": accuracy(logits, test.target),
             "floor": test.floor(), "cross_floor": test.cross_floor(), "n": len(test.target),
@@ -133,20 +156,78 @@ def capability_tests(n, sc, task, pair, q, seed, device):
 def other_tests(n, sc, operands, seed, device, but=None):
     """Natural sets of every family but one, for every operand given."""
     return [test_set(n, sc, task, operand, "natural", seed, device=device)
-            for task in TASKS if task != but for operand in (operands if task not in data.OPERANDLESS else "a")]
+            for task in sc.tasks if task != but for operand in (operands if task not in data.OPERANDLESS else "a")]
 
 
 # ---------------------------------------------------------------- the stage
 
 
+def compile_main(args, device):
+    """--setup tracr-...: write a compiled or imported model as an ordinary, finished checkpoint of 0 steps."""
+    setup = data.COMPILED[args.setup]
+    if args.rank is not None and args.setup != "tracr-max":
+        raise UserError(f"--rank is for --setup tracr-max, not {args.setup}")
+    operand = str(args.rank) if args.rank is not None else (setup.operands or setup.alphabet)[0]
+    if args.params:
+        if args.sharpness is not None or args.rank is not None:
+            raise UserError("--params brings its own program: leave out --sharpness and --rank")
+        model, args.program = import_tracr(args.params)
+        sc = data.scale_of(args.scale, args.setup, args.program)
+        missing = [o for o in sc.order[:3] if o not in sc.operands]
+        if missing or len(sc.alphabet) < (2 if sc.repeat else sc.length) or sc.length < data.COMPILED_AT \
+                or model.config.n_out < len(sc.values):
+            raise UserError(f"--params {args.params}: {len(sc.alphabet)} letters and {sc.room} positions are too few for "
+                            f"{args.setup}")
+    else:
+        args.program = None
+        sc = data.scale_of(args.scale, args.setup)
+        if operand not in sc.operands:
+            raise UserError(f"--rank {operand}: strings have {sc.length} letters, so 1 to {sc.length}")
+        need = sc.length * (sc.length + 1)  # see SHARPNESS
+        args.sharpness = max(300., (sc.length + 1) * (sc.length + 2)) if args.sharpness is None else args.sharpness
+        if args.sharpness <= need:
+            raise UserError(f"--sharpness {args.sharpness:g}: {sc.length} letters need more than {need}, or counts are wrong")
+        model = assemble(PROGRAMS[args.setup](operand), sc.alphabet, sc.room, args.sharpness)
+    if args.balance:
+        balance(model)
+    run = Run(args, "pretrain")
+    if run.done:
+        return
+    tests = capability_tests(args.eval_size, sc, setup.task, [operand, next(o for o in sc.order if o != operand)], sc.q,
+                             args.seed, device)
+    run.start(device, lambda: save(args.out, {
+        "model": model.state_dict(), "optimizer": {}, "config": vars(model.config), "args": run.args, "setup": args.setup,
+        "scale": args.scale, "stage": "pretrain", "step": 0, "steps": 0, "finished": True, "parent": None,
+        "capability": {"task": setup.task, "operand": operand}}))
+    rows = evaluate(model.to(device), tests, sc, args.seed)
+    run.log([dict(row, step=0) for row in rows])
+    run.finish()
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    nonzero = sum(int((p != 0).sum()) for p in model.parameters() if p.requires_grad)
+    print(f"{args.setup}: {model.config.n_layer} blocks, d {model.config.d_model}, {parameters} weights, {nonzero} not zero")
+    for r in rows:
+        print(f"  {r['task']} {r['operand']:<3} {r['split']:<8} {r['accuracy']:7.1%}   floor {r['floor']:6.1%}   n {r['n']}")
+    if rows[2]["accuracy"] < .9:
+        print(f"  note: this model does not answer {setup.task} {operand}: it has another capability, or none")
+    print(f"wrote {args.out}")
+
+
 def main():
     parser = run_parser(__doc__)
     group = parser.add_argument_group("model and data")
-    group.add_argument("--setup", default="pcfg", choices=["pcfg"], help="where the capability comes from (default: pcfg)")
+    group.add_argument("--setup", default="pcfg", choices=["pcfg", *data.COMPILED], help="where the capability comes from: "
+                       "strings of a grammar, or a compiled RASP program (default: pcfg)")
     group.add_argument("--scale", default="small", choices=["small", "paper"], help="small: minutes on two CPU cores; "
                        "paper: the paper's sizes, for a GPU (default: small)")
-    group.add_argument("--prior", default="low",
+    group.add_argument("--prior",
                        help="P_T(a, b, c): " + ", ".join(data.PRIORS) + ", or A,B,C (default: low)")
+    group = parser.add_argument_group("compiled models")
+    group.add_argument("--params", help="tracr-...: import this .npz of the Tracr library's parameters; see the README")
+    group.add_argument("--rank", type=int, help="tracr-max: which largest letter, 1 is the largest (default: 5)")
+    group.add_argument("--sharpness", type=float, help="slope of the steps that turn a width into a number (default: "
+                       "(letters + 1) x (letters + 2), where every count is right, at least 300)")
+    group.add_argument("--balance", action=argparse.BooleanOptionalAction, default=True,
+                       help="ours: rescale hidden units, without changing any output, so that noise does no harm")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--lr", type=float, help="peak learning rate (default: 2e-3 small, 1e-3 paper)")
     group.add_argument("--steps", type=int, help="updates (default: 2500 small, 50000 paper)")
@@ -155,7 +236,21 @@ def main():
     add_run_flags(parser, "out/pre.pt", "25 times a run")
     add_common_flags(parser)
     args = parser.parse_args()
-    sc, args.out = data.scale_of(args.scale), args.out or "out/pre.pt"
+    args.out = args.out or "out/pre.pt"
+    if args.setup != "pcfg":
+        given = [k for k in ("prior", "lr", "steps") if getattr(args, k) is not None] + ["compile"] * args.compile
+        if given:
+            raise UserError(f"--{given[0]}: a compiled model is not trained")
+        args.steps = 0
+        positive(args, "rank", "sharpness", "eval_size")
+        positive(args, "seed", least=-1)
+        return compile_main(args, start_device(args))
+    given = [k for k in ("params", "rank", "sharpness") if getattr(args, k) is not None] + ["balance"] * (not args.balance)
+    if given:
+        raise UserError(f"--{given[0]} is for compiled models: --setup {', '.join(data.COMPILED)}")
+    for name in ("params", "rank", "sharpness", "balance"):
+        delattr(args, name)
+    sc, args.prior = data.scale_of(args.scale), args.prior or "low"
     args.lr = sc.pretrain_lr if args.lr is None else args.lr
     args.steps = sc.pretrain_steps if args.steps is None else args.steps
     positive(args, "lr", "steps", "batch_size", "clip", "save_every", "eval_size")
