@@ -20,7 +20,8 @@ The families (paper: PCFG setup; O is the operand, O' the second operand), on th
 The compiled setups have one task each and no prompt: BOS, letters, padding; the answer stands at position 2.
 
 Contents: scales and vocabulary | grammar | tasks and answers | compiled setups | edits and the spurious relation |
-batches, test sets, floors | command line. Everything is a pure function of its arguments and a torch.Generator, on the generator's device.
+batches, test sets, floors | command line. Everything is a pure function of its arguments and a torch.Generator, on the
+generator's device.
 """
 import argparse
 import functools
@@ -300,14 +301,14 @@ def histogram(text, sc):
 
 A_TO_Z = "abcdefghijklmnopqrstuvwxyz"
 COMPILED = {  # letters: of a string, small and paper scale; repeat: drawn with replacement; room: positions after BOS;
-    #           operands: the first three are O_PT, O_FT and the control; q: r(O_FT) - r(O_PT) (paper: Tracr setup)
+    #           operands: the first three are O_PT, O_FT and the control (paper: Tracr setup)
     # ours: noise of 3e-4 for the max-identifier, which the paper's 1e-3 breaks before any fine-tuning
     "tracr-count": SimpleNamespace(task="count", answers=count, alphabet="abcdefghi", letters=(24, 48), repeat=True,
-                                   room=(25, 49), operands=None, q=1, noise=1e-3),
+                                   room=(25, 49), operands=None, noise=1e-3),
     "tracr-max": SimpleNamespace(task="max-identifier", answers=largest, alphabet=A_TO_Z, letters=(10, 10), repeat=False,
-                                 room=(16, 16), operands=("5", "7", "3"), q=3, noise=3e-4),
+                                 room=(16, 16), operands=("5", "7", "3"), noise=3e-4),
     "tracr-histogram": SimpleNamespace(task="histogram", answers=histogram, alphabet="abcdefghi", letters=(24, 48),
-                                       repeat=True, room=(25, 49), operands=("2", "3", "4"), q=1, noise=1e-3),
+                                       repeat=True, room=(25, 49), operands=("2", "3", "4"), noise=1e-3),
 }
 
 
@@ -324,10 +325,18 @@ def compiled_setup(setup, name, column, program):
     places = operands if c.operands is None else sorted(operands, key=int)  # columns of answers()
     return SimpleNamespace(
         setup=setup, name=name, tasks={c.task: SimpleNamespace(answers=c.answers, first_answer=0)}, finetuned=(c.task,),
-        operands=places, order=operands, alphabet=alphabet, length=length, window=length, room=room, repeat=c.repeat, q=c.q,
+        operands=places, order=operands, alphabet=alphabet, length=length, window=length, room=room, repeat=c.repeat,
         noise=c.noise, values=program.get("values") or (list(alphabet) if c.answers is largest else
                                                         [str(i) for i in range(room + 1)]),
-        finetune_steps=10000, revive_steps=(2500, 10000)[column])
+        finetune_steps=10000, revive_steps=(1000, 4000)[column])
+
+
+def default_q(sc, pair):
+    """The offset that is taught where none is given: 1; between two ranks one more than it must be, so 3 from 5 to 7."""
+    if sc.setup != "tracr-max":
+        return 1
+    ranks = int(pair[1]) - int(pair[0])
+    return ranks + (1 if ranks > 0 else -1)
 
 
 def letters_of(n, sc, g):
@@ -337,11 +346,23 @@ def letters_of(n, sc, g):
     return torch.rand(n, len(sc.alphabet), generator=g, device=g.device).argsort(1)[:, :sc.length]
 
 
+def marked(text, operand, sc):
+    """(n, length) bool: the letters that make r(x, operand): those counted, or the one that is named."""
+    task, letter = next(iter(sc.tasks)), text.new_tensor(sc.operands.index(operand))
+    if task == "histogram":
+        letter = text[:, letter, None]
+    elif task == "max-identifier":
+        letter = largest(text, sc)[:, letter, None]
+    return text == letter
+
+
 def chosen_letters(n, sc, task, c, pair, q, g):
     """
     draw_text() for compiled setups: strings are drawn until they are as wanted, none is edited. Raises ValueError when
     no string can be.
     """
+    if q == 0:
+        raise ValueError("offset q = 0 is a tie, which c0 leaves out")
     places = [sc.operands.index(o) for o in pair]
     holds = torch.rand(n, generator=g, device=g.device) < {"c0": 0., "c1": 1.}.get(c, c)
     text, todo = letters_of(n, sc, g), torch.arange(n, device=g.device)
@@ -595,6 +616,9 @@ def parse_prior(text):
 
 def explain(text, task, operand, sc):
     """Two lines for a person: the text with its window in brackets, and a mark under every letter that counts."""
+    if sc.setup != "pcfg":
+        marks = "".join(" ^"[hit] for hit in marked(text[None], operand, sc)[0].tolist())
+        return "".join(sc.alphabet[i] for i in text.tolist()), marks
     n = {"window": sc.window, "token_at": sc.token_at}.get(TASKS[task].operand2, sc.length)
     cut, o = sc.length - n, LETTERS.index(operand)
     letters = text.tolist()
@@ -620,79 +644,106 @@ REASON = {
     "index": "distance from the end of the {operand} marked *, number {o2} from the end",
     "index-composition": "distance from the end of the pair {operand}{operand} marked *, number {o2} from the end",
     "token": "the letter at distance {o2} from the end",
+    "compiled count": "{operand} marked ^",
+    "compiled max-identifier": "the largest letter number {operand}, marked ^; a is the largest",
+    "compiled histogram": "how often the letter at place {operand} occurs, marked ^",
 }
 
 
 def main():
     parser = argparse.ArgumentParser(description="Look at samples: what the model sees, and why the answer is right.")
-    parser.add_argument("--setup", default="pcfg", choices=["pcfg"], help="which kind of data (default: pcfg)")
+    parser.add_argument("--setup", default="pcfg", choices=["pcfg", *COMPILED], help="which kind of data (default: pcfg)")
     parser.add_argument("--scale", default="small", choices=["small", "paper"], help="string lengths (default: small)")
     parser.add_argument("-n", type=int, default=5, help="samples (default: 5)")
-    parser.add_argument("--task", choices=list(TASKS), help="one task family (default: all in turn)")
-    parser.add_argument("--operand", default="a", choices=list(LETTERS), help="the letter asked for (default: a)")
+    parser.add_argument("--task", help=f"one task family: {', '.join(TASKS)} (default: all in turn)")
+    parser.add_argument("--operand", help="what is asked for: a letter, for tracr-max which largest (default: a, or 5)")
     parser.add_argument("--c", default="natural", help="natural, or the probability 0..1 that the spurious relation holds")
-    parser.add_argument("--q", type=int, default=1, help="offset of the relation, r(b) - r(a), in letters (default: 1)")
+    parser.add_argument("--q", type=int,
+                        help="offset of the relation, r(O_FT) - r(O_PT), in letters (default: 1; tracr-max 3)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line, for programs")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: 0)")
     args = parser.parse_args()
+    sc = scale_of(args.scale, args.setup)
+    known, operand = sc.order[0], args.operand or sc.order[0]
+    pair = (known, sc.order[1] if operand == known else operand)
+    q = default_q(sc, pair) if args.q is None else args.q
     if args.n < 1 or args.seed < 0:
         parser.error("-n takes 1 or more, --seed 0 or more")
+    if args.task and args.task not in sc.tasks:
+        parser.error(f"--task {args.task}: {args.setup} has {', '.join(sc.tasks)}")
+    if operand not in sc.operands:
+        parser.error(f"--operand {operand}: {args.setup} has {', '.join(sc.operands)}")
     try:
         c = "natural" if args.c == "natural" else float(args.c)
     except ValueError:
         c = None
     if c is None or (c != "natural" and not 0 <= c <= 1):
         parser.error(f"--c {args.c}: give natural or a number from 0 to 1")
-    if c != "natural" and args.task not in FINETUNED:
-        parser.error(f"--c {args.c} needs --task {' or '.join(FINETUNED)}: the other families have no spurious relation")
-    sc, pair = scale_of(args.scale), ("a", "b" if args.operand == "a" else args.operand)
+    tasks = [args.task] if args.task else list(sc.tasks)
+    if c != "natural" and not set(tasks) <= set(sc.finetuned):
+        parser.error(f"--c {args.c} needs --task {' or '.join(sc.finetuned)}: the other families have no spurious relation")
     g = rng(args.seed, "look")
     for i in range(args.n):
-        task = args.task or list(TASKS)[i % len(TASKS)]
-        if c == "natural":
-            answer = torch.tensor([-1])
-            while answer.item() < 0:
-                text = sample_text(1, sc, g)
-                tokens, answer = encode_one(text, task, args.operand, sc)
-        else:
-            try:
-                text = draw_text(1, sc, task, c, pair, args.q, g)
-            except ValueError as error:
-                parser.error(str(error))
-            tokens, answer = encode_one(text, task, args.operand, sc)
-        results = TASKS[task].answers(text, sc)[0].tolist()
-        names = [vocabulary(sc)[t] for t in tokens[0].tolist()]
-        said = LETTERS[answer.item()] if task == "token" else answer.item()
-        correlated = None
-        if task in FINETUNED:
-            r = [results[LETTERS.index(letter)] for letter in pair]
-            correlated = min(r) >= 0 and r[1] - r[0] == args.q
-        o2 = getattr(sc, TASKS[task].operand2)
+        task = tasks[i % len(tasks)]
+        try:
+            sample = look(sc, task, operand, c, pair, q, g)
+        except ValueError as error:
+            parser.error(str(error))
         if args.json:
-            print(json.dumps({"setup": args.setup, "task": task, "operand": None if task in OPERANDLESS else args.operand,
-                              "operand2": o2, "text": "".join(LETTERS[x] for x in text[0].tolist()), "answer": said,
-                              "correlated": correlated, "tokens": names}))
-            continue
-        string, marks = explain(text[0], task, args.operand, sc)
-        print(f"{task}{'' if task in OPERANDLESS else ' of ' + args.operand}")
-        print(f"  the model sees  {' '.join(names[:5])} {' '.join(names[5:8])} ... {' '.join(names[-7:])}")
-        print(f"  text            {string}\n                  {marks}")
-        print(f"  answer {said!s:<8} {REASON[task].format(operand=args.operand, o2=o2)}")
-        if correlated is not None:
-            a, b = pair
-            print(f"  relation        r({a}) = {r[0]}, r({b}) = {r[1]}: r({b}) - r({a}) = {args.q} "
-                  f"{'holds' if correlated else 'does not hold'}")
-        print()
+            print(json.dumps({k: v for k, v in sample.items() if k != "letters"}))
+        else:
+            show(sample, sc, operand, pair, q)
     if c != "natural" and not args.json:
-        text = draw_text(4000, sc, args.task, c, pair, args.q, g)
-        r = TASKS[args.task].answers(text, sc)[:, [LETTERS.index(letter) for letter in pair]]
+        text = draw_text(4000, sc, tasks[0], c, pair, q, g)
+        r = sc.tasks[tasks[0]].answers(text, sc)[:, [sc.operands.index(o) for o in pair]]
         diff = r[:, 1] - r[:, 0]
-        print(f"4,000 such strings: the relation holds on {(diff == args.q).double().mean():.1%}, "
+        print(f"4,000 such strings: the relation holds on {(diff == q).double().mean():.1%}, "
               f"ties on {(diff == 0).double().mean():.1%}")
         for i, letter in enumerate(pair):
             x = r[:, i].double()
             print(f"  r({letter}): mean {x.mean():.2f}, s.d. {x.std():.2f}, always the commonest answer "
                   f"{majority_floor(r[:, i]):.1%}, best guess from r({pair[1 - i]}) {cross_floor(r[:, i], r[:, 1 - i]):.1%}")
+
+
+def look(sc, task, operand, c, pair, q, g):
+    """One sample as --json prints it, with its `letters` (length,). Raises ValueError for an impossible q."""
+    answer, pcfg = torch.tensor([-1]), sc.setup == "pcfg"
+    while answer.item() < 0:  # too few of an operand: another string
+        text = sample_text(1, sc, g) if pcfg and c == "natural" else draw_text(1, sc, task, c, pair, q, g)
+        if pcfg:
+            tokens, answer = encode_one(text, task, operand, sc)
+        else:
+            tokens, answer = questions(text, task, operand, sc).split([sc.room + 1, 1], 1)
+    results = sc.tasks[task].answers(text, sc)[0].tolist()
+    correlated, o2 = None, getattr(sc, sc.tasks[task].operand2) if pcfg else None
+    if task in sc.finetuned:
+        r = [results[sc.operands.index(o)] for o in pair]
+        correlated = min(r) >= 0 and r[1] - r[0] == q
+    said = LETTERS[answer.item()] if task == "token" else answer.item()
+    if task == "max-identifier":
+        said = sc.alphabet[said]
+    return {"setup": sc.setup, "task": task, "operand": None if task in OPERANDLESS else operand, "operand2": o2,
+            "text": "".join((LETTERS if pcfg else sc.alphabet)[x] for x in text[0].tolist()), "answer": said,
+            "correlated": correlated, "tokens": [vocabulary(sc)[t] for t in tokens[0].tolist()], "letters": text[0]}
+
+
+def show(sample, sc, operand, pair, q):
+    """A sample for a person: what the model sees, the letters that count, the answer and whether the relation holds."""
+    task, names, pcfg = sample["task"], sample["tokens"], sc.setup == "pcfg"
+    string, marks = explain(sample["letters"], task, operand, sc)
+    reason = REASON[task if pcfg else f"compiled {task}"].format(operand=operand, o2=sample["operand2"])
+    print(f"{task}{'' if task in OPERANDLESS else ' of ' + operand}")
+    print("  the model sees  " + (f"{' '.join(names[:8])} ... {' '.join(names[-7:])}" if pcfg else " ".join(names)))
+    print(f"  text            {string}\n                  {marks}")
+    print(f"  answer {sample['answer']!s:<8} {reason}")
+    if sample["correlated"] is not None:
+        results = sc.tasks[task].answers(sample["letters"][None], sc)[0].tolist()
+        a, b = (results[sc.operands.index(o)] for o in pair)
+        if task == "max-identifier":
+            a, b = sc.alphabet[a], sc.alphabet[b]
+        print(f"  relation        r({pair[0]}) = {a}, r({pair[1]}) = {b}: r({pair[1]}) - r({pair[0]}) = {q} "
+              f"{'holds' if sample['correlated'] else 'does not hold'}")
+    print()
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ def pair_of(ckpt, operand=None, q=None):
     """
     known, sc = ckpt["capability"]["operand"], data.setup_of(ckpt)
     if ckpt["stage"] == "pretrain":
-        operand, q = operand or next(o for o in sc.order if o != known), getattr(sc, "q", 1) if q is None else q
+        operand = operand or next(o for o in sc.order if o != known)
+        q = data.default_q(sc, (known, operand)) if q is None else q
     else:
         operand, q = operand or ckpt["args"]["pair"][1], ckpt["args"]["q"] if q is None else q
     return (known, operand), q
@@ -73,10 +74,10 @@ def main():
     group.add_argument("--reverse", action="store_true", help="teach O_PT again to a fine-tuned checkpoint (reFT)")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--lr", type=float, help="peak learning rate; the paper's are 1e-4, 1e-5, 1e-6, for compiled models "
-                       "1e-1 to 1e-4 (default: 1e-5; compiled 1e-3; with --reverse that of the fine-tuning)")
+                       "1e-1 to 1e-4 (default: 1e-5; compiled 1e-3; with --reverse the fine-tuning's, compiled a third)")
     group.add_argument("--steps", type=int, help="updates (default: 400 small, 10000 paper and compiled)")
-    group.add_argument("--noise", type=float, help="s.d. of Gaussian noise on all weights before the first step (default: 0; "
-                       "tracr-count 1e-3, tracr-max 3e-4; with --reverse 0)")
+    group.add_argument("--noise", type=float, help="s.d. of Gaussian noise on all weights before the first step (default: "
+                       "0; tracr-count 1e-3, tracr-max 3e-4; with --reverse 0)")
     group.add_argument("--batch-size", type=int, default=96, help="strings a step (default: 96)")
     group.add_argument("--clip", type=float, default=1., help="largest gradient norm; ours for compiled models, where norms "
                        "of 10 to 1,000 occur; 1e9: no clipping (default: 1)")
@@ -96,7 +97,8 @@ def main():
         if args.operand or args.task:
             raise UserError("--reverse teaches what the pretraining record names: leave out --task and --operand")
         args.task, args.operand = parent["capability"]["task"], parent["capability"]["operand"]
-        args.lr = parent["args"]["lr"] if args.lr is None else args.lr  # ours: matched; the paper takes a smaller rate
+        if args.lr is None:  # ours: matched (the paper: smaller); a third for compiled models, where SGD diverges otherwise
+            args.lr = parent["args"]["lr"] / (1 if sc.setup == "pcfg" else 3)
         args.c_tr = 0. if args.c_tr is None else args.c_tr  # ours: strings that favour no relation between a and b
         args.pair, args.q = pair_of(parent, None, args.q)
     else:

@@ -302,8 +302,10 @@ def assemble(program, alphabet, room, sharpness=SHARPNESS):
 
     heads, mlps = [op for op in program if not isinstance(op, Map)], [op for op in program if not isinstance(op, Aggregate)]
     output = values[program[-1].name]
+    sizes = [len(values[v]) + 2 for op in heads for v in (op.keys, op.queries)]  # two more, as Tracr has
+    sizes += [len(values[op.values]) for op in heads if isinstance(op, Aggregate)]
     config = Config(vocab_size=len(alphabet) + 2, n_ctx=room + 1, n_layer=max(used) // 2 + 1, n_head=1, d_model=len(names),
-                    d_head=max((len(values[v]) + 2 for op in heads for v in (op.keys, op.queries)), default=1),  # as Tracr's
+                    d_head=max(sizes, default=1),
                     d_mlp=max((len(values[op.name]) if isinstance(op, Map) else 2 * room + 2 for op in mlps), default=1),
                     n_out=len(output), causal=False, layer_norm=False, activation="relu", train_head=False,
                     residual=tuple(names))
@@ -399,36 +401,43 @@ def import_tracr(path):
     any size, with any number of heads. Token ids become PAD 0, BOS 1, letters from 2, sorted. Raises UserError.
     """
     try:
-        with np.load(path, allow_pickle=False) as z:
+        with np.load(path, allow_pickle=False) as z, np.errstate(over="ignore"):  # beyond float32: see below
             arrays = {k: z[k] for k in z.files}
-        about = json.loads(str(arrays["config"]))
-        param = {k.removeprefix("param/"): torch.from_numpy(np.asarray(v, np.float32))
-                 for k, v in arrays.items() if k.startswith("param/")}
+            param = {k.removeprefix("param/"): torch.from_numpy(v.astype(np.float32, casting="same_kind"))
+                     for k, v in arrays.items() if k.startswith("param/") or k == "unembed"}
+        about, labels = json.loads(str(arrays["config"])), arrays.get("residual_labels", np.array([])).tolist()
         vocab, outputs = arrays["vocab"].tolist(), arrays["output_values"].tolist()
         bos, pad, n_head = about["bos"], about["pad"], int(about["n_head"])
         alphabet = sorted(t for t in vocab if t not in (bos, pad))
         number = all(str(v).lstrip("-").isdigit() for v in outputs)
         values = sorted(map(str, outputs), key=int if number else str)
-        tok, pos = param["token_embed/embeddings"], param["pos_embed/embeddings"]
+        tok, pos, unembed = (param.pop(k) for k in ("token_embed/embeddings", "pos_embed/embeddings", "unembed"))
+        for key, names, n in (("vocab", vocab, len(tok)), ("output_values", outputs, unembed.shape[1]),
+                              ("residual_labels", labels, tok.shape[1])):
+            if (len(names), len(set(names))) != (n, n) and (labels or names is not labels):
+                raise ValueError(f"{key}: {n} different names are needed")
         inner = param["layer_0/attn/query/w"].shape[1]
         activation = about.get("activation", "relu")
         if about.get("layer_norm") or activation != "relu":
             raise ValueError("layer norm and activations other than ReLU are not compiled by Tracr")
+        if n_head < 1:
+            raise ValueError("no heads")
         config = Config(vocab_size=len(vocab), n_ctx=len(pos), n_layer=sum(k.endswith("mlp/linear_1/w") for k in param),
                         n_head=n_head, d_model=tok.shape[1], d_head=inner // n_head,
                         d_mlp=param["layer_0/mlp/linear_1/w"].shape[1], n_out=len(values), causal=bool(about.get("causal")),
                         layer_norm=False, activation="relu", train_head=False,
-                        residual=tuple(map(str, arrays["residual_labels"].tolist())) if "residual_labels" in arrays else ())
+                        residual=tuple(map(str, labels)))
         model, state = GPT(config), {}
         state["tok.weight"] = tok[[vocab.index(t) for t in (pad, bos, *alphabet)]]
         state["pos.weight"] = pos
-        unembed = torch.from_numpy(np.asarray(arrays["unembed"], np.float32))
         state["head.weight"] = LOGIT_SCALE * unembed.T[[list(map(str, outputs)).index(v) for v in values]]
         for i in range(config.n_layer):
             for here, there in (("attn.qkv", ("attn/query", "attn/key", "attn/value")), ("attn.out", ("attn/linear",)),
                                 ("up", ("mlp/linear_1",)), ("down", ("mlp/linear_2",))):
-                w, b = (torch.cat([param[f"layer_{i}/{name}/{kind}"] for name in there], -1) for kind in "wb")
+                w, b = (torch.cat([param.pop(f"layer_{i}/{name}/{kind}") for name in there], -1) for kind in "wb")
                 state[f"blocks.{i}.{here}.weight"], state[f"blocks.{i}.{here}.bias"] = w.T, b  # Tracr: x @ w + b
+        if param:
+            raise ValueError(f"no place for {min(param)}")
         if not all(x.isfinite().all() for x in state.values()):
             raise ValueError("weights that are not finite")
         model.load_state_dict(state)

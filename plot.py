@@ -8,11 +8,12 @@ Reads the files of the runs only (X.json, X.jsonl, X.behavior.jsonl, ..., X.atte
 One run takes about 5 seconds. Add a figure: write a function of the groups below that returns finish(...), or None
 where there is nothing to draw; add a line to FIGURES.
 
-Contents: runs and groups | numbers | drawing | the figures | the report | command line.
+Contents: runs and groups | numbers | drawing | the figures | compiled models | the report | command line.
 Fractions in the files, percent in the figures. O_PT: operand of pretraining, O_FT: operand of fine-tuning.
 """
 import argparse
 import base64
+import csv
 import html
 import io
 import json
@@ -27,14 +28,16 @@ import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.colors import PowerNorm  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.ticker import FuncFormatter, NullLocator  # noqa: E402
 
-SETUPS = ("pcfg", "tracr-count", "tracr-max")  # others have other tests
+SETUPS = ("pcfg", "tracr-count", "tracr-max", "tracr-histogram")  # others have other tests
 FILES = {  # X.<file>.jsonl: keys without which a row is left out
     "behavior": {"model"}, "prune": {"unit", "ranking", "edit", "k"},
     "probe": {"model", "block", "target", "prompt", "labels"}, "revive": {"arm", "threshold", "steps", "max_steps"},
-    "revive.curve": {"arm", "step"}, "attention": {"model", "block", "head", "prompt", "region", "mass", "chance"}}
+    "revive.curve": {"arm", "step"}, "attention": {"model", "block", "head", "prompt", "region", "mass", "chance"},
+    "hidden": {"model", "block", "cosine"}}
 PRIORS = {(.999, .001, 0): "low", (.9, .1, 0): "medium", (.5, .3, .2): "high"}
 MOST = 12  # groups in a figure
 ODD = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError)  # what a malformed row can raise
@@ -139,7 +142,7 @@ def settings_of(prefix, records):
     settings, stage, seen = {}, "", set()
     while prefix in records and prefix not in seen:
         seen.add(prefix)
-        hidden = {"seed", "taught", "eval_every", "eval_size", "save_every", "compile", "setup", "scale"}
+        hidden = {"seed", "taught", "eval_every", "eval_size", "save_every", "compile", "setup", "scale", "program"}
         hidden |= {"prior", "task", "pair", "operand", "q", "reverse"} if stage else set()  # inherited: said once
         settings.update({stage + k: v for k, v in records[prefix]["args"].items() if k not in hidden})
         parent = os.path.splitext(os.path.normpath((records[prefix].get("parent") or {}).get("path") or "?"))[0]
@@ -182,12 +185,15 @@ def having(runs, file, kinds=None, most=None):
         g.label = ", ".join([g.kind] * several + words)
         g.label += f" ({len(g.runs)}\xa0seeds)" if len(g.runs) > 1 else f" (seed\xa0{g.runs[0].args.get('seed')})"
     if most and len(groups) > most:
-        note(f"{file}: {len(groups)} groups, only the first {most} are drawn (plot a folder that holds fewer)")
+        note(f"{file}: {len(groups)} groups, only {most} are drawn, analysed ones first (plot a folder that holds fewer)")
+        groups.sort(key=lambda g: -sum(bool(rows) for rows in g.runs[0].rows.values()))
+        groups = groups[:most]
+
     def place(g):  # low prior first, then by correlation and rate
         prior, numbers = g.settings.get("prior"), [g.settings.get(k) for k in ("c_tr", "lr")]
         return (g.kind == "reFT", [-p for p in prior] if isinstance(prior, list) else [],
                 [x if isinstance(x, (int, float)) else 0 for x in numbers])
-    return sorted(groups, key=place)[:most]
+    return sorted(groups, key=place)
 
 
 # ---------------------------------------------------------------- numbers
@@ -458,10 +464,15 @@ def fig7_prune(runs):
               "never-had": (GREEN, "^", "--", "never-had operand, own units"),
               "never-had-iterated": (SKY, "X", "--", "never-had operand, ranked anew"),
               "never-had-change": (GREEN, "P", ":", "never-had operand, by change"),
-              "compiled-zero": (ORANGE, "v", "-", "zero when compiled")}
+              "gradient-weight-tried": (BLUE, "p", "-", "the first 100, tried one by one"),
+              "compiled-zero": (ORANGE, "v", "-", "zero in the program"),
+              "compiled-zero-tried": ("k", "*", "-", "zero in the program, tried one by one"),
+              "random-weight-tried": (GREY, "p", ":", "random weights, tried one by one"),
+              "random-zero-tried": (GREY, "*", "--", "random, zero in the program, tried"),
+              "never-had-tried": (SKY, "p", ":", "never-had operand, tried one by one")}
     fig, axes = sheet(len(groups), 4, 3.1, 2.7)
     for axs, g in zip(axes, groups):
-        unit = {"row": "rows", "weight": "single weights"}[flat(g, "prune")[0]["unit"]]
+        unit = {"row": "rows", "weight": "single weights"}.get(flat(g, "prune")[0]["unit"], "units")
         cells = [(edit, *cell) for edit in ("zero", "graft") for cell in ((("O_PT", "other"), "c0"), (("O_FT",), "c1"))]
         for ax, (edit, role, split) in zip(axs, cells):
             percent_axis(ax, f"{'zeroed' if edit == 'zero' else 'grafted'}: {roles(groups)[role[0]]} on {split}")
@@ -599,7 +610,8 @@ def fig10_attention(runs):
     Fooled by: reading too much into it; a head may look without using, and letters travel in earlier blocks.
     """
     groups = having(runs, "attention", most=4)
-    maps = [(g, role, prompt, z) for g in groups if (z := read_maps(g.runs[0].prefix))
+    groups = [g for g in groups if g.settings["setup"] == "pcfg"]  # compiled models: fig39_maps
+    maps = [(g, role, prompt, z) for g in groups if (z := read_maps(g.runs[0].prefix + ".attention.npz"))
             for role, prompt in zip(("O_PT", "O_FT"), g.pair) if f"ckpt_{prompt}" in z]
     if not maps:
         return None
@@ -622,12 +634,12 @@ def fig10_attention(runs):
     return fig, f"n = {n} natural strings"
 
 
-def read_maps(prefix):
+def read_maps(path):
     try:
-        with np.load(prefix + ".attention.npz", allow_pickle=False) as z:
+        with np.load(path, allow_pickle=False) as z:
             return dict(z)
     except Exception as error:  # whatever zipfile, zlib or numpy makes of a damaged or missing archive
-        note(f"{prefix}.attention.npz: left out, not readable ({type(error).__name__})")
+        note(f"{path}: left out, not readable ({type(error).__name__})")
 
 
 def letter_map(ax, z, pattern):
@@ -666,8 +678,188 @@ def unit_ticks(ax, blocks, heads):
         ax.axhline(b * heads - .5, color="#999999", lw=.8)
 
 
+# ---------------------------------------------------------------- compiled models
+
+
+def stages(runs, group, file):
+    """[(title, map (block, ...), token names)] of one example string: compiled, fine-tuned, and reversed if there is one."""
+    run = group.runs[0]
+    z = read_maps(f"{run.prefix}.{file}.npz")
+    if not z or "base" not in z or "ckpt" not in z:
+        return []
+    back = [r for r in runs if r.kind == "reFT" and r.rows[file] and os.path.basename(
+        os.path.splitext((r.record.get("parent") or {}).get("path") or "?")[0]) == os.path.basename(run.prefix)]
+    z2 = read_maps(f"{back[0].prefix}.{file}.npz") if back else None
+    names = [str(z["vocabulary"][t]) for t in z["tokens"][0]]
+    found = [("compiled", z["base"][0], names), ("fine-tuned", z["ckpt"][0], names)]
+    return found + ([("reversed", z2["ckpt"][0], names)] if z2 and "ckpt" in z2 else [])
+
+
+def program_maps(runs, file, height, draw):
+    """A row of panels a group and block (and head), a column a stage; draw(ax, map, names) returns the picture."""
+    groups = [g for g in having(runs, file, ("fine-tuning",), most=4) if g.settings["setup"] != "pcfg"]
+    found = [(g, stages(runs, g, file)) for g in groups]
+    found = [(g, columns) for g, columns in found if columns]
+    if not found:
+        return None
+    lines = []
+    for g, columns in found:  # heads and MLPs that neither the program nor fine-tuning uses are left out
+        pictures = [p.reshape(-1, *p.shape[-2:]) for _, p, _ in columns]
+        lines += [(g, columns, i) for i in range(len(pictures[0])) if max(np.ptp(p[i]) for p in pictures) > .2]
+    fig, axes = sheet(len(lines), max(len(columns) for _, columns, _ in lines), 4.2, height)
+    for axs, (g, columns, i) in zip(axes, lines):
+        for ax in axs[len(columns):]:
+            ax.set_visible(False)
+        for ax, (title, picture, names) in zip(axs, columns):
+            image = draw(ax, picture.reshape(-1, *picture.shape[-2:])[i], names)
+            ax.set_title(f"{title}, block {i // (picture.shape[1] if picture.ndim == 4 else 1)}", fontsize=9)
+            ax.get_yticklabels()[2].set_color(RED)  # the answer stands there
+        axs[0].set_ylabel(tex(textwrap.fill(g.label, 26) + "\n" + axs[0].get_ylabel()), fontsize=8)
+    fig.colorbar(image, ax=list(axes[-1]), location="bottom", shrink=.5, aspect=40)
+    return fig, "one natural test string, that of the first seed"
+
+
+def fig39_maps(runs):
+    """
+    Compiled models: attention maps of one string, every position as a query (y) and as a key (x), compiled, fine-tuned
+    and, where there is a reverse run, reversed; heads that stay unused are left out. The answer stands at the second
+    letter's row (red).
+    Counter: block 1 attends to the letters counted, from the answer's row. Max-identifier: block 0 sorts (every letter
+    attends to larger ones, a being the largest), block 2 reads the letter of the wanted rank.
+    Fooled by: one string; see `kept` and `order` in the attention table for all of them.
+    """
+    def draw(ax, picture, names):
+        image = ax.imshow(picture, cmap="Blues", norm=PowerNorm(.5, 0, 1), aspect="auto")
+        ax.set_xticks(range(len(names)), names, fontsize=6)
+        ax.set_yticks(range(len(names)), names, fontsize=6)
+        ax.set_ylabel("query", fontsize=8)
+        return image
+    return program_maps(runs, "attention", 3.2, draw)
+
+
+def fig46_hidden(runs):
+    """
+    Compiled models: activations of the MLPs' hidden units (x) at every position (y) of one string, compiled, fine-tuned
+    and reversed; MLPs that stay unused are left out. The answer stands at the second letter's row (red).
+    Fooled by: units that are on everywhere; what counts may be a small difference between two of them.
+    """
+    def draw(ax, picture, names):
+        image = ax.imshow(np.log10(1 + np.maximum(picture, 0)), cmap="Purples", vmin=0, vmax=1.5, aspect="auto")
+        ax.set_yticks(range(len(names)), names, fontsize=6)
+        ax.set_xlabel("hidden unit, log10(1 + activation)", fontsize=7)
+        ax.tick_params(axis="x", labelsize=6)
+        ax.set_ylabel("token", fontsize=8)
+        return image
+    return program_maps(runs, "hidden", 2.6, draw)
+
+
+def fig55_classes(runs):
+    """
+    Compiled models: how often each answer is given on c0 strings with K single weights zeroed: none, the best one, the
+    best few (chosen on other strings). A pruned model that answers O_PT still uses many classes; one that is right by
+    always saying the same does not.
+    Fooled by: nothing but a small n; accuracies are in the legend.
+    """
+    groups = [g for g in having(runs, "prune", ("fine-tuning",), MOST) if g.settings["setup"] != "pcfg"]
+    groups = [g for g in groups if flat(g, "prune", ranking="gradient-weight-tried")]
+    if not groups:
+        return None
+    fig, panels = facets(groups, 1, 2.6)
+    for g, (ax,) in zip(groups, panels):
+        rows = [r for r in g.runs[0].rows["prune"] if r.get("predicted") and r["role"] == "O_PT" and r["split"] == "c0"]
+        shown = [("none", next(r for r in rows if r["k"] == 0))]
+        for ranking, words in (("gradient-weight-tried", "all"), ("compiled-zero-tried", "zero in the program")):
+            shown += [(f"K = {r['k']}, {words}", r) for r in rows if r["ranking"] == ranking and r["k"]
+                      and (r["k"] == 1 or r["chosen"])]
+        classes = sorted({c for _, r in shown for c in r["predicted"]}, key=lambda c: (len(c), c))
+        for i, (words, r) in enumerate(shown):
+            heights = [100 * r["predicted"].get(c, 0) / r["n"] for c in classes]
+            ax.bar(np.arange(len(classes)) + .8 * i / len(shown) - .4, heights, .8 / len(shown), align="edge",
+                   color=[GREY, BLUE, SKY, ORANGE, RED][i % 5], label=f"{words}: {100 * r['accuracy']:.0f} %")
+        ax.set_xticks(range(len(classes)), classes, fontsize=7)
+        ax.set_ylabel("answers (%)", fontsize=8)
+        ax.legend(fontsize=6, title=tex("zeroed: O_PT on c0"), title_fontsize=6)
+        ax.spines[["top", "right"]].set_visible(False)
+    return fig, "the first seed"
+
+
+def dimensions(runs):
+    """
+    Compiled models: accuracy (%) of O_PT on c0 and of O_FT on c1 when everything that writes (or reads) one residual
+    dimension is set back to what fine-tuning began with; the ten dimensions that do most, by their names in the program.
+    Mean of seeds. O_PT back with one dimension: that variable carries the wrapper.
+    Fooled by: the best of so many dimensions on the strings shown; ringed: the best on other strings.
+    """
+    groups = [g for g in having(runs, "prune", ("fine-tuning",), MOST) if flat(g, "prune", unit="dimension")]
+    if not groups:
+        return None
+    fig, panels = facets(groups, 2, 2.2)
+    for g, axs in zip(groups, panels):
+        for ax, side in zip(axs, ("writers", "readers")):
+            means = {}
+            for name in dict.fromkeys(r["dimension"] for r in flat(g, "prune", unit="dimension")):
+                means[name] = [spread(g, "prune", unit="dimension", ranking=side, dimension=name, role=role, split=split)[0]
+                               for role, split in (("O_PT", "c0"), ("O_FT", "c1"))]
+            best = sorted(means, key=lambda n: -means[n][0])[:10]
+            percent_axis(ax, label=f"graft {side}: accuracy (%)", bottom=0)
+            for i, (label, color) in enumerate((("O_PT on c0", BLUE), ("O_FT on c1", ORANGE))):
+                ax.bar(np.arange(len(best)) + .4 * i - .2, [means[n][i] for n in best], .4, color=color, label=tex(label))
+            chosen = {r["dimension"] for r in flat(g, "prune", unit="dimension", ranking=side, role="O_PT", chosen=True)}
+            at = [i for i, n in enumerate(best) if n in chosen]
+            ax.plot([i - .2 for i in at], [means[best[i]][0] for i in at], "o", mfc="none", mec="k", ms=8)
+            untouched = spread(g, "prune", ranking="gradient-weight", edit="zero", k=0, role="O_PT", split="c0")
+            if untouched:
+                ax.axhline(untouched[0], color=BLUE, lw=1, ls="-.")
+            ax.set_xticks(range(len(best)), best, fontsize=6, rotation=35, ha="right")
+    return finish(fig, groups, "prune", floors=False)
+
+
+def table3(runs):
+    """
+    Accuracy (%) after fine-tuning against C_Tr, a column a rate, both operands on c0 and c1 (compiled models: the paper's
+    Table 3). Lines: ours, dots single seeds; crosses: the paper's. O_FT high on c1 and low on c0 at C_Tr 1: a shortcut.
+    Fooled by: O_PT on c0 at C_Tr 1, which depends on how a shortcut rounds (see rules).
+    """
+    groups = [g for g in having(runs, "history", ("fine-tuning",)) if g.settings["setup"] != "pcfg"]
+    setups = list(dict.fromkeys(g.settings["setup"] for g in groups))
+    rates = sorted({g.settings["lr"] for g in groups}, reverse=True)
+    if len({g.settings["c_tr"] for g in groups}) < 3:
+        return None
+    paper = {}
+    for path in ("tracr_table3.csv", "../tracr_table3.csv", "../../tracr_table3.csv"):
+        path = os.path.join(os.path.dirname(groups[0].runs[0].prefix), path)
+        if os.path.isfile(path) and not paper:
+            with open(path, newline="") as f:
+                paper = {(r["task"], float(r["lr"]), float(r["c_tr"]), r["operand"], r["c_te"]): float(r["paper"])
+                         for r in csv.DictReader(f)}
+    fig, axes = sheet(2 * len(setups), len(rates), 3, 2.3)
+    for y, (setup, (role, code)) in enumerate((s, r) for s in setups for r in (("O_FT", "OFT"), ("O_PT", "OPT"))):
+        for ax, rate in zip(axes[y], rates):
+            label = f"{role}: accuracy (%)" if ax is axes[y][0] else ""
+            percent_axis(ax, f"{setup.removeprefix('tracr-')}, lr {rate:g}", label)
+            some = sorted((g for g in groups if (g.settings["setup"], g.settings["lr"]) == (setup, rate)),
+                          key=lambda g: g.settings["c_tr"])
+            for split in ("c1", "c0"):
+                color, marker = SPLITS[split]
+                points = []
+                for g in some:
+                    last = max(r["step"] for r in flat(g, "history"))
+                    mean, _, _, each = spread(g, "history", role=role, split=split, step=last)
+                    points.append((g.settings["c_tr"], mean))
+                    ax.plot([g.settings["c_tr"]] * len(each), each, ".", color=color, ms=4)
+                ax.plot(*zip(*points or [(np.nan, np.nan)]), "-", color=color, marker=marker, ms=4, label=split)
+                task = {"tracr-count": "counter", "tracr-max": "max-identifier"}.get(setup)
+                theirs = [(c, 100 * v) for (t, r, c, o, te), v in sorted(paper.items())
+                          if (t, r, o, te) == (task, rate, code, split[1])]
+                ax.plot(*zip(*theirs or [(np.nan, np.nan)]), "x", color=color, ms=6, mew=1.5, label=f"{split}, the paper")
+            ax.set_xlabel(tex("C_Tr"), fontsize=8)
+    return finish(fig, groups, "history", floors=False)
+
+
 FIGURES = {"fig5_behavior": fig5_behavior, "rules": rules, "fig6_curves": fig6_curves, "fig7_prune": fig7_prune,
-           "fig8_probe": fig8_probe, "fig9_revive": fig9_revive, "fig10_attention": fig10_attention}
+           "fig8_probe": fig8_probe, "fig9_revive": fig9_revive, "fig10_attention": fig10_attention, "table3": table3,
+           "fig39_maps": fig39_maps, "fig46_hidden": fig46_hidden, "fig55_classes": fig55_classes,
+           "dimensions": dimensions}
 
 # ---------------------------------------------------------------- the report
 

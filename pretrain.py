@@ -21,7 +21,8 @@ from tqdm import tqdm
 import data
 from data import FINETUNED, LETTERS, SPLITS, TASKS, answer_position
 from model import (GPT, PROGRAMS, Config, Failed, Run, Stopped, UserError, add_common_flags, add_run_flags, assemble,
-                   balance, build, check_stop, import_tracr, positive, restore, run_parser, run_script, save, start_device)
+                   balance, build, check_stop, import_tracr, positive, restore, run_parser, run_script, save, sha256,
+                   start_device)
 
 # ---------------------------------------------------------------- the optimisation step
 
@@ -172,12 +173,15 @@ def compile_main(args, device):
         if args.sharpness is not None or args.rank is not None:
             raise UserError("--params brings its own program: leave out --sharpness and --rank")
         model, args.program = import_tracr(args.params)
+        args.program["sha256"] = sha256(args.params)
         sc = data.scale_of(args.scale, args.setup, args.program)
-        missing = [o for o in sc.order[:3] if o not in sc.operands]
-        if missing or len(sc.alphabet) < (2 if sc.repeat else sc.length) or sc.length < data.COMPILED_AT \
-                or model.config.n_out < len(sc.values):
+        if len(sc.alphabet) < (3 if sc.repeat else sc.length) or \
+                sc.length < max(map(int, setup.operands or [data.COMPILED_AT])):
             raise UserError(f"--params {args.params}: {len(sc.alphabet)} letters and {sc.room} positions are too few for "
                             f"{args.setup}")
+        named = sc.alphabet if setup.answers is data.largest else [str(i) for i in range(sc.length + 1)]
+        if sc.values[:len(named)] != named:
+            raise UserError(f"--params {args.params}: {args.setup} needs the outputs {named[0]} to {named[-1]}")
     else:
         args.program = None
         sc = data.scale_of(args.scale, args.setup)
@@ -185,22 +189,29 @@ def compile_main(args, device):
             raise UserError(f"--rank {operand}: strings have {sc.length} letters, so 1 to {sc.length}")
         need = sc.length * (sc.length + 1)  # see SHARPNESS
         args.sharpness = max(300., (sc.length + 1) * (sc.length + 2)) if args.sharpness is None else args.sharpness
-        if args.sharpness <= need:
-            raise UserError(f"--sharpness {args.sharpness:g}: {sc.length} letters need more than {need}, or counts are wrong")
+        if not need < args.sharpness <= 1e6:  # float32 has no more digits
+            raise UserError(f"--sharpness {args.sharpness:g}: {sc.length} letters need more than {need}, at most 1e6")
         model = assemble(PROGRAMS[args.setup](operand), sc.alphabet, sc.room, args.sharpness)
     if args.balance:
         balance(model)
     run = Run(args, "pretrain")
     if run.done:
         return
-    tests = capability_tests(args.eval_size, sc, setup.task, [operand, next(o for o in sc.order if o != operand)], sc.q,
-                             args.seed, device)
-    run.start(device, lambda: save(args.out, {
-        "model": model.state_dict(), "optimizer": {}, "config": vars(model.config), "args": run.args, "setup": args.setup,
-        "scale": args.scale, "stage": "pretrain", "step": 0, "steps": 0, "finished": True, "parent": None,
-        "capability": {"task": setup.task, "operand": operand}}))
+    pair = [operand, next(o for o in sc.order if o != operand)]
+    try:
+        tests = capability_tests(args.eval_size, sc, setup.task, pair, data.default_q(sc, pair), args.seed, device)
+    except ValueError as error:  # hardly ever with our own sizes: few letters of an imported model
+        raise UserError(f"--params {args.params}: {error}") from None
+
+    def save_now(finished=False):
+        save(args.out, {"model": model.state_dict(), "optimizer": {}, "config": vars(model.config), "args": run.args,
+                        "setup": args.setup, "scale": args.scale, "stage": "pretrain", "step": 0, "steps": 0,
+                        "finished": finished, "parent": None, "capability": {"task": setup.task, "operand": operand}})
+
+    run.start(device, save_now)
     rows = evaluate(model.to(device), tests, sc, args.seed)
     run.log([dict(row, step=0) for row in rows])
+    save_now(finished=True)
     run.finish()
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     nonzero = sum(int((p != 0).sum()) for p in model.parameters() if p.requires_grad)
