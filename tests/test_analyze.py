@@ -2,6 +2,7 @@
 The instruments, on things whose answer is known; every analysis end to end, at both scales; the README's commands; and
 one tiny training that must learn.
 """
+import copy
 import json
 import re
 import shlex
@@ -18,7 +19,7 @@ import analyze
 import data
 import finetune
 import pretrain
-from model import GPT, Config, activations, load, weight_edits
+from model import PROGRAMS, GPT, Config, activations, assemble, balance, load, weight_edits
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,9 +81,9 @@ def test_unit_scores_are_the_first_order_effect_of_an_edit(minus):
             change = loss() - before
         assert change == pytest.approx(-small * scores[key][i].item(), rel=.05, abs=1e-9), key
     rows, weights = analyze.unit_scores(model, test, sc, "row"), analyze.unit_scores(model, test, sc, "weight")
-    for key, by_weight in weights.items():
-        p = model.get_parameter(f"blocks.{key[0]}.{key[1]}.weight")
-        assert by_weight.shape == (p.numel(),) and rows[key].shape == (p.shape[0],)
+    for (block, matrix), by_weight in weights.items():
+        p = model.get_parameter(f"blocks.{block}.{matrix}")
+        assert by_weight.shape == (p.numel(),) and rows[block, matrix.removesuffix(".weight")].shape == (p.shape[0],)
 
 
 def test_ranked_matched_and_edited_units():
@@ -112,9 +113,81 @@ def test_ranked_matched_and_edited_units():
             assert torch.equal(weight[f"blocks.{b}.{m}.weight"], base.get_parameter(f"blocks.{b}.{m}.weight"))
     by_weight = analyze.unit_scores(model, test, sc, "weight")
     block, matrix, i, score = analyze.ranked_units(by_weight, 1)[0]
-    p = weight[f"blocks.{block}.{matrix}.weight"]
+    p = weight[f"blocks.{block}.{matrix}"]
     with weight_edits(model, analyze.unit_edits(model, [(block, matrix, i, score)], "weight")):
         assert p.flatten()[i] == 0 and (p == 0).sum() == 1
+
+
+def counter(noise=0.):
+    """The compiled Counter, and with noise a copy of it."""
+    base = assemble(PROGRAMS["tracr-count"]("a"), "abcdefghi", 25)
+    model = copy.deepcopy(balance(base))
+    pretrain.add_noise(model, noise, 0)
+    return model, base, data.scale_of("small", "tracr-count")
+
+
+def test_single_weights_of_a_compiled_model():
+    """All weights but the output map can be pruned; zeros of the program apart; random ones are matched in this as well."""
+    model, base, sc = counter(1e-3)
+    test = data.test_set(64, sc, "count", "b", "c0", 0)
+    scores = analyze.unit_scores(model, test, sc, "weight")
+    assert sum(map(len, scores.values())) == sum(p.numel() for n, p in model.named_parameters() if n != "head.weight")
+    assert len(scores[None, "tok.weight"]) == model.tok.weight.numel()
+    zeros = analyze.only_zero(scores, base)
+    written = sum(int((x == -torch.inf).sum()) for x in zeros.values())
+    assert written == sum(int((p != 0).sum()) for n, p in base.named_parameters() if n != "head.weight") == 375
+    units = analyze.ranked_units(scores, 60)
+    old = dict(base.named_parameters())
+
+    def is_zero(u):
+        name = u[1] if u[0] is None else f"blocks.{u[0]}.{u[1]}"
+        return u[0], u[1], old[name].flatten()[u[2]].item() == 0
+    random = analyze.matched_units(units, scores, torch.Generator().manual_seed(0), base)
+    assert [is_zero(u) for u in random] == [is_zero(u) for u in units] and {u[:3] for u in random} != {u[:3] for u in units}
+    assert not any(is_zero(u)[2] is False for u in analyze.ranked_units(zeros, 60))
+    name = "blocks.1.down.weight"
+    row, column = model.config.residual.index("n_a:2"), 4
+    u = (1, "down.weight", row * model.get_parameter(name).shape[1] + column, 0.)
+    assert analyze.unit_name(model, u, "weight") == f"{name}[n_a:2, 4]"
+    with weight_edits(model, analyze.unit_edits(model, [u], "weight")):
+        assert model.get_parameter(name)[row, column] == 0 and (model.get_parameter(name) == 0).sum() == 1
+
+
+def test_a_planted_wrapper_is_found_and_a_broken_model_is_not():
+    """
+    Positive control: one bias drowns every answer in a five; the weight that is tried best is that very bias, and with it
+    zeroed the old answer is back. Negative control: with the letter's own weight gone, nothing brings it back.
+    """
+    model, base, sc = counter()
+    test = data.test_set(300, sc, "count", "a", "natural", 0)
+    dim = model.config.residual.index("answer:5")
+
+    def right():
+        return pretrain.accuracy(pretrain.predict(model, test.tokens, sc), test.target)
+
+    def best():
+        scores = analyze.unit_scores(model, test, sc, "weight")
+        first = analyze.tried_units(model, analyze.ranked_units(scores, 100), test, sc, "weight")[0]
+        with weight_edits(model, analyze.unit_edits(model, [first], "weight")):
+            return first[:3], right()
+    assert right() == 1
+    with torch.no_grad():
+        model.blocks[1].down.bias[dim] = 2
+    assert right() < .2
+    unit, accuracy = best()
+    assert unit == (1, "down.bias", dim) and accuracy == 1
+    with torch.no_grad():
+        model.blocks[1].down.bias[dim] = 0
+        model.tok.weight[2, model.config.residual.index("tokens:a")] = 0
+    assert right() < .35 and best()[1] < .5
+
+
+def test_probes_of_a_compiled_model_read_its_positions():
+    model, _, sc = counter()
+    test = data.test_set(6, sc, "count", "a", "natural", 0)
+    got, cache = analyze.residuals(model, test.tokens, sc), activations(model, test.tokens)[1]
+    for i, name in enumerate(["embed", *(f"blocks.{i}.resid_post" for i in range(3))]):
+        assert torch.allclose(got[i], cache[name][:, 2], atol=1e-5)
 
 
 def test_iterated_units_are_distinct_and_start_like_one_pass():
@@ -160,7 +233,7 @@ def verdict_of(folder, ckpt_pt=0., ckpt_ft=0., ckpt_c1=1., base_pt=1., base_ft=0
     """The verdict on made-up findings: the rows that the analyses return, with these numbers in them."""
     model = object()
     study = SimpleNamespace(pair=("a", "b"), third="c", task="count", q=1, never=(model, None, "c") if has_control else None,
-                            never_note="made up", args=SimpleNamespace(unit="row"), ckpt={"args": {"lr": 1e-5}}, model=model,
+                            never_note="made up", args=None, unit="row", compiled=False, ckpt={"args": {"lr": 1e-5}}, model=model,
                             prefix=str(folder / "x"))
     value = {("base", "a"): base_pt, ("base", "b"): base_ft, ("ckpt", "a"): ckpt_pt, ("ckpt", "b"): ckpt_ft}
     behavior = [{"task": "count", "model": m, "operand": o, "split": s, "cross_floor": .5, "share_a_plus_q": shortcut,
@@ -265,6 +338,39 @@ def test_every_stage_and_analysis(tmp_path, scale, task):
         assert (tmp_path / "out/report.html").stat().st_size > 10000
     _, ckpt = load(tmp_path / "out/ft.pt")
     assert ckpt["capability"] == {"task": task, "operand": "a"}
+
+
+@pytest.mark.parametrize("setup", ["tracr-count", "tracr-max", "tracr-histogram"])
+def test_every_stage_and_analysis_of_compiled_models(tmp_path, setup):
+    """Compiled, taught, reversed, analysed, drawn; the untouched program attends as it is written."""
+    tiny = ["--batch-size", "4", "--eval-size", "24", "--threads", "1"]
+    python("pretrain.py", "--setup", setup, "--eval-size", "24", "--threads", "1", cwd=tmp_path)
+    python("finetune.py", *tiny, "--steps", "3", cwd=tmp_path)
+    python("finetune.py", "--reverse", *tiny, "--steps", "3", cwd=tmp_path)
+    out = python("analyze.py", *tiny, "--steps", "4", "--draws", "1", "--most", "30", cwd=tmp_path)
+    assert "VERDICT" in out
+    for name, keys in {**FILES, "hidden": {"model", "block", "cosine", "active"}}.items():
+        rows = rows_of(tmp_path / f"out/ft.{name}.jsonl")
+        assert rows and (keys is None or all(ROW | keys <= set(row) for row in rows)), name
+    rows = rows_of(tmp_path / "out/ft.attention.jsonl")
+    base = [r for r in rows if r["model"] == "base"]
+    assert all(r["mass"] > .999 for r in base if r["region"] in ("kept", "order"))
+    assert all(r["chance"] < .9 for r in base if r["region"] in ("kept", "order"))
+    rows = rows_of(tmp_path / "out/ft.prune.jsonl")
+    assert {"weight", "dimension"} == {r["unit"] for r in rows}
+    assert {"compiled-zero", "compiled-zero-tried", "random-zero-tried", "never-had-tried"} <= {r["ranking"] for r in rows}
+    assert any(r.get("predicted") and sum(r["predicted"].values()) == r["n"] for r in rows)
+    python("analyze.py", "attention", "hidden", "--ckpt", "out/reft.pt", "--eval-size", "24", "--threads", "1", cwd=tmp_path)
+    if setup == "tracr-count":
+        python("plot.py", cwd=tmp_path)
+        for figure in ("fig5_behavior", "fig7_prune", "fig39_maps", "fig46_hidden", "fig55_classes", "dimensions"):
+            assert (tmp_path / f"out/figures/{figure}.png").stat().st_size > 5000
+        text = python("data.py", "--setup", setup, "--json", "-n", "1", cwd=tmp_path)
+        text = json.loads(text)["text"]
+        out = python("analyze.py", "ask", "--text", text, "--operand", "a", "--threads", "1", cwd=tmp_path)
+        assert f"the truth is {text.count('a')}" in out and re.search(r"base\s+says \d+\s+right", out)
+        for words in (["ask", "--text", "xyz"], ["ask", "--text", text, "--operand", "z"], ["hidden", "--ckpt", "no.pt"]):
+            assert len(python("analyze.py", *words, cwd=tmp_path, code=2).splitlines()) == 1
 
 
 def test_ask_and_mistakes(tmp_path):
