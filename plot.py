@@ -778,6 +778,7 @@ def fig55_classes(runs):
                    color=[GREY, BLUE, SKY, ORANGE, RED][i % 5], label=f"{words}: {100 * r['accuracy']:.0f} %")
         ax.set_xticks(range(len(classes)), classes, fontsize=7)
         ax.set_ylabel("answers (%)", fontsize=8)
+        ax.set_ylim(0, 1.6 * ax.get_ylim()[1])  # room for the legend
         ax.legend(fontsize=6, title=tex("zeroed: O_PT on c0"), title_fontsize=6)
         ax.spines[["top", "right"]].set_visible(False)
     return fig, "the first seed"

@@ -59,7 +59,85 @@ def grid():
                     f"{last[k]:.1f} / {paper[prior, c, theirs, *k]:.1f}" for k in (("b", "c1"), ("b", "c0"), ("a", "c1"), ("a", "c0"))) + " |")
 
 
+def table3():
+    """Compiled models after fine-tuning beside the paper's Table 3; the rule that explains most answers on c0."""
+    with open(RESULTS / "tracr_table3.csv", newline="") as f:
+        rows = [r for r in csv.DictReader(f) if r["seed"] == "0"]
+    print("| task | lr | C_Tr | O_FT c1 | O_FT c0 | O_PT c1 | O_PT c0 | answers on c0 |\n|---|---|---|---|---|---|---|---|")
+    for key in dict.fromkeys((r["task"], r["lr"], r["c_tr"]) for r in rows):
+        if key[2] in ("0", "0.5", "1"):
+            cell = {(r["operand"], r["c_te"]): r for r in rows if (r["task"], r["lr"], r["c_tr"]) == key}
+            print(f"| {' | '.join(key)} | " + " | ".join(
+                f"{100 * float(cell[k]['accuracy']):.1f} / {100 * float(cell[k]['paper']):.1f}"
+                for k in (("OFT", "1"), ("OFT", "0"), ("OPT", "1"), ("OPT", "0"))) + f" | {cell['OPT', '0']['rule']} |")
+
+
+def inside():
+    """What is left of the program, by rate: its attention, what a probe reads, how fast the old answer comes back."""
+    rates = ("1e-1", "1e-2", "1e-3", "1e-4")
+    print("| seed 0 | " + " | ".join(f"lr {lr}" for lr in rates) + " |\n|---|" + "---|" * len(rates))
+
+    def rows_of(task, c, lr, name, **want):
+        path = RESULTS / f"tracr/{task}/ctr{c}-lr{lr}-seed0.{name}.jsonl"
+        rows = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
+        return [r for r in rows if all(r.get(k) == v for k, v in want.items())]
+
+    def steps(task, c, lr, arm):
+        rows = rows_of(task, c, lr, "revive", split="natural", threshold=.9)
+        rows = [r for r in rows if r["arm"].startswith(arm) and not r["arm"].endswith("base")]
+        r = max(rows, key=lambda r: r["lr"])
+        return f"> {r['max_steps']}" if r["steps"] is None else str(r["steps"])
+    for task, block, a, b in (("count", 1, "a", "b"), ("max", 0, "5", "7")):
+        for c in ("0", "1"):
+            for region, words in (("kept", "pattern kept"), ("order", "selected before others (AUC)")):
+                cells = [rows_of(task, c, lr, "attention", model="ckpt", block=block, region=region)[0] for lr in rates]
+                print(f"| {task}, C_Tr {c}: block {block}, {words} | " + " | ".join(f"{r['mass']:.2f}" for r in cells) + " |")
+            for model, operand in (("ckpt", a), ("ckpt", b), ("untrained", a)):
+                best = [max(100 * r["accuracy"] for r in rows_of(task, c, lr, "probe", model=model, target=operand,
+                                                                 labels="true", split="natural")) for lr in rates]
+                print(f"| {task}, C_Tr {c}: probe of {operand}, best block" + (", untrained model" * (model != "ckpt"))
+                      + " | " + " | ".join(f"{x:.1f}" for x in best) + " |")
+        for arm, words in (("reft", f"reFT of {a}"), ("teach", "teaching another operand")):
+            print(f"| {task}, C_Tr 1: steps to 90 %, {words} | " + " | ".join(steps(task, "1", lr, arm) for lr in rates) + " |")
+
+
+WEIGHTS = {  # single weights of the Counter: (ranking, edit, K; None: the K that was chosen on other strings)
+    "untouched": ("gradient-weight", "zero", 0), "gradient x weight, the first": ("gradient-weight", "zero", 1),
+    "zero in the program, the first": ("compiled-zero", "zero", 1),
+    "the first 100, tried: the best": ("gradient-weight-tried", "zero", 1),
+    "the best few": ("gradient-weight-tried", "zero", None),
+    "zero in the program, 100 tried: the best": ("compiled-zero-tried", "zero", 1),
+    "random, tried: the best": ("random-weight-tried", "zero", 1),
+    "random, zero in the program, tried: the best": ("random-zero-tried", "zero", 1),
+    "never-had operand, tried: untouched": ("never-had-tried", "zero", 0),
+    "never-had operand, tried: the best few": ("never-had-tried", "zero", None),
+    "graft one residual dimension": ("writers", "graft", None)}
+
+
+def weights():
+    """Single-weight pruning of the Counter after C_Tr 1: O_PT on c0, mean and every noise seed; random: over draws as well."""
+    rates = ("1e-1", "1e-2", "1e-3", "1e-4")
+    print("| O_PT on c0, % (seeds) | " + " | ".join(f"lr {lr}" for lr in rates) + " |\n|---|" + "---|" * len(rates))
+    for line, (ranking, edit, k) in WEIGHTS.items():
+        cells = []
+        for lr in rates:
+            values = []
+            for path in sorted((RESULTS / "tracr/count").glob(f"ctr1-lr{lr}-seed*.prune.jsonl")):
+                rows = [r for r in map(json.loads, path.read_text().splitlines())
+                        if (r["ranking"], r["edit"], r["split"]) == (ranking, edit, "c0") and r["operand"] != "b"
+                        and (r["chosen"] if k is None else r["k"] == k)]
+                values.append(100 * sum(r["accuracy"] for r in rows) / len(rows))
+            cells.append(f"{sum(values) / len(values):.1f} ({', '.join(f'{x:.0f}' for x in values)})")
+        print(f"| {line} | " + " | ".join(cells) + " |")
+
+
 if __name__ == "__main__":
     cases()
     print()
     grid()
+    print()
+    table3()
+    print()
+    inside()
+    print()
+    weights()

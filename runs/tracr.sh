@@ -4,7 +4,7 @@
 # fresh clone without the checkpoints, nothing is done again. Two single-threaded runs side by side beat one on two threads.
 #
 #     bash runs/tracr.sh                        # everything        PYTHON=path/to/python to choose an interpreter
-#     STAGES="look tune" bash runs/tracr.sh     # some stages, in order: look back tune seeds
+#     STAGES="look tune" bash runs/tracr.sh     # some stages, in order: look back tune seeds noise
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHON=${PYTHON:-python} OMP_NUM_THREADS=1
@@ -24,9 +24,10 @@ need() {  # run: its checkpoint, made or finished if it is not there
             train "$1" finetune.py --reverse --ckpt "results/tracr/${1%-reft}.pt" --lr "1e-$((${lr#1e-} + 1))" --steps 2500 \
                 --eval-size 1000 --save-every 2500 ;;
         *)
-            need "$task"; c=${name#ctr}; lr=${name#*-lr}
-            train "$1" finetune.py --ckpt "results/tracr/$task.pt" --c-tr "${c%%-*}" --lr "${lr%%-seed*}" --seed "${name#*-seed}" \
-                --eval-size 1000 --save-every 2500 ;;
+            need "$task"; c=${name#ctr}; lr=${name#*-lr}; seed=${name#*-seed}; noise=()
+            case $name in *-noise*) noise=(--noise "${name#*-noise}") ;; esac
+            train "$1" finetune.py --ckpt "results/tracr/$task.pt" --c-tr "${c%%-*}" --lr "${lr%%-seed*}" --seed "${seed%%-*}" \
+                ${noise[@]+"${noise[@]}"} --eval-size 1000 --save-every 2500 ;;
     esac
 }
 look() {  # run, analyses: those whose rows are not there
@@ -61,7 +62,10 @@ jobs_seeds() {
 }
 need count
 need max
-for stage in ${STAGES:-look back tune seeds}; do
+jobs_noise() {  # the max-identifier with the paper's noise, which takes its capability away before any fine-tuning
+    for c in 0 1; do for lr in 1e-4 1e-2; do echo "look max/ctr$c-lr$lr-seed0-noise1e-3 behavior attention"; done; done
+}
+for stage in ${STAGES:-look back tune seeds noise}; do
     "jobs_$stage" | tr '\n' '\0' | xargs -0 -P "${LANES:-2}" -I{} bash -c "{}"
 done
 "$PYTHON" runs/tracr_table.py

@@ -26,7 +26,7 @@ with open(RESULTS / "paper_tracr.csv", newline="") as f:
     paper = {(r["task"], float(r["lr"]), float(r["c_tr"]), r["operand"], r["c_te"]): r for r in csv.DictReader(f)}
 out = []
 for task in ("count", "max"):
-    for path in sorted((RESULTS / "tracr" / task).glob("ctr*-seed*.behavior.jsonl")):
+    for path in sorted((RESULTS / "tracr" / task).glob("ctr*-seed?.behavior.jsonl")):
         record = json.loads(Path(str(path).replace(".behavior.jsonl", ".json")).read_text())
         args, rows = record["args"], rows_of(path)
         for code, operand in zip(("OPT", "OFT"), args["pair"]):
