@@ -277,42 +277,50 @@ def interpret(program, letters, room):
     return values
 
 
-def assemble(program, alphabet, room, sharpness=SHARPNESS):
+def place_steps(program, alphabet, room):
     """
-    The weights of a program, written into a GPT for BOS and `room` positions: no training. Every step is put into the
-    first half-layer that is free and comes after its inputs: attention for Aggregate, an MLP for Map, one after the
-    other for Width. Raises UserError for a program that names an unknown variable.
+    Where the steps of a program go: the first half-layer that is free and comes after their inputs (2i: attention of
+    block i, 2i + 1: its MLP); a Width takes an attention and the MLP after it. Returns ({variable: possible values},
+    {step: half-layer}, [names of residual dimensions]). Raises UserError for a step that names an unknown variable.
     """
     values = {"tokens": list(alphabet), "indices": list(range(room))}
-    ready = dict.fromkeys(values, -1)  # half-layer after which a variable is there: 2i attention, 2i + 1 MLP of block i
     names = ["one", *(f"tokens:{t}" for t in ("#", "$", *alphabet)), *(f"indices:{i}" for i in range(room))]
-    used, place = set(), {}
+    ready, used, place = dict.fromkeys(values, -1), set(), {}  # ready: the half-layer after which a variable is there
     for op in program:
-        unknown = [v for v in op[1:] if isinstance(v, str) and v not in values]
-        if unknown:
-            raise UserError(f"program step {op.name}: no variable {unknown[0]!r}; there are {', '.join(values)}")
-        after, needs = max(ready[v] for v in op[1:] if isinstance(v, str)), 1 + isinstance(op, Width)
-        half = next(h for h in itertools.count(after + 1)
+        inputs = [v for v in op[1:] if isinstance(v, str)]
+        for v in inputs:
+            if v not in values:
+                raise UserError(f"program step {op.name}: no variable {v!r}; there are {', '.join(values)}")
+        needs = 2 if isinstance(op, Width) else 1
+        half = next(h for h in itertools.count(max(ready[v] for v in inputs) + 1)
                     if h % 2 == isinstance(op, Map) and not used & set(range(h, h + needs)))
         used |= set(range(half, half + needs))
         place[op.name], ready[op.name] = half, half + needs - 1
         values[op.name] = (sorted({op.fn(v) for v in values[op.of]}) if isinstance(op, Map) else
                            list(range(room + 1)) if isinstance(op, Width) else values[op.values])
-        names += [f"{op.name}:{v}" for v in values[op.name]] + [f"{op.name}:share"] * (needs == 2)
+        names += [f"{op.name}:{v}" for v in values[op.name]] + [f"{op.name}:share"] * isinstance(op, Width)
+    return values, place, names
 
+
+def assemble(program, alphabet, room, sharpness=SHARPNESS):
+    """
+    The weights of a program, written into a GPT for BOS and `room` positions: no training. Sizes and weights are those
+    that Tracr gives the same program. Raises UserError for a program that names an unknown variable.
+    """
+    values, place, names = place_steps(program, alphabet, room)
     heads, mlps = [op for op in program if not isinstance(op, Map)], [op for op in program if not isinstance(op, Aggregate)]
     output = values[program[-1].name]
     sizes = [len(values[v]) + 2 for op in heads for v in (op.keys, op.queries)]  # two more, as Tracr has
     sizes += [len(values[op.values]) for op in heads if isinstance(op, Aggregate)]
-    config = Config(vocab_size=len(alphabet) + 2, n_ctx=room + 1, n_layer=max(used) // 2 + 1, n_head=1, d_model=len(names),
-                    d_head=max(sizes, default=1),
+    config = Config(vocab_size=len(alphabet) + 2, n_ctx=room + 1, n_layer=max(place.values()) // 2 + 1, n_head=1,
+                    d_model=len(names), d_head=max(sizes, default=1),
                     d_mlp=max((len(values[op.name]) if isinstance(op, Map) else 2 * room + 2 for op in mlps), default=1),
                     n_out=len(output), causal=False, layer_norm=False, activation="relu", train_head=False,
                     residual=tuple(names))
     model, dim = GPT(config), {name: i for i, name in enumerate(names)}
-    for p in model.parameters():
-        p.data.zero_()
     with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
         for i in range(config.vocab_size):
             model.tok.weight[i, [dim["one"], dim[names[1 + i]]]] = 1
         for i in range(room):  # BOS has no index
@@ -320,13 +328,13 @@ def assemble(program, alphabet, room, sharpness=SHARPNESS):
         for i, v in enumerate(output):
             model.head.weight[i, dim[f"{program[-1].name}:{v}"]] = LOGIT_SCALE
         for op in program:
-            block, half = model.blocks[place[op.name] // 2], place[op.name]
+            block = model.blocks[place[op.name] // 2]
             if isinstance(op, Map):
                 write_map(block, op, values, dim)
             else:
                 write_head(block.attn, op, values, dim)
             if isinstance(op, Width):
-                write_width(model.blocks[half // 2], op, room, sharpness, dim)
+                write_width(block, op, room, sharpness, dim)
     return model
 
 
@@ -597,8 +605,9 @@ def read_checkpoint(path, device="cpu"):
     try:
         fits = (needed[ckpt["stage"]] <= set(ckpt["args"]) and type(ckpt["args"]) is dict
                 and ckpt["setup"] in ("pcfg", *data.COMPILED)
-                and ckpt["scale"] in ("small", "paper") and {"task", "operand"} <= set(ckpt["capability"]))
-    except (KeyError, TypeError):
+                and ckpt["scale"] in ("small", "paper") and {"task", "operand"} <= set(ckpt["capability"])
+                and ckpt["capability"]["operand"] in data.setup_of(ckpt).operands)
+    except Exception:  # whatever nonsense in an argument leads to
         fits = False
     if not fits:
         raise UserError(f"{path}: not an unwrap checkpoint (its stage, arguments, scale or capability make no sense)")

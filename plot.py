@@ -30,7 +30,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.colors import PowerNorm  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
-from matplotlib.ticker import FuncFormatter, NullLocator  # noqa: E402
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator  # noqa: E402
 
 SETUPS = ("pcfg", "tracr-count", "tracr-max", "tracr-histogram")  # others have other tests
 FILES = {  # X.<file>.jsonl: keys without which a row is left out
@@ -595,6 +595,7 @@ def steps_panel(ax, group, arms):
     ax.set_xscale("log")
     ax.set_xlim(ax.get_xlim()[0], ax.get_xlim()[1] * 1.3)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("steps to the threshold (updates; 0 at 1)", fontsize=8)
     ax.set_title("steps to 90 % and 99 %", fontsize=9)
     ax.grid(axis="x", color="#e6e6e6", lw=.6)

@@ -77,8 +77,8 @@ def inside():
     rates = ("1e-1", "1e-2", "1e-3", "1e-4")
     print("| seed 0 | " + " | ".join(f"lr {lr}" for lr in rates) + " |\n|---|" + "---|" * len(rates))
 
-    def rows_of(task, c, lr, name, **want):
-        path = RESULTS / f"tracr/{task}/ctr{c}-lr{lr}-seed0.{name}.jsonl"
+    def rows_of(task, c, lr, name, end="", **want):
+        path = RESULTS / f"tracr/{task}/ctr{c}-lr{lr}-seed0{end}.{name}.jsonl"
         rows = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
         return [r for r in rows if all(r.get(k) == v for k, v in want.items())]
 
@@ -97,6 +97,10 @@ def inside():
                                                                  labels="true", split="natural")) for lr in rates]
                 print(f"| {task}, C_Tr {c}: probe of {operand}, best block" + (", untrained model" * (model != "ckpt"))
                       + " | " + " | ".join(f"{x:.1f}" for x in best) + " |")
+        for c in "01":
+            back = [rows_of(task, c, lr, "behavior", "-reft", model="ckpt", operand=a, split="natural")[0] for lr in rates]
+            print(f"| {task}, C_Tr {c}: {a} after 2,500 steps of reFT at a tenth of the rate, natural | "
+                  + " | ".join(f"{100 * r['accuracy']:.1f}" for r in back) + " |")
         for arm, words in (("reft", f"reFT of {a}"), ("teach", "teaching another operand")):
             print(f"| {task}, C_Tr 1: steps to 90 %, {words} | " + " | ".join(steps(task, "1", lr, arm) for lr in rates) + " |")
 

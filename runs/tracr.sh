@@ -11,12 +11,12 @@ export PYTHON=${PYTHON:-python} OMP_NUM_THREADS=1
 RATES="1e-3 1e-2 1e-1 1e-4"
 
 train() {  # checkpoint, script and its flags: resumed, or started anew where only the record is left, as in a fresh clone
-    out=results/tracr/$1.pt; shift
-    "$PYTHON" "$@" --out "$out" "$([ -e "$out" ] && echo --resume || echo --force)" --threads 1 2> /dev/null
+    local out=results/tracr/$1.pt; shift
+    "$PYTHON" "$@" --out "$out" "$([ -e "$out" ] && echo --resume || echo --force)" --threads 1
 }
 need() {  # run: its checkpoint, made or finished if it is not there
     [ -e "results/tracr/$1.pt" ] && grep -q '"seconds"' "results/tracr/$1.json" && return
-    task=${1%%/*} name=${1##*/}
+    local task=${1%%/*} name=${1##*/} c lr seed noise=()
     case $name in
         count | max) train "$name" pretrain.py --setup "tracr-$name" ;;
         *-reft)  # a tenth of the rate that is reversed, a quarter of the steps
@@ -24,19 +24,19 @@ need() {  # run: its checkpoint, made or finished if it is not there
             train "$1" finetune.py --reverse --ckpt "results/tracr/${1%-reft}.pt" --lr "1e-$((${lr#1e-} + 1))" --steps 2500 \
                 --eval-size 1000 --save-every 2500 ;;
         *)
-            need "$task"; c=${name#ctr}; lr=${name#*-lr}; seed=${name#*-seed}; noise=()
+            need "$task"; c=${name#ctr}; lr=${name#*-lr}; seed=${name#*-seed}
             case $name in *-noise*) noise=(--noise "${name#*-noise}") ;; esac
             train "$1" finetune.py --ckpt "results/tracr/$task.pt" --c-tr "${c%%-*}" --lr "${lr%%-seed*}" --seed "${seed%%-*}" \
                 ${noise[@]+"${noise[@]}"} --eval-size 1000 --save-every 2500 ;;
     esac
 }
 look() {  # run, analyses: those whose rows are not there
-    run=$1; shift
+    local run=$1 name size; shift
     for name in "$@"; do
         [ -e "results/tracr/$run.$name.jsonl" ] && continue
         need "$run"
         size=500; [ "$name" = behavior ] && size=1000
-        "$PYTHON" analyze.py "$name" --ckpt "results/tracr/$run.pt" --threads 1 --draws 3 --eval-size $size 2> /dev/null
+        "$PYTHON" analyze.py "$name" --ckpt "results/tracr/$run.pt" --threads 1 --draws 3 --eval-size $size
     done
 }
 export -f train need look
@@ -58,7 +58,7 @@ jobs_back() {
     done; done; done
 }
 jobs_seeds() {
-    for seed in 1 2 3 4; do for lr in $RATES; do echo "look count/ctr1-lr$lr-seed$seed behavior prune"; done; done
+    for lr in $RATES; do for seed in 1 2 3 4; do echo "look count/ctr1-lr$lr-seed$seed behavior prune"; done; done
 }
 need count
 need max
