@@ -1075,7 +1075,7 @@ VERDICT_OF = ("behavior", "prune", "probe", "revive")
 def main():
     parser = run_parser(__doc__)
     parser.add_argument("analysis", nargs="*", metavar="ANALYSIS",
-                        help=f"{', '.join(ANALYSES)}, or ask (default: all that apply)")
+                        help=f"{', '.join(ANALYSES)}; verdict, from rows that are there; or ask (default: all that apply)")
     parser.add_argument("--ckpt", default="out/ft.pt", help="checkpoint to look into (default: out/ft.pt)")
     parser.add_argument("--base", help="what it was fine-tuned from (default: the parent it names, its hash checked)")
     parser.add_argument("--control", help="a checkpoint that never had an operand, where this one has had them all")
@@ -1092,9 +1092,9 @@ def main():
     parser.add_argument("--operand", help="ask: the letter asked for (default: the fine-tuning's)")
     add_common_flags(parser)
     args = parser.parse_args()
-    unknown = [name for name in args.analysis if name not in (*ANALYSES, "ask")]
+    unknown = [name for name in args.analysis if name not in (*ANALYSES, "ask", "verdict")]
     if unknown:
-        raise UserError(f"no analysis {unknown[0]!r}; there are {', '.join(ANALYSES)}, ask")
+        raise UserError(f"no analysis {unknown[0]!r}; there are {', '.join(ANALYSES)}, verdict, ask")
     positive(args, "draws", "most", "seeds", "steps", "batch_size", "eval_size")
     positive(args, "seed", least=-1)
     study = Study(args)
@@ -1106,6 +1106,12 @@ def main():
     print(f"analyze {args.ckpt} ({stage}, {study.task}, O_PT {a}, O_FT {b}, q {study.q})"
           + (f" against {study.base_ckpt['path']}" if study.base else ""))
     found = {name: ANALYSES[name](study) for name in ANALYSES if name in names}
+    if "verdict" in names:  # from rows that are there already
+        found = {**{name: read_rows(f"{study.prefix}.{name}.jsonl") for name in VERDICT_OF}, **found}
+        missing = [name for name in VERDICT_OF if not found[name]]
+        if missing:
+            raise UserError(f"verdict needs the rows of {', '.join(missing)}: run them first")
+        found["prune"] = [r for r in found["prune"] if r.get("chosen") and r["operand"] != study.pair[1]]
     if all(name in found for name in VERDICT_OF):
         verdict(study, found)
 

@@ -103,6 +103,8 @@ def inside():
                   + " | ".join(f"{100 * r['accuracy']:.1f}" for r in back) + " |")
         for arm, words in (("reft", f"reFT of {a}"), ("teach", "teaching another operand")):
             print(f"| {task}, C_Tr 1: steps to 90 %, {words} | " + " | ".join(steps(task, "1", lr, arm) for lr in rates) + " |")
+        words = [json.loads((RESULTS / f"tracr/{task}/ctr1-lr{lr}-seed0.verdict.json").read_text())["verdict"] for lr in rates]
+        print(f"| {task}, C_Tr 1: verdict | " + " | ".join(words) + " |")
 
 
 WEIGHTS = {  # single weights of the Counter: (ranking, edit, K; None: the K that was chosen on other strings)

@@ -39,7 +39,10 @@ look() {  # run, analyses: those whose rows are not there
         "$PYTHON" analyze.py "$name" --ckpt "results/tracr/$run.pt" --threads 1 --draws 3 --eval-size $size
     done
 }
-export -f train need look
+judge() {  # run: the verdict on rows that are there
+    [ -e "results/tracr/$1.verdict.json" ] || { need "$1"; "$PYTHON" analyze.py verdict --ckpt "results/tracr/$1.pt"; }
+}
+export -f train need look judge
 
 jobs_tune() {
     for c in 1 0 .5 .9 .8 .2 .6; do for task in count max; do for lr in $RATES; do
@@ -50,7 +53,9 @@ jobs_look() {  # the two that are told of in detail: the relation always, never
     for c in 1 0; do for lr in $RATES; do for task in count max; do
         echo "look $task/ctr$c-lr$lr-seed0 behavior attention hidden probe"
     done; done; done
-    for lr in $RATES; do for task in count max; do echo "look $task/ctr1-lr$lr-seed0 prune revive"; done; done
+    for lr in $RATES; do for task in count max; do
+        echo "look $task/ctr1-lr$lr-seed0 prune revive; judge $task/ctr1-lr$lr-seed0"
+    done; done
 }
 jobs_back() {
     for task in count max; do for c in 1 0; do for lr in $RATES; do
