@@ -453,7 +453,8 @@ def prune_sweeps(study):
     one_pass, scores = rank(study.model, a)
     total, few, every = sum(map(len, scores.values())), [k for k in KS if 0 < k <= FEW], KS[1:]
     far = (*every, *(200 * 2 ** i for i in range(30) if 400 * 2 ** i <= total))  # grafting needs many
-    some = (FEW, KS[-1], far[-1])
+    far = [k for k in far if k <= most]
+    some = sorted({FEW, KS[-1], 400, far[-1]})
     iterated = anew(study.model, a)
     change, _ = rank(study.model, a, minus=study.start, upto=far[-1])
     add(*here, "gradient-weight", "zero", one_pass, every)
