@@ -291,16 +291,15 @@ def ranked_units(scores, most):
     return [(*keys[w], int(p - first[w]), v) for w, p, v in zip(which.tolist(), places.tolist(), values.tolist())]
 
 
-def iterated_units(model, test, sc, unit, most, among=None):
+def iterated_units(model, test, sc, unit, most):
     """
     ours: the same ranking, made anew after every zeroed unit. One pass takes many units that do the same thing, each of
-    which would do; after the first is gone, the others no longer score. among: a compiled program, as in only_zero.
+    which would do; after the first is gone, the others no longer score.
     """
     units = []
     for _ in range(most):
         with weight_edits(model, unit_edits(model, units, unit)):
-            scores = unit_scores(model, test, sc, unit)
-            ranked = ranked_units(only_zero(scores, among) if among else scores, most + 1)
+            ranked = ranked_units(unit_scores(model, test, sc, unit), most + 1)
         taken = {u[:3] for u in units}
         units += [u for u in ranked if u[:3] not in taken][:1]
     return units

@@ -59,8 +59,8 @@ SCALES = {
 
 def scale_of(name, setup="pcfg", program=None):
     """
-    A setup at a scale ("small" or "paper"), as attributes: sizes, `tasks`, and `operands` in the order in which they are
-    taken for O_PT, O_FT and the control. program: for a compiled setup what its checkpoint says of itself.
+    A setup at a scale ("small" or "paper"), as attributes: sizes, `tasks`, `operands` (the columns of answers), `order`
+    (the same as they are taken for O_PT, O_FT and the control). program: what a compiled model's checkpoint says of it.
     """
     column = ("small", "paper").index(name)
     if setup != "pcfg":
@@ -83,13 +83,14 @@ SPLITS = ("c0", "c1", "natural")  # the relation never holds | always holds | st
 
 def vocabulary(sc):
     """Token names in id order. T_J1 and T_J2 are two more names for counting, kept for jailbreak experiments."""
-    if getattr(sc, "setup", "pcfg") != "pcfg":
+    if sc.setup != "pcfg":
         return [PAD, BOS, *sc.alphabet]
     return (["SOS", "SOT", "EOT", "ART", "EOS", "T_NJ", "T_J1", "T_J2", "T_CC", "T_I", "T_IC", "T_T",
              "O_a", "O_b", "O_c", "O_null", "a", "b", "c"] + [f"#{i}" for i in range(sc.length + 1)])
 
 
-ID = {name: i for i, name in enumerate(vocabulary(SimpleNamespace(length=0)))}  # ids do not depend on the scale
+# ids do not depend on the scale
+ID = {name: i for i, name in enumerate(vocabulary(SimpleNamespace(setup="pcfg", length=0)))}
 NUMBER, LETTER, OPERAND = ID["#0"], ID["a"], ID["O_a"]
 
 

@@ -472,7 +472,7 @@ def fig7_prune(runs):
               "never-had-tried": (SKY, "p", ":", "never-had operand, tried one by one")}
     fig, axes = sheet(len(groups), 4, 3.1, 2.7)
     for axs, g in zip(axes, groups):
-        unit = {"row": "rows", "weight": "single weights"}.get(flat(g, "prune")[0]["unit"], "units")
+        unit = {"row": "rows", "weight": "single weights"}[flat(g, "prune")[0]["unit"]]
         cells = [(edit, *cell) for edit in ("zero", "graft") for cell in ((("O_PT", "other"), "c0"), (("O_FT",), "c1"))]
         for ax, (edit, role, split) in zip(axs, cells):
             percent_axis(ax, f"{'zeroed' if edit == 'zero' else 'grafted'}: {roles(groups)[role[0]]} on {split}")
