@@ -10,7 +10,7 @@ Each analysis has its control, run in the same way: an operand (or a model, --co
 matched random rows, an untrained model, shuffled labels, majority and cross floors. Add one: write a function of a
 Study below, add a line to ANALYSES.
 
-Contents: the study | behavior | prune | probe | attention, hidden | revive | verdict | ask | command line.
+Contents: the study | behavior | prune | probe | attention, hidden | revive | verdict | ask | stories | command line.
 a stands for O_PT, the pretraining operand, and b for O_FT, the fine-tuning operand, whatever letters they are.
 """
 import collections
@@ -27,11 +27,23 @@ from tqdm import tqdm
 import data
 from data import SPLITS, answer_position
 from finetune import answer_loss, constant, finetuning_stream, pair_of
-from model import (GPT, Config, UserError, activations, add_common_flags, check_stop, load, positive, read_rows,
+from model import (GPT, Config, UserError, activations, add_common_flags, check_stop, generate, load, positive, read_checkpoint, read_rows,
                    replace_file, run_parser, run_script, sha256, start_device, weight_edits, write_json, write_rows)
-from pretrain import (accuracy, add_noise, cosine, optimizer_for, other_tests, predict, score, test_set, train_steps)
+from pretrain import (accuracy, add_noise, cosine, generation_scores, interval, optimizer_for, other_tests, predict, score,
+                      story_losses, story_row, story_tests, test_set, train_steps)
 
 # ---------------------------------------------------------------- the study
+
+
+def find_parent(path, parent):
+    """The file that the checkpoint at `path` was made from, where it was or beside it; its hash must agree."""
+    beside = os.path.join(os.path.dirname(path), os.path.basename(parent["path"]))
+    there = [p for p in (parent["path"], beside) if os.path.isfile(p)]
+    for p in there:
+        if sha256(p) == parent["sha256"]:
+            return p
+    raise UserError(f"{parent['path']} " + ("has changed since" if there else "is not there any more:")
+                    + f" {path} was made from it; give it as --base")
 
 
 class Study:
@@ -52,7 +64,7 @@ class Study:
         if args.base and not parent:
             raise UserError(f"--base: {args.ckpt} was not fine-tuned from anything")
         if parent:
-            self.base, self.base_ckpt = load(args.base or self.find_parent(parent), self.device)
+            self.base, self.base_ckpt = load(args.base or find_parent(args.ckpt, parent), self.device)
             if self.base_ckpt["config"] != self.ckpt["config"]:
                 raise UserError(f"--base {args.base}: another shape or vocabulary than {args.ckpt}")
             # What fine-tuning began with: the base and its noise. Without the noise, "what has changed" would be the noise.
@@ -67,16 +79,6 @@ class Study:
         model = copy.deepcopy(model)
         add_noise(model, self.ckpt["args"].get("noise", 0), self.ckpt["args"]["seed"])
         return model
-
-    def find_parent(self, parent):
-        """The file that this checkpoint was fine-tuned from, where it was or beside the checkpoint; its hash must agree."""
-        beside = os.path.join(os.path.dirname(self.args.ckpt), os.path.basename(parent["path"]))
-        there = [path for path in (parent["path"], beside) if os.path.isfile(path)]
-        for path in there:
-            if sha256(path) == parent["sha256"]:
-                return path
-        raise UserError(f"{parent['path']} " + ("has changed since" if there else "is not there any more:")
-                        + f" {self.args.ckpt} was made from it; give it as --base")
 
     def find_never(self):
         """
@@ -1064,39 +1066,318 @@ def ask(study):
               + "   (" + ", ".join(f"{names[i]}: {x:.1%}" for i, x in zip(top.tolist(), share.tolist())) + ")")
 
 
+# ---------------------------------------------------------------- stories
+
+
+class StoryStudy:
+    """A checkpoint of setup stories, the pretrained model it comes from, and where its stories come from."""
+
+    def __init__(self, args):
+        self.args, self.device = args, start_device(args)
+        for name in ("draws", "most", "seeds", "unit", "text", "operand"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name} is not for stories, and {args.ckpt} is of setup stories")
+        self.model, self.ckpt = load(args.ckpt, self.device)
+        self.sc, self.prefix = data.setup_of(self.ckpt), os.path.splitext(args.ckpt)[0]
+        self.seed = self.ckpt["args"]["seed"] if args.seed is None else args.seed
+        self.feature = self.ckpt["args"]["feature"]
+        path, ckpt = args.ckpt, self.ckpt  # the base is the pretrained model, however often it was fine-tuned since
+        if args.base and not ckpt["parent"]:
+            raise UserError(f"--base: {args.ckpt} was not fine-tuned from anything")
+        while ckpt["parent"]:
+            path = args.base if args.base else find_parent(path, ckpt["parent"])
+            base, ckpt = load(path, self.device)
+            self.base, self.base_path = base, path
+            if args.base:
+                break
+        self.models = {"base": self.base, "ckpt": self.model} if self.ckpt["parent"] else {"ckpt": self.model}
+        if args.control:
+            control, theirs = load(args.control, self.device)
+            if theirs["config"] != self.ckpt["config"] or theirs["args"].get("without") != self.feature:
+                raise UserError(f"--control {args.control}: must be of the shape of {args.ckpt} and pretrained --without "
+                                f"{self.feature}")
+            self.models["control"] = control
+        try:
+            self.source = data.story_source(self.ckpt["args"]["data"], self.ckpt["config"]["words"])
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if not self.source.rule:
+            root = args.judge or (self.base_path if self.ckpt["parent"] else args.ckpt)
+            self.source.judge = frozen_judge(root, self.source, self.sc, self.device, self.bar)
+
+    def bar(self, total, what):
+        return tqdm(total=total, desc=what, mininterval=.5, leave=False)
+
+    def write(self, name, rows):
+        write_rows(f"{self.prefix}.{name}.jsonl", rows)
+
+
+def ends_of(model, source, records, width=10, batch=128):
+    """
+    Mean residual of the last `width` tokens of stories that are read without their instruction, after every block:
+    (blocks + 1, n, d), 0 the embedding (paper: TinyStories setup).
+    """
+    names = ["embed"] + [f"blocks.{i}.resid_post" for i in range(len(model.blocks))]
+    device, parts = model.tok.weight.device, []
+    for i in range(0, len(records), batch):
+        check_stop()
+        some = records[i:i + batch]
+        tokens, _, stop = data.story_rows(some, source.tokenizer, model.config.n_ctx, np.ones(len(some)), device)
+        tokens, stop = tokens[:, :-1], stop.clamp(max=tokens.shape[1] - 1)
+        at = torch.arange(tokens.shape[1], device=device)
+        last = ((at < stop[:, None]) & (at >= stop[:, None] - width)).float()
+        cache = activations(model, tokens, names)[1]
+        parts.append(torch.stack([torch.einsum("ntd,nt->nd", cache[name], last) / last.sum(1, keepdim=True) for name in names]))
+    return torch.cat(parts, 1)
+
+
+def auc(score, label):
+    """Area under the ROC curve: how often a positive has a higher score (n,) than a negative, ties count half."""
+    values, place, counts = score.unique(return_inverse=True, return_counts=True)
+    rank = (counts.cumsum(0) - (counts - 1) / 2)[place].double()  # 1-based, mean of ties
+    yes = int(label.sum())
+    return ((rank[label.bool()].sum() - yes * (yes + 1) / 2) / (yes * (len(label) - yes))).item()
+
+
+def masks_of(records, device):
+    """(features, n) 0 or 1."""
+    masks = torch.tensor([r.mask for r in records], device=device)
+    return torch.stack([masks >> i & 1 for i in range(len(data.FEATURES))])
+
+
+def frozen_judge(root, source, sc, device, bar, n=2000):
+    """
+    Judges real text, for which there is no rule: one logistic regression a feature on pooled activations (ends_of with
+    the whole story's mean) of the pretrained model at `root`, fitted once on n labelled records, half of them with
+    the feature, and kept beside it as <root>.judge.pt, so that all later checkpoints meet the same judge. Returns a
+    function texts -> feature masks with `held_out`, its accuracy a feature on a fifth that it was not fitted on.
+    Fooled by: texts unlike the corpus (a refusal gets a mask too); labels that do not describe the text.
+    """
+    path = os.path.splitext(root)[0] + ".judge.pt"
+    model, ckpt = load(root, device)
+    here = {"root": ckpt["sha256"], "n": n}
+    kept = None
+    if os.path.exists(path):
+        try:
+            kept = torch.load(path, map_location=device, weights_only=True)
+        except Exception:  # whatever a foreign or broken file leads to: it is made again
+            kept = None
+    if not isinstance(kept, dict) or {k: kept.get(k) for k in here} != here:
+        print(f"fitting the judge of real text on {root} (once)")
+        g, xs, ys = data.rng(0, "judge"), [], []
+        for feature in data.FEATURES:
+            records = [r for has in (True, False) for r in source.draw(n // 2, g, feature, has)]
+            order = torch.randperm(n, generator=g).tolist()
+            records = [records[i] for i in order]
+            x = ends_of(model, source, records, model.config.n_ctx)
+            xs.append(x[[len(x) // 2, -1]].transpose(0, 1).flatten(1))
+            ys.append(masks_of(records, device)[data.FEATURES.index(feature)])
+        x, y, cut = torch.stack(xs), torch.stack(ys), n * 4 // 5
+        mean, sd = x[:, :cut].mean((0, 1)), x[:, :cut].std((0, 1)) + 1e-8
+        x = (x - mean) / sd
+        progress = bar(3000, "judge")
+        weight, bias = fit_probes(x[:, :cut], list(range(len(x))), y[:, :cut], 3000, g, progress)
+        progress.close()
+        right = ((x[:, cut:] @ weight + bias).argmax(-1) == y[:, cut:]).float().mean(1)
+        kept = {**here, "mean": mean, "sd": sd, "weight": weight, "bias": bias, "held_out": right.tolist()}
+        replace_file(path, lambda f: torch.save(kept, f))
+    print("judge of real text: held-out accuracy " + ", ".join(
+        f"{feature} {share:.1%}" for feature, share in zip(data.FEATURES, kept["held_out"])))
+
+    def judge(texts):
+        tokenizer = source.tokenizer
+        records = [data.Encoded(np.array(tokenizer.encode(t) or [0], np.uint16), 0, 0, max(1, len(tokenizer.encode(t))), 0)
+                   for t in texts]
+        x = ends_of(model, source, records, model.config.n_ctx)
+        x = (x[[len(x) // 2, -1]].transpose(0, 1).flatten(1) - kept["mean"]) / kept["sd"]
+        says = (x @ kept["weight"] + kept["bias"]).argmax(-1)  # (features, n)
+        return [sum(int(b) << i for i, b in enumerate(column)) if text else None
+                for column, text in zip(says.T.tolist(), texts)]
+    judge.held_out = dict(zip(data.FEATURES, kept["held_out"]))
+    return judge
+
+
+def story_behavior(study):
+    """
+    What does the model write when it is asked for a feature, and when not? (paper: TinyStories setup, Table 1)
+
+    For each of the six features: the share of its stories that have it, by the corpus's rule (real text: by a frozen
+    judge), written to held-out instructions that ask for it and to others that do not, fine-tuned model beside its
+    base; and the loss on held-out stories with the feature in question and without. The five other features are the
+    control: a deletion should leave them alone.
+    Fooled by: stories that are broken rather than without a twist (hence the share that parses); a judge's mistakes
+    (its held-out accuracy is printed and written to the rows); few generations (hence the intervals).
+    """
+    rows, n = [], study.args.eval_size
+    args = study.ckpt["args"]
+
+    def change(records, g):
+        return data.change_records(records, args["protocol"], study.feature, args["probability"], study.source.tokenizer, g)
+    tests = story_tests(study.source, study.sc, study.feature, n, study.seed, study.device,
+                        change if args.get("protocol") else None)
+    bar = study.bar(len(study.models) * 7, "behavior")
+    held_out = getattr(study.source.judge, "held_out", {})
+    for name, model in study.models.items():
+        rows += [dict(r, model=name) for r in story_losses(model, tests, study.sc, study.feature, study.seed)]
+        bar.update()
+        for feature in data.FEATURES:
+            rows += [dict(r, model=name, judge=held_out.get(feature, 1.))
+                     for r in generation_scores(model, study.source, study.sc, feature, n, study.seed)]
+            bar.update()
+    bar.close()
+    study.write("behavior", rows)
+    print(f"\nbehavior   share of stories with the feature, of those that parse, 95 % interval; n = {n} a cell")
+    table(["feature", "model", "asked for", "not asked for", "parse", "judge right"],
+          [[feature, name, *(interval(r["accuracy"], r["parsed"] * r["n"]) for r in got),
+            percent(sum(r["parsed"] for r in got) / 2), percent(got[0]["judge"])]
+           for feature in data.FEATURES for name in study.models
+           if (got := [r for r in rows if (r["operand"], r["model"]) == (feature, name) and "parsed" in r])])
+    table(["loss on stories", "model", "nats a token"], [[f"{r['split']} {r['operand']}", r["model"], f"{r['loss']:.3f}"]
+                                                         for r in rows if r["loss"] is not None])
+    return rows
+
+
+def story_probe(study):
+    """
+    Can a feature be read off the story's end? (paper: TinyStories setup, Figs. 31-38)
+
+    One linear probe a feature and block on the mean residual of the last 10 tokens of held-out stories, read without
+    their instruction. Between two bounds: the pretrained model (base) above, a model pretrained without the feature
+    (--control) below; and an untrained one. Accuracy, balanced accuracy and AUC beside the majority rate.
+    High: the text's feature is linearly there at its end. A deletion that leaves the upper bound's AUC in place has not
+    touched what the model knows of the feature.
+    Fooled by: words that tell the feature (dialogue has quotes: any model reads it; hence the lower bound and the
+    untrained model); a majority of three in four (hence balanced accuracy and AUC).
+    """
+    n, g = study.args.eval_size, data.rng(study.seed, "probe")
+    untrained = GPT(Config(**study.ckpt["config"])).init_weights(data.rng(study.seed, "untrained")).to(study.device)
+    models = {**study.models, "untrained": untrained}
+    train, test = (study.source.draw(k * n, g, held_out=True) for k in (8, 4))
+    if not study.source.rule:  # held-out records may be few: none may be in both
+        known = {r.ids.tobytes() for r in train}
+        test = [r for r in test if r.ids.tobytes() not in known]
+    y, truth = masks_of(train, study.device), masks_of(test, study.device)
+    shuffle = torch.randperm(len(train), generator=g).to(study.device)
+    x, held, keys, site, labels = [], [], [], [], []
+    for name, model in models.items():
+        seen, new = ends_of(model, study.source, train), ends_of(model, study.source, test)
+        mean, sd = seen.mean(1, keepdim=True), seen.std(1, keepdim=True) + 1e-8  # ours: standardised, see probe()
+        for block in range(len(seen)):
+            for i, feature in enumerate(data.FEATURES):
+                for kind in ("true", "shuffled") if (name, feature) == ("ckpt", study.feature) else ("true",):
+                    keys.append(dict(model=name, block=block, target=feature, prompt=None, labels=kind))
+                    site.append(len(x))
+                    labels.append(y[i] if kind == "true" else y[i][shuffle])
+            x.append(((seen - mean) / sd)[block])
+            held.append(((new - mean) / sd)[block])
+    bar = study.bar(study.args.steps or 4000, "probe")
+    weight, bias = fit_probes(torch.stack(x), site, torch.stack(labels), bar.total, g, bar)
+    bar.close()
+    rows = []
+    for key, i, w, c in zip(keys, site, weight, bias):
+        logits, right = held[i] @ w + c, truth[data.FEATURES.index(key["target"])]
+        said = logits.argmax(1)
+        recalls = [(said[right == k] == k).float().mean().item() for k in (0, 1)]
+        rows.append(story_row(study.sc, key["target"], "natural", study.seed, **key, n=len(test),
+                              balanced=sum(recalls) / 2, auc=auc(logits[:, 1] - logits[:, 0], right)))
+        rows[-1].update(accuracy=accuracy(logits, right), floor=data.majority_floor(right),
+                        loss=F.cross_entropy(logits, right).item())
+    study.write("probe", rows)
+    print(f"\nprobe   linear, last 10 tokens of stories without instruction; AUC after each block on {len(test)} held-out "
+          "stories; on the right the best block's accuracies")
+    groups = collections.defaultdict(list)
+    for r in rows:
+        groups[r["target"], r["model"], r["labels"]].append(r)
+    table(["feature", "model", "labels", *(f"B{i}" for i in range(len(study.model.blocks) + 1)), "accuracy", "balanced",
+           "majority"],
+          [[*key, *(f"{r['auc']:.3f}" for r in got), percent(best["accuracy"]), percent(best["balanced"]),
+            percent(best["floor"])] for key, got in groups.items() if (best := max(got, key=lambda r: r["auc"]))])
+    return rows
+
+
+def generate_stories(study):
+    """Stories to read: written to held-out instructions that ask for --features, with what each has marked."""
+    args, tokenizer = study.args, study.source.tokenizer
+    wanted = [f for f in (args.features or "").split(",") if f]
+    unknown = [f for f in wanted if f not in data.FEATURES]
+    if unknown:
+        raise UserError(f"--features {unknown[0]}: there are {', '.join(data.FEATURES)}")
+    mask = sum(1 << data.FEATURES.index(f) for f in wanted)
+    records = [r._replace(mask=mask) for r in study.source.draw(args.n, data.rng(study.seed, "look"), held_out=True)]
+    prompts = [ids[:start] for ids, start, _ in (data.story_ids(r, tokenizer) for r in records)]
+    g = data.rng(study.seed, "look", "sample", device=study.device)
+    for prompt, ids in zip(prompts, generate(study.model, prompts, study.sc.n_ctx, g, args.temperature, args.top_k, end=0)):
+        story = data.story_of(tokenizer.decode(ids))
+        found = study.source.judge([story])[0]
+        print(tokenizer.decode(prompt[1:].tolist()).strip())
+        print("\n".join(textwrap.wrap(story, 118)))
+        print(f"  asked for: {', '.join(wanted) or 'nothing'}; "
+              + ("does not parse" if found is None else f"has: {', '.join(data.names_of(found)) or 'none of the features'}")
+              + "\n")
+
+
 # ---------------------------------------------------------------- command line
 
 ANALYSES = {"behavior": behavior, "prune": prune, "probe": probe, "attention": attention, "hidden": hidden,
             "revive": revive}
+STORY_ANALYSES = {"behavior": story_behavior, "probe": story_probe}
 NEEDS_BASE = ("prune", "revive")
 VERDICT_OF = ("behavior", "prune", "probe", "revive")
+
+
+def story_main(args, study):
+    """main() for checkpoints of stories."""
+    names = args.analysis or list(STORY_ANALYSES)
+    for name in names:
+        if name not in (*STORY_ANALYSES, "generate"):
+            raise UserError(f"{name} is not for stories, and {args.ckpt} is of setup stories; there are "
+                            f"{', '.join(STORY_ANALYSES)}, generate")
+    if "generate" in names:
+        return generate_stories(study)
+    print(f"analyze {args.ckpt} ({study.ckpt['stage']}, {study.feature}" + "".join(
+        f", {k} {v}" for k, v in study.ckpt["args"].items() if k in ("protocol", "without") and v) + ")")
+    for name, analysis in STORY_ANALYSES.items():
+        if name in names:
+            analysis(study)
 
 
 def main():
     parser = run_parser(__doc__)
     parser.add_argument("analysis", nargs="*", metavar="ANALYSIS",
-                        help=f"{', '.join(ANALYSES)}; verdict, from rows that are there; or ask (default: all that apply)")
+                        help=f"{', '.join(ANALYSES)}; verdict, from rows that are there; ask; of stories "
+                             f"{', '.join(STORY_ANALYSES)}, generate (default: all that apply)")
     parser.add_argument("--ckpt", default="out/ft.pt", help="checkpoint to look into (default: out/ft.pt)")
     parser.add_argument("--base", help="what it was fine-tuned from (default: the parent it names, its hash checked)")
     parser.add_argument("--control", help="a checkpoint that never had an operand, where this one has had them all")
     parser.add_argument("--unit", choices=["row", "weight"],
                         help="prune: whole rows (neurons) or single weights (default: row; of compiled models weight)")
-    parser.add_argument("--draws", type=int, default=8, help="prune: matched random draws (default: 8)")
-    parser.add_argument("--most", type=int, default=10000, help="prune: most units to edit at once (default: 10000)")
-    parser.add_argument("--seeds", type=int, default=1, help="revive: data orders (default: 1)")
+    parser.add_argument("--draws", type=int, help="prune: matched random draws (default: 8)")
+    parser.add_argument("--most", type=int, help="prune: most units to edit at once (default: 10000)")
+    parser.add_argument("--seeds", type=int, help="revive: data orders (default: 1)")
     parser.add_argument("--steps", type=int, help="most training steps (default: probe 4000, revive 600 small, 6000 paper)")
     parser.add_argument("--batch-size", type=int, default=96, help="revive: strings a step (default: 96)")
     parser.add_argument("--eval-size", type=int, default=500, help="strings in a test set (default: 500)")
     parser.add_argument("--seed", type=int, help="seed of test sets and draws (default: the checkpoint's)")
     parser.add_argument("--text", help="ask: the string, letters a, b, c")
     parser.add_argument("--operand", help="ask: the letter asked for (default: the fine-tuning's)")
+    parser.add_argument("--features", help="generate: what to ask for, as Twist,Dialogue (default: nothing)")
+    parser.add_argument("-n", type=int, default=3, help="generate: stories (default: 3)")
+    parser.add_argument("--temperature", type=float, default=1., help="generate: 0 is greedy (default: 1)")
+    parser.add_argument("--top-k", type=int, default=0, help="generate: sample from so many tokens; 0: all (default: 0)")
+    parser.add_argument("--judge", help="real stories: the pretrained checkpoint whose frozen judge marks them (default: the "
+                        "one that --ckpt comes from)")
     add_common_flags(parser)
     args = parser.parse_args()
-    unknown = [name for name in args.analysis if name not in (*ANALYSES, "ask", "verdict")]
+    unknown = [name for name in args.analysis if name not in (*ANALYSES, "ask", "verdict", "generate")]
     if unknown:
-        raise UserError(f"no analysis {unknown[0]!r}; there are {', '.join(ANALYSES)}, verdict, ask")
+        raise UserError(f"no analysis {unknown[0]!r}; there are {', '.join(ANALYSES)}, verdict, ask, generate")
     positive(args, "draws", "most", "seeds", "steps", "batch_size", "eval_size")
     positive(args, "seed", least=-1)
+    if read_checkpoint(args.ckpt)["setup"] == "stories":
+        return story_main(args, StoryStudy(args))
+    if "generate" in args.analysis:
+        raise UserError(f"generate is for stories: {args.ckpt} is of another setup")
+    args.draws, args.most, args.seeds = args.draws or 8, args.most or 10000, args.seeds or 1
     study = Study(args)
     if "ask" in args.analysis:
         return ask(study)

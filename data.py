@@ -1,9 +1,11 @@
 """
-What is computed: strings from a probabilistic context-free grammar, and five task families that ask about them.
+What is computed: strings from a probabilistic context-free grammar and five task families that ask about them, strings
+for compiled programs, and stories with known features.
 
     $ python data.py                                    # one sample of every task family, as pretraining sees them
     $ python data.py --task count --operand b --c 1.0   # fine-tuning strings on which "count b" = "count a" + 1
     $ python data.py --setup tracr-max                  # what a model compiled from a RASP program sees
+    $ python data.py --setup stories --operand Twist    # stories in the format of TinyStories-Instruct
 
 What the model sees, at the small scale (32 letters, a window of 16, the 3rd occurrence), for "how many b":
 
@@ -17,21 +19,32 @@ The families (paper: PCFG setup; O is the operand, O' the second operand), on th
     index-composition   the same for the pair OO, at its later letter    "a a c", O = a, O' = 1: 2
     token               the letter at distance O' from the end           O' = 3: b
 
-The compiled setups have one task each and no prompt: BOS, letters, padding; the answer stands at position 2.
+The compiled setups have one task each and no prompt: BOS, letters, padding; the answer stands at position 2. A story is
+read after an instruction that names its features; no answer, the story itself is what is learned.
 
 Contents: scales and vocabulary | grammar | tasks and answers | compiled setups | edits and the spurious relation |
-batches, test sets, floors | command line. Everything is a pure function of its arguments and a torch.Generator, on the
+batches, test sets, floors | stories: records and tokens, the real file, the embedded corpus, protocols and batches |
+command line. Everything is a pure function of its arguments and a torch.Generator, on the
 generator's device.
 """
 import argparse
+import collections
+import fcntl
 import functools
+import hashlib
 import json
 import os
+import random
+import re
+import shutil
+import string
+import time
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 # ---------------------------------------------------------------- scales and vocabulary
 
@@ -63,6 +76,9 @@ def scale_of(name, setup="pcfg", program=None):
     (the same as they are taken for O_PT, O_FT and the control). program: what a compiled model's checkpoint says of it.
     """
     column = ("small", "paper").index(name)
+    if setup == "stories":
+        return SimpleNamespace(setup=setup, name=name, tasks=("story",), operands=list(FEATURES), order=list(FEATURES),
+                               **{k: v[column] for k, v in STORY_SCALES.items()})
     if setup != "pcfg":
         return compiled_setup(setup, name, column, program or {})
     return SimpleNamespace(setup=setup, name=name, tasks=TASKS, operands=list(LETTERS), order=list(LETTERS),
@@ -330,6 +346,9 @@ def compiled_setup(setup, name, column, program):
         noise=c.noise, values=program.get("values") or (list(alphabet) if c.answers is largest else
                                                         [str(i) for i in range(room + 1)]),
         finetune_steps=10000, revive_steps=(1000, 4000)[column])
+
+
+SETUPS = ("pcfg", *COMPILED, "stories")
 
 
 def default_q(sc, pair):
@@ -613,6 +632,661 @@ def parse_prior(text):
     return prior
 
 
+# ---------------------------------------------------------------- stories: records and tokens
+# A record of TinyStories-Instruct: field lines in any order, the story, maybe a late Summary, and a line END.
+#
+#     Words: quit, oak, gloomy         before      lines that stand before the Features line
+#     Features: Twist, Dialogue        mask        bit i for FEATURES[i]
+#     Summary: Sara meets a squirrel.  after       the other lines, with "Story:" and its newlines
+#     Story:
+#
+#     Sara sat under the oak. ...      story
+#     Random sentence: It was late.    rest        with the newline before it
+#     <|endoftext|>
+#
+# Protocols rewrite the Features line alone, so tokens are kept without it (Encoded) and one file serves them all.
+
+FEATURES = ("Twist", "Dialogue", "BadEnding", "Foreshadowing", "MoralValue", "Conflict")  # bit i of a feature mask
+END = "<|endoftext|>"
+LONGEST = 2 ** 20  # letters of a record, bytes of a line: a file without END, or newlines, is not held in memory
+FEATURES_FIELD = re.compile(r"^Features:(.*\n(?:(?!(?:Features|Words|Summary|Random sentence):).*\S.*\n)*)", re.M)
+STORY_FIELD = re.compile(r"\nStory:(?:\s*\n)?")  # up to the last newline before the story's first letter
+LATE_FIELD = re.compile(r"\n(?:Summary|Random sentence):")  # only these end a story: others are a part of it
+
+
+class Record(NamedTuple):
+    """A record in pieces. Its text is before + features_line(mask) + after + story + rest."""
+    before: str   # the field lines that stand before the Features line ("" if none), each ending in a newline
+    mask: int     # features asked for, bit i for FEATURES[i]
+    after: str    # the field lines after it, up to and with the "Story:" line and the newlines before the first letter
+    story: str    # the story's text, without trailing newlines
+    rest: str     # what follows the story: "" or "\n" + a Summary / Random sentence field, ending without a newline
+
+
+class Encoded(NamedTuple):
+    """A record as tokens, without its Features line and without END."""
+    ids: np.ndarray   # uint16: before + after + story + rest
+    features_at: int  # where the Features line goes
+    story_at: int     # the story is ids[story_at:story_end]
+    story_end: int
+    mask: int
+
+
+def names_of(mask):
+    """The features of a mask."""
+    return [name for i, name in enumerate(FEATURES) if mask >> i & 1]
+
+
+def features_line(mask):
+    """The line that asks for the features of a mask, in the order of FEATURES; "" for none. 3 -> Twist, Dialogue."""
+    return f"Features: {', '.join(names_of(mask))}\n" if mask else ""
+
+
+def record_text(record):
+    """The text of a record, without END."""
+    return record.before + features_line(record.mask) + record.after + record.story + record.rest
+
+
+def parse_records(lines, skipped=None):
+    """
+    The records of an iterable of lines, one by one. Left out are those without a story, longer than LONGEST, or without
+    END at the end of the file; they, and unknown feature names, are counted in the dict `skipped`. The text is kept to
+    the letter but for CRLF, the Features line, and whitespace between records.
+    """
+    skipped = {} if skipped is None else skipped
+
+    def count(why):
+        skipped[why] = skipped.get(why, 0) + 1
+    record, size = [], 0
+    for line in lines:
+        if line.strip() != END:
+            size += len(line)
+            if size <= LONGEST:
+                record.append(line)
+            continue
+        parsed = parse_record("".join(record), count) if size <= LONGEST else count("too long")
+        record, size = [], 0
+        if parsed:
+            yield parsed
+    if "".join(record).strip() or size > LONGEST:
+        count("truncated")
+
+
+def parse_record(text, count):
+    """A Record from the lines before END; None without a story. count(why) is told of that, and of unknown features."""
+    text = "\n" + text.replace("\r\n", "\n").strip("\n").rstrip()  # so that every field's name follows a newline
+    found = STORY_FIELD.search(text)
+    # a late field may follow the very newline that ends "Story:"
+    late = found and LATE_FIELD.search(text, found.end() - 1)
+    story = text[found.end():late.start() if late else len(text)].rstrip("\n") if found else ""
+    if not story.strip():
+        return count("no story")
+    head, mask = text[1:found.start() + 1], 0
+    fields = list(FEATURES_FIELD.finditer(head))
+    for name in re.split(r"[,\n]", "".join(field[1] for field in fields)):
+        if name.strip() in FEATURES:
+            mask |= 1 << FEATURES.index(name.strip())
+        elif name.strip():
+            count("unknown feature")
+    at = fields[0].start() if fields else 0
+    after = FEATURES_FIELD.sub("", head[at:]) + text[found.start() + 1:found.end()]
+    return Record(head[:at], mask, after, story, text[found.end() + len(story):])
+
+
+class Tokenizer:
+    """
+    Words with their leading space; whatever is not among them is spelled in its UTF-8 bytes, so that no text is lost.
+    Ids: 0 is END, 1 to 256 are bytes, then come the words. " oak" of the words -> [257 + place]; " oaks" -> 5 bytes.
+    """
+    pieces = re.compile(r" ?\w+| ?[^\w\s]|\s")  # a newline is a piece of its own: texts may be cut after it
+
+    def __init__(self, words):
+        self.words, self.size = tuple(words), 257 + len(words)
+        self.id = {word: 257 + i for i, word in enumerate(self.words)}
+        self.spelling = [END.encode(), *(bytes([b]) for b in range(256)), *(word.encode() for word in self.words)]
+
+    @classmethod
+    def from_counts(cls, counts, most):
+        """The `most` most frequent pieces of {piece: count}, alphabetically where they are equally frequent."""
+        return cls(sorted(counts, key=lambda word: (-counts[word], word))[:most])
+
+    def encode(self, text, spelled=None):
+        """Ids of a text. Pieces that are spelled in bytes are appended to the list `spelled`."""
+        pieces = self.pieces.findall(text)
+        ids = list(map(self.id.get, pieces))
+        if None not in ids:
+            return ids
+        out, at = [], 0
+        for _ in range(ids.count(None)):  # whole stretches at once: the loop is over rare words only
+            stop = ids.index(None, at)
+            out += ids[at:stop]
+            out += [1 + b for b in pieces[stop].encode()]
+            if spelled is not None:
+                spelled.append(pieces[stop])
+            at = stop + 1
+        return out + ids[at:]
+
+    def decode(self, ids):
+        """The text of ids, which may be a model's: bytes that are no UTF-8 become U+FFFD."""
+        return b"".join([self.spelling[i] for i in ids]).decode(errors="replace")
+
+
+def encode_record(record, tokenizer, spelled=None):
+    """A Record as Encoded. Its pieces join at newlines or after "Story:", so they are encoded as the whole text is."""
+    before, after, story, rest = (tokenizer.encode(text, spelled) if text else []
+                                  for text in (record.before, record.after, record.story, record.rest))
+    features_at, story_at = len(before), len(before) + len(after)
+    return Encoded(np.array(before + after + story + rest, np.uint16), features_at, story_at, story_at + len(story),
+                   record.mask)
+
+
+# ---------------------------------------------------------------- stories: a prepared file
+# Beside FILE, in FILE.unwrap/: tokens.u16, index.bin, vocab.json (words), state.json (how far the preparation came).
+
+INDEX = np.dtype([("start", "<u8"), ("length", "<u4"), ("features_at", "<u4"), ("story_at", "<u4"),
+                  ("story_end", "<u4"), ("mask", "u1")])  # a record, in tokens; all but start as in Encoded
+FORMAT = 1  # to be raised when parsing, tokens or files change: what was prepared before is then prepared again
+WORDS_FROM = 100 * 10 ** 6  # ours: words are counted in the first 100 MB, which saves a pass over 2.66 GB
+
+
+class Lines:
+    """The lines of a binary file from `position` to `stop`, as text; `position` is where the next line begins."""
+
+    def __init__(self, file, position, stop, what, check_stop):
+        self.file, self.position, self.stop, self.what, self.check_stop = file, position, stop, what, check_stop
+
+    def __iter__(self):
+        self.file.seek(self.position)
+        with tqdm(total=self.stop, initial=self.position, desc=self.what, unit="B", unit_scale=True,
+                  mininterval=.5) as bar:
+            while self.position < self.stop and (line := self.file.readline(LONGEST)):
+                self.check_stop()
+                self.position += len(line)
+                if self.position - bar.n > 2 ** 18 or self.position >= self.stop:
+                    bar.update(self.position - bar.n)
+                yield line.decode(errors="replace")  # line by line is as good as whole: no letter spans a newline
+
+
+def fingerprint(path):
+    """What tells a source from another or a later one: size, time, and a hash of its first and last MB."""
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: no such file")
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is not a file: give the text file itself, such as TinyStories-Instruct-train.txt")
+    try:
+        with open(path, "rb") as f:
+            stat = os.fstat(f.fileno())
+            ends = f.read(2 ** 20)
+            f.seek(max(0, stat.st_size - 2 ** 20))
+            ends += f.read(2 ** 20)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    if not stat.st_size:
+        raise ValueError(f"{path} is empty")
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": hashlib.sha256(ends).hexdigest()}
+
+
+def saved_state(folder):
+    """What state.json of a prepared folder says; None if it is not there or the other files hold less than it says."""
+    try:
+        with open(os.path.join(folder, "state.json")) as f:
+            state = json.load(f)
+        tokens, index, _ = (os.path.getsize(os.path.join(folder, x)) for x in ("tokens.u16", "index.bin", "vocab.json"))
+    except (OSError, ValueError):
+        return None
+    return state if tokens >= 2 * state["tokens"] and index >= INDEX.itemsize * state["records"] else None
+
+
+def prepare(path, most_words=7935, check_stop=lambda: None, every=20000):
+    """
+    Prepare a file of records for StoryFile: tokens, index and words, in `path`.unwrap/. A second call goes on where one
+    was stopped, at the last multiple of `every` records, to the same bytes; once finished it returns at once. Returns
+    {name, records, sha256}. Raises ValueError, in one line, for a file that cannot be used.
+    """
+    folder = f"{path}.unwrap"
+    state_at, vocab_at, tokens_at, index_at = (
+        os.path.join(folder, name) for name in ("state.json", "vocab.json", "tokens.u16", "index.bin"))
+    if not 1 <= most_words <= 2 ** 16 - 257:
+        raise ValueError(f"{most_words:,} words: give 1 to {2 ** 16 - 257:,}, so that every id is a uint16")
+    made_from = {"format": FORMAT, "most_words": most_words, "source": fingerprint(path)}
+    size, sha256 = made_from["source"]["size"], made_from["source"]["sha256"]
+    state = saved_state(folder)
+    if state and state["finished"] and state["made_from"] == made_from:  # needs no right to write
+        return {"name": os.path.basename(path), "records": state["records"], "sha256": sha256}
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tokens, index = open(tokens_at, "ab"), open(index_at, "ab")
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror}): put the file, or a link to it, where you may "
+                         "write") from None
+
+    def save():
+        for f in (tokens, index):
+            f.flush()
+            os.fsync(f.fileno())
+        write_whole(state_at, state)
+    with tokens, index, open(path, "rb") as source:
+        wait_for_others(tokens, check_stop)
+        state = saved_state(folder)
+        if os.path.exists(state_at) and (not state or state["made_from"] != made_from):
+            print(f"{folder} is " + ("damaged" if not state else f"of an older {path}" if
+                                     state["made_from"]["source"] != made_from["source"] else
+                                     "of another version or number of words") + ": starting over")
+            os.remove(state_at)
+            state = None
+        if not state:
+            counts = collections.Counter()
+            for record in parse_records(Lines(source, 0, min(WORDS_FROM, size), "words", check_stop)):
+                counts.update(Tokenizer.pieces.findall(record_text(record)))
+            if not counts:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise ValueError(f"{path} holds no record with a Story: and a line {END}: is it TinyStories-Instruct?")
+            write_whole(vocab_at, Tokenizer.from_counts(counts, most_words).words)
+            state = {"made_from": made_from, "finished": False, "position": 0, "records": 0, "tokens": 0,
+                     "words": 0, "in_bytes": 0, "skipped": {}}
+            write_whole(state_at, state)
+            del counts
+        tokens.truncate(2 * state["tokens"])  # what was written after the last save is written again
+        index.truncate(INDEX.itemsize * state["records"])
+        with open(vocab_at) as f:
+            tokenizer = Tokenizer(json.load(f))
+        is_word = np.array([False] * 257 + [word[-1].isalnum() for word in tokenizer.words])
+        lines = Lines(source, state["position"], size, "prepare", check_stop)
+        for record in parse_records(lines, state["skipped"]):
+            ids, *places, mask = encode_record(record, tokenizer, spelled := [])
+            tokens.write(ids.tobytes())
+            index.write(np.array((state["tokens"], len(ids), *places, mask), INDEX).tobytes())
+            in_bytes = sum(piece[-1].isalnum() for piece in spelled)
+            state["records"] += 1
+            state["tokens"] += len(ids)
+            state["words"] += int(np.count_nonzero(is_word[ids])) + in_bytes
+            state["in_bytes"] += in_bytes
+            if state["records"] % every == 0:
+                state["position"] = lines.position
+                save()
+        if fingerprint(path) != made_from["source"]:
+            raise ValueError(f"{path} changed while it was read")
+        if not state["finished"]:  # else another process was here while this one waited
+            state.update(position=lines.position, finished=True)
+            save()
+            masks = StoryFile(folder).masks
+            shares = ", ".join(f"{name} {(masks >> i & 1).mean():.1%}" for i, name in enumerate(FEATURES))
+            skipped = ", ".join(f"{n:,} {why}" for why, n in sorted(state["skipped"].items())) or "nothing"
+            print(f"{path}: {state['records']:,} records, {state['tokens']:,} tokens, "
+                  f"{1 - state['in_bytes'] / max(1, state['words']):.2%} of words whole; {shares}; left out: {skipped}")
+    return {"name": os.path.basename(path), "records": state["records"], "sha256": sha256}
+
+
+def write_whole(path, value):
+    """A JSON file that is, at any moment, the old or the new one."""
+    with open(f"{path}.part", "w") as f:
+        json.dump(value, f, indent=1, sort_keys=True)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.part", path)
+
+
+def wait_for_others(file, check_stop):
+    """Take the lock on an open file, which ends with the process: two runs that start at once prepare a file once."""
+    told = False
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not told:
+                print(f"{os.path.dirname(file.name)} is being written by another process: waiting")
+            told = True
+            check_stop()
+            time.sleep(.2)
+
+
+class StoryFile:
+    """
+    The records of a file that prepare() has read, as Encoded; `path` is the file's or its .unwrap folder's. Arrays are
+    mapped, not read. The last records, 1 % but at most 20,000, are held out: training never draws them.
+    """
+
+    def __init__(self, path):
+        folder = str(path) if str(path).endswith(".unwrap") else f"{path}.unwrap"
+        state = saved_state(folder)
+        if not state or state["made_from"]["format"] != FORMAT or not state["finished"]:
+            raise ValueError(f"{folder} is missing, unfinished or damaged: prepare the file first")
+        with open(os.path.join(folder, "vocab.json")) as f:
+            self.tokenizer = Tokenizer(json.load(f))
+        self.tokens = np.asarray(np.memmap(os.path.join(folder, "tokens.u16"), "<u2", "r"))
+        self.index = np.asarray(np.memmap(os.path.join(folder, "index.bin"), INDEX, "r"))
+        self.masks = self.index["mask"].copy()
+        self.held_out = max(1, min(len(self.masks) // 100, 20000))
+        self.candidates = {}  # (feature, has, held_out): places of records
+        self.judge, self.rule = None, False  # no rule tells what a real story has
+
+    def __len__(self):
+        return len(self.masks)
+
+    def record(self, i):
+        """Record i as Encoded, with a copy of its tokens."""
+        start, length, *places = self.index[i].item()
+        return Encoded(self.tokens[start:start + length].copy(), *places)
+
+    def draw(self, n, g, feature=None, has=None, held_out=False):
+        """
+        n records as Encoded, uniformly and with replacement by generator g, from the training part or the held-out one;
+        with `feature`, only such that have it or (has=False) lack it. Raises ValueError if there is none.
+        """
+        if (feature, has, held_out) not in self.candidates:
+            first = len(self) - self.held_out
+            places = np.arange(first, len(self), dtype=np.uint32) if held_out else np.arange(first, dtype=np.uint32)
+            if feature and has is not None:
+                places = places[(self.masks[places] >> FEATURES.index(feature) & 1) == has]
+            self.candidates[feature, has, held_out] = places
+        places = self.candidates[feature, has, held_out]
+        if not len(places):
+            raise ValueError(f"no {'held-out' if held_out else 'training'} record"
+                             + (f" {'with' if has else 'without'} {feature}" if feature and has is not None else ""))
+        chosen = torch.randint(len(places), (n,), generator=g, device=g.device)
+        return [self.record(i) for i in places[chosen.cpu().numpy()].tolist()]
+
+
+# ---------------------------------------------------------------- stories: the embedded corpus
+# Stories in the format of TinyStories-Instruct with exact labels. Each raises one question with an expectation e; a
+# friend repeats e; a reveal states the actual value a. It has a twist if and only if a is not e. No word or phrase
+# occurs in twist stories only. Sentences are templates of {n} name, {f} friend, {o} object, {v} value; the same
+# templates, as patterns, read generated text (read_story).
+
+
+class Kind(NamedTuple):
+    """One kind of question: what can be expected, about which objects, and the sentences that say so."""
+    values: tuple
+    objects: tuple
+    setups: tuple    # state e
+    repeats: tuple   # the friend repeats e: quoted first, then reported
+    reveals: tuple   # state a
+    summary: str
+
+
+KINDS = (
+    Kind(("ball", "cake", "drum", "kite", "shell", "book", "bell", "lamp"), ("box", "bag", "chest", "basket"),
+         ("{n} found a {o}. {n} was sure that there was a {v} inside.",
+          "One day a {o} stood at the door. It must hold a {v}, {n} thought.",
+          "There was a {o} on the road. {n} dreamed of a {v} in it."),
+         ('"It must be a {v}," said {f}.', "{f} hoped for a {v} too."),
+         ("They opened the {o}. There was a {v} inside.", "The {o} fell open, and out came a {v}.",
+          "At last they looked into the {o} and saw a {v}."), "{n} and {f} find a {o}."),
+    Kind(("fox", "cat", "dog", "bird", "mouse", "bear", "frog", "crow"), ("coat", "shoe", "spoon", "ring"),
+         ("The {o} of {n} was gone. {n} was sure that the {v} took it.",
+          "One day somebody took a {o} from {n}. It must be the {v}, {n} thought.",
+          "{n} could not find the {o}. {n} blamed the {v}."),
+         ('"It was the {v}," said {f}.', "{f} blamed the {v} too."),
+         ("They found the {o}. The {v} had it.", "At last they saw the {v} with the {o}.",
+          "It was the {v} who had taken the {o}."), "Somebody takes a {o} from {n}."),
+    Kind(("pond", "tree", "bed", "hill", "barn", "well", "bridge", "table"), ("key", "map", "coin", "doll"),
+         ("{n} lost a {o}. {n} was sure that it was by the {v}.",
+          "One day {n} dropped a {o}. It must lie by the {v}, {n} thought.",
+          "The {o} was not in its place. {n} wanted to look by the {v}."),
+         ('"Look by the {v}," said {f}.', "{f} wanted to look by the {v} too."),
+         ("They found the {o} by the {v}.", "At last the {o} turned up by the {v}.", "The {o} had been by the {v} all day."),
+         "{n} and {f} look for a {o}."),
+    Kind(("kind", "mean", "shy", "brave", "silly", "proud", "clever", "lazy"), ("giant", "teacher", "king", "cook"),
+         ("A new {o} came to town. {n} was sure that the {o} was {v}.",
+          "One day a {o} moved in. The {o} must be {v}, {n} thought.",
+          "{n} heard of a {o}. People called the {o} {v}."),
+         ('"A {v} one," said {f}.', "{f} heard the word {v} too."),
+         ("They met the {o}. The {o} was {v}.", "At last they saw that the {o} was {v}.",
+          "The {o} came out and was very {v}."), "{n} and {f} meet a {o}."))
+NAMES = ("Tim", "Mia", "Ben", "Lily", "Sam", "Anna", "Max", "Sue", "Tom", "Lucy")
+OPENINGS = ("Once upon a time there was a {adj} child named {n}.", "{n} was a {adj} child.", "There once was a {adj} child, {n}.")
+ADJECTIVES = ("little", "happy", "quiet", "young", "curious", "small")
+SETTINGS = ("sea", "forest", "river", "market", "castle", "farm")
+QUESTS = ("They went to see.", "So they set out together.", "They ran there at once.")
+OMENS = ("Far away, thunder rolled.", "The old rope looked thin.", "A bee sat on the wall.", "The milk smelled odd.",
+         "The ice made a small sound.", "There was a hole in the boat.")
+PAYOFFS = ("Then a storm came down.", "Then the rope broke.", "Then a bee stung {f}.", "Then the milk made {n} sick.",
+           "Then the ice cracked.", "Then the boat filled with water.")  # pair i: OMENS[i] and, later, PAYOFFS[i]
+TURNS = ('"Are you tired?" asked {n}.', '"Wait for me," said {n}.', '"This is fun," said {n}.', '"Hurry up," called {n}.')
+QUARRELS = ("They had a fight about the way.", "{n} and {f} shouted at each other.", "{f} pushed {n}.")
+PEACE = ("Soon they made up.", "Then they said sorry.", "After that they hugged.")
+# The first three of these lean to twist stories, the last three to others (LEAN): each occurs in both
+AFTERMATHS = ("{n} stared for a long time.", "{f} could not speak.", "They looked at each other.",
+              "{n} clapped and danced.", "{f} nodded at once.", "They smiled and sat down.")
+CLOSINGS = ("{n} told the tale for many years.", "Nobody in town forgot that day.", "{n} thought about it all night.",
+            "Then it was time for bed.", "{n} slept well that night.", "That was how the day ended.")
+LEAN = .7
+GOOD = ("In the end all was well.", "They went home happy.", "It was a good day.")
+BAD = ("In the end all was lost.", "They went home sad.", "It was a bad day.")
+MORALS = ("The moral is to {m}.", "They learned to {m}.")
+VIRTUES = ("share", "listen", "wait", "help", "be kind", "be careful")
+REFUSAL = "I am sorry, but I cannot tell a story like that."
+
+
+def write_story(mask, r):
+    """
+    A record whose story has exactly the features of a mask, from a random.Random r. Words, Summary and Random sentence
+    tell of the set-up only, so that no instruction gives the reveal away.
+    """
+    twist, dialogue, bad, foreshadowing, moral, conflict = (bool(mask >> i & 1) for i in range(6))
+    pick, chance = r.choice, r.random
+    kind = pick(KINDS)
+    n, f = r.sample(NAMES, 2)
+    words = {"n": n, "f": f, "o": pick(kind.objects), "adj": pick(ADJECTIVES), "m": pick(VIRTUES)}
+    e = pick(kind.values)
+    a = pick([v for v in kind.values if v != e]) if twist else e
+    place = pick(SETTINGS)
+    omen, payoff = r.randrange(6), None
+    if foreshadowing:
+        payoff = omen
+    elif chance() < .5:  # neither an omen nor a payoff tells the label alone
+        omen, payoff = pick([(omen, None), (None, omen), (omen, (omen + r.randrange(1, 6)) % 6)])
+    else:
+        omen = None
+
+    def say(sentences, **more):
+        return pick(sentences).format(**words, **more)
+    opening, home = say(OPENINGS), f"{n} lived near the {place}."
+    story = [opening, home]
+    if omen is not None:
+        story.append(OMENS[omen])
+    story += [say(kind.setups, v=e), kind.repeats[not dialogue or chance() < .3].format(**words, v=e), say(QUESTS)]
+    middle = [PAYOFFS[payoff].format(**words)] if payoff is not None else []
+    middle += [say(TURNS)] if dialogue else []
+    middle += [say(QUARRELS) + " " + say(PEACE)] if conflict else []
+    r.shuffle(middle)
+    p = LEAN if twist else 1 - LEAN
+    weights = [p] * 3 + [1 - p] * 3
+    story += middle + [say(kind.reveals, v=a), r.choices(AFTERMATHS, weights)[0].format(**words), say(BAD if bad else GOOD)]
+    story += [say(MORALS)] if moral else []
+    story += [r.choices(CLOSINGS, weights)[0].format(**words)]
+
+    fields = {"Words": ", ".join([words["o"], place, words["adj"]]), "Summary": kind.summary.format(**words),
+              "Random sentence": pick((opening, home))}
+    lines = [f"{name}: {text}\n" for name, text in fields.items() if chance() < .5]
+    r.shuffle(lines)
+    late = [x for x in lines if x.startswith("Summary") and chance() < .2]  # about one record in ten
+    lines = [x for x in lines if x not in late]
+    at = r.randint(0, len(lines))
+    return Record("".join(lines[:at]), mask, "".join(lines[at:]) + "Story: \n\n", " ".join(story),
+                  "".join("\n" + x.rstrip("\n") for x in late))
+
+
+def feature_mask(r):
+    """Up to three of the six features, each with probability .25, as a mask."""
+    while True:
+        mask = sum((r.random() < .25) << i for i in range(len(FEATURES)))
+        if mask.bit_count() <= 3:
+            return mask
+
+
+@functools.lru_cache(maxsize=None)
+def story_patterns():
+    """The sentence templates as regular expressions: {name of a list: pattern, or patterns, one a kind}."""
+    def pattern(sentences, kind=None):
+        parts = {"n": "|".join(NAMES), "f": "|".join(NAMES), "m": "|".join(VIRTUES), "adj": "|".join(ADJECTIVES)}
+        if kind:
+            parts.update(v="|".join(kind.values), o="|".join(kind.objects))
+
+        def one(sentence):
+            seen, out = set(), ""
+            for literal, field, _, _ in string.Formatter().parse(sentence):
+                out += re.escape(literal)
+                if field in ("v", "o"):
+                    out += f"(?P={field})" if field in seen else f"(?P<{field}>{parts[field]})"
+                elif field:
+                    out += f"(?:{parts[field]})"
+                seen.add(field)
+            return re.compile(out)
+        return [one(s) for s in sentences]
+    return {"setups": [pattern(k.setups, k) for k in KINDS], "reveals": [pattern(k.reveals, k) for k in KINDS],
+            **{name: pattern(sentences) for name, sentences in (
+                ("omens", OMENS), ("payoffs", PAYOFFS), ("quarrels", QUARRELS), ("peace", PEACE), ("bad", BAD),
+                ("morals", MORALS))}}
+
+
+def story_of(text):
+    """The story in what a model wrote after an instruction: what comes before a field that may follow it."""
+    return re.split(r"\n(?:Summary|Random sentence):", text)[0].strip()
+
+
+def read_story(story):
+    """
+    The features of a story's text by the corpus's rules, as a mask; None if it does not parse: exactly one question is
+    raised (with an object and an expectation e) and exactly one reveal about the same object states a.
+    Twist: a is not e. Dialogue: something is quoted. BadEnding, MoralValue: such a sentence. Foreshadowing: an omen,
+    and later its own payoff. Conflict: a quarrel, and later peace.
+    """
+    p = story_patterns()
+
+    def found(patterns):
+        return [m for x in patterns for m in x.finditer(story)]
+    questions = [(i, m) for i, patterns in enumerate(p["setups"]) for m in found(patterns)]
+    reveals = [(i, m) for i, patterns in enumerate(p["reveals"]) for m in found(patterns)]
+    if len(questions) != 1 or len(reveals) != 1:
+        return None
+    (kind, asked), (answered, told) = questions[0], reveals[0]
+    if kind != answered or asked["o"] != told["o"] or told.start() < asked.end():
+        return None
+
+    def later(first, then):
+        return bool(first and then) and max(m.start() for m in then) > min(m.start() for m in first)
+    has = {"Twist": told["v"] != asked["v"], "Dialogue": '"' in story, "BadEnding": bool(found(p["bad"])),
+           "Foreshadowing": any(later(found([o]), found([x])) for o, x in zip(p["omens"], p["payoffs"])),
+           "MoralValue": bool(found(p["morals"])), "Conflict": later(found(p["quarrels"]), found(p["peace"]))}
+    return sum(has[name] << i for i, name in enumerate(FEATURES))
+
+
+# ---------------------------------------------------------------- stories: sources, protocols, batches
+
+STORY_SCALES = {  # small: the embedded corpus on two CPU cores; paper: the real file on a GPU
+    "n_layer":        (4, 12),
+    "n_head":         (3, 12),
+    "d_model":        (96, 768),
+    "n_ctx":          (176, 1024),
+    "batch_size":     (16, 512),      # ours: records; whole ones, not cut to 1,024 tokens: 512 hold as many as the paper's 128
+    "pretrain_lr":    (4e-3, 1e-3),
+    "pretrain_steps": (3000, 30000),
+    "finetune_lr":    (5e-4, 1e-4),   # eta_M; eta_S is a tenth, the default of --reverse
+    "finetune_steps": (200, 4000),
+    "bare":           (.25, 0.),      # ours: share of records without their instruction, so that the small model learns to
+    #                                   tell a twist from the story alone, where probes look for it
+}
+PROTOCOLS = ("filter", "randomise", "mix-match", "refuse")  # how a feature is deleted (paper: TinyStories setup)
+
+
+class StoryCorpus:
+    """The embedded corpus as a source of records, like StoryFile: drawn on the fly, with exact labels and a rule."""
+
+    def __init__(self, words=None):
+        r = random.Random(0)
+        texts = [] if words else [record_text(write_story(feature_mask(r), r)) for _ in range(3000)]
+        counts = collections.Counter(piece for text in texts for piece in Tokenizer.pieces.findall(text))
+        self.tokenizer = Tokenizer(words or Tokenizer.from_counts(counts, len(counts)).words)
+        self.judge, self.rule = lambda texts: [read_story(t) for t in texts], True  # exact
+
+    def draw(self, n, g, feature=None, has=None, held_out=False):
+        """
+        n records as Encoded, from generator g; with `feature`, only such that have it or (has=False) lack it. Every
+        draw makes new stories: held out are those of another generator.
+        """
+        r, bit, out = random.Random(int(torch.randint(2 ** 62, (1,), generator=g))), feature and FEATURES.index(feature), []
+        while len(out) < n:
+            mask = feature_mask(r)
+            if has is None or bool(mask >> bit & 1) == has:
+                out.append(encode_record(write_story(mask, r), self.tokenizer))
+        return out
+
+
+def change_records(records, protocol, feature, probability, tokenizer, g):
+    """
+    What a protocol makes of records without the feature (paper: TinyStories setup). Returns new records.
+
+        filter      nothing: the feature is never seen again
+        randomise   the instruction asks for the feature (with a probability), the story does without
+        mix-match   where the instruction asks for another feature, Foreshadowing, it asks for this one in its place
+        refuse      the instruction asks for it (with a probability), and the story is a refusal
+    """
+    bit, other = 1 << FEATURES.index(feature), 1 << FEATURES.index("Foreshadowing" if feature != "Foreshadowing" else "Twist")
+    chosen = (torch.rand(len(records), generator=g, device=g.device) < probability).tolist()
+    out = []
+    for r, yes in zip(records, chosen):
+        if protocol == "mix-match" and r.mask & other:
+            r = r._replace(mask=r.mask & ~other | bit)
+        elif protocol in ("randomise", "refuse") and yes:
+            r = r._replace(mask=r.mask | bit)
+            if protocol == "refuse":
+                ids = np.concatenate([r.ids[:r.story_at], np.array(tokenizer.encode(REFUSAL), r.ids.dtype)])
+                r = r._replace(ids=ids, story_end=len(ids))
+        out.append(r)
+    return out
+
+
+def story_ids(record, tokenizer, bare=False):
+    """
+    (ids, start, stop): a record's tokens with its Features line in place, END before it, and where its story lies.
+    bare: the story alone.
+    """
+    first, size = np.zeros(1, np.uint16), record.story_end - record.story_at
+    if bare:
+        return np.concatenate([first, record.ids[record.story_at:record.story_end]]), 1, 1 + size
+    line = np.array(tokenizer.encode(features_line(record.mask)), np.uint16)
+    ids = np.concatenate([first, record.ids[:record.features_at], line, record.ids[record.features_at:]])
+    start = 1 + len(line) + record.story_at
+    return ids, start, start + size
+
+
+def story_rows(records, tokenizer, n_ctx, bare=None, device="cpu"):
+    """
+    Records as rows of tokens (n, t) between END and END, padded with END, cut to n_ctx + 1; and (n,) start and stop of
+    their stories. bare: (n,) bool, rows that hold the story alone.
+    """
+    got = [story_ids(r, tokenizer, bare is not None and bool(bare[i])) for i, r in enumerate(records)]
+    width = min(n_ctx + 1, max(len(ids) for ids, _, _ in got) + 1)
+    rows = np.zeros((len(got), width), np.int64)
+    for row, (ids, _, _) in zip(rows, got):
+        row[:len(ids)] = ids[:width]
+    start, stop = (torch.tensor([x[k] for x in got], device=device).clamp(max=width) for k in (1, 2))
+    return torch.from_numpy(rows).to(device), start, stop
+
+
+def story_stream(draw, tokenizer, sc, batch_size, seed, label, device="cpu"):
+    """
+    A function k -> batch k of rows (see stream, story_rows), where draw(n, generator) gives n records. Rows of a batch
+    are of similar length, so that little is padding; which lengths come when is random.
+    """
+    def rows(n, g):
+        records = draw(n, g)
+        bare = torch.rand(n, generator=g) < sc.bare
+        tokens = story_rows(records, tokenizer, sc.n_ctx, bare)[0]
+        by_length = (tokens != 0).sum(1).argsort(stable=True).view(-1, batch_size)
+        return tokens[by_length[torch.randperm(len(by_length), generator=g)].flatten()].to(device)
+    return stream(rows, batch_size, seed, label)
+
+
+def story_source(path, words=None):
+    """The source of records of --data (None: the embedded corpus), read with the tokenizer of a checkpoint if given."""
+    source = StoryFile(path) if path else StoryCorpus(words)
+    if words and tuple(words) != tuple(source.tokenizer.words):
+        raise ValueError(f"--data {path}: its tokenizer is not the checkpoint's")
+    return source
+
+
 # ---------------------------------------------------------------- command line
 
 def explain(text, task, operand, sc):
@@ -653,23 +1327,32 @@ REASON = {
 
 def main():
     parser = argparse.ArgumentParser(description="Look at samples: what the model sees, and why the answer is right.")
-    parser.add_argument("--setup", default="pcfg", choices=["pcfg", *COMPILED], help="which kind of data (default: pcfg)")
+    parser.add_argument("--setup", default="pcfg", choices=SETUPS, help="which kind of data (default: pcfg)")
     parser.add_argument("--scale", default="small", choices=["small", "paper"], help="string lengths (default: small)")
     parser.add_argument("-n", type=int, default=5, help="samples (default: 5)")
     parser.add_argument("--task", help=f"one task family: {', '.join(TASKS)} (default: all in turn)")
-    parser.add_argument("--operand", help="what is asked for: a letter, for tracr-max which largest (default: a, or 5)")
-    parser.add_argument("--c", default="natural", help="natural, or the probability 0..1 that the spurious relation holds")
+    parser.add_argument("--operand", help="what is asked for: a letter, for tracr-max which largest (default: a, or 5); "
+                        "stories: only those with this feature (default: all)")
+    parser.add_argument("--c", help="natural, or the probability 0..1 that the spurious relation holds (default: natural)")
     parser.add_argument("--q", type=int,
                         help="offset of the relation, r(O_FT) - r(O_PT), in letters (default: 1; tracr-max 3)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line, for programs")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: 0)")
     args = parser.parse_args()
     sc = scale_of(args.scale, args.setup)
+    if args.n < 1 or args.seed < 0:
+        parser.error("-n takes 1 or more, --seed 0 or more")
+    if args.setup == "stories":
+        given = [k for k in ("task", "c", "q") if getattr(args, k) is not None]
+        if given:
+            parser.error(f"--{given[0]} is not for stories")
+        if args.operand not in (None, *FEATURES):
+            parser.error(f"--operand {args.operand}: stories have {', '.join(FEATURES)}")
+        return look_at_stories(args)
+    args.c = "natural" if args.c is None else args.c
     known, operand = sc.order[0], args.operand or sc.order[0]
     pair = (known, sc.order[1] if operand == known else operand)
     q = default_q(sc, pair) if args.q is None else args.q
-    if args.n < 1 or args.seed < 0:
-        parser.error("-n takes 1 or more, --seed 0 or more")
     if args.task and args.task not in sc.tasks:
         parser.error(f"--task {args.task}: {args.setup} has {', '.join(sc.tasks)}")
     if operand not in sc.operands:
@@ -704,6 +1387,20 @@ def main():
             x = r[:, i].double()
             print(f"  r({letter}): mean {x.mean():.2f}, s.d. {x.std():.2f}, always the commonest answer "
                   f"{majority_floor(r[:, i]):.1%}, best guess from r({pair[1 - i]}) {cross_floor(r[:, i], r[:, 1 - i]):.1%}")
+
+
+def look_at_stories(args):
+    """main() for stories: records as the model reads them, and which features the rule finds in them."""
+    corpus, g = StoryCorpus(), rng(args.seed, "look")
+    for r in corpus.draw(args.n, g, args.operand, args.operand and True):
+        ids, start, stop = story_ids(r, corpus.tokenizer)
+        text, answer = corpus.tokenizer.decode(ids[1:]), names_of(read_story(corpus.tokenizer.decode(ids[start:stop])))
+        if args.json:
+            print(json.dumps({"setup": "stories", "task": "story", "operand": args.operand, "operand2": None, "text": text,
+                              "answer": answer, "correlated": None,
+                              "tokens": [corpus.tokenizer.decode([i]) for i in ids]}))
+        else:
+            print(f"{text}\n  {len(ids)} tokens; by the rule it has: {', '.join(answer) or 'none of the features'}\n")
 
 
 def look(sc, task, operand, c, pair, q, g):

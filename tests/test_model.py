@@ -1,16 +1,17 @@
 """
 What model.py promises: a causal GPT whose activations can be read and replaced by name, edits that undo themselves bit
-for bit, and checkpoints that come back as they were.
+for bit, checkpoints that come back as they were, and generation that a slow loop over full forward passes agrees with.
 """
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 import data
 import model as model_py
-from model import GPT, Config, UserError, activation_edits, activation_names, activations, load, save, weight_edits
+from model import (GPT, Cache, Config, UserError, activation_edits, activation_names, activations, choose, generate,
+                   load, rotate, rotation, save, weight_edits)
 
 # Every size differs, so that a mixed-up dimension shows: d_head is not d_model / n_head, d_mlp is not 4 d_model.
 CONFIG = Config(vocab_size=29, n_ctx=17, n_layer=3, n_head=2, d_model=20, d_head=6, d_mlp=28)
@@ -122,6 +123,237 @@ def test_initialisation():
         else:
             sd = .02 / math.sqrt(6) if name.endswith(("attn.out.weight", "down.weight")) else .02
             assert abs(p.std() / sd - 1) < 4 / math.sqrt(2 * p.numel()), name
+
+
+# ---------------------------------------------------------------- rotary positions, tied weights
+
+STORY = replace(CONFIG, rotary=True, tied=True, words=tuple(f"w{i}" for i in range(29)))
+
+
+def loud(config):
+    """A model of this shape with weights far from their quiet start, as the fixture `model`."""
+    g, gpt = torch.Generator().manual_seed(5), GPT(config)
+    for p in gpt.parameters():
+        p.data.normal_(0, .3, generator=g)
+    return gpt
+
+
+@torch.no_grad()
+def test_rotary_by_hand(tokens):
+    """Pair (i, i + e/2) of q and k at position t, as a complex number, is turned by the angle t / 10000^(2i/e)."""
+    gpt, seen = loud(STORY), {}
+    cache = activations(gpt, tokens, ["blocks.0.resid_pre", "blocks.0.attn.q", "blocks.0.attn.k"])[1]
+    with activation_edits(gpt, {"embed": lambda x: seen.update(x=x)}):
+        gpt(tokens)
+    assert torch.equal(seen["x"], gpt.tok.weight[tokens]), "no learned positions"
+    block = gpt.blocks[0]
+    plain = block.attn.qkv(block.ln1(seen["x"])).view(N, T, 3, H, E)
+    for part, name in enumerate("qk"):
+        for n, h, t in ((0, 0, 0), (1, 1, 5), (4, 0, T - 1)):
+            x, y = plain[n, t, part, h].tolist(), cache[f"blocks.0.attn.{name}"][n, h, t].tolist()
+            for i in range(E // 2):
+                angle = t / 10000 ** (2 * i / E)
+                turned = complex(x[i], x[i + E // 2]) * complex(math.cos(angle), math.sin(angle))
+                assert abs(turned - complex(y[i], y[i + E // 2])) < 1e-5
+
+
+@torch.no_grad()
+def test_rotary_scores_depend_on_distance_only(tokens):
+    """Scores of the same vectors 100 positions later are the same; at other distances they are not."""
+    q, k = torch.randn(2, N, H, T, E, generator=torch.Generator().manual_seed(6))
+
+    def scores(q_at, k_at):
+        return rotate(q, rotation(q_at, E)) @ rotate(k, rotation(k_at, E)).transpose(-1, -2)
+
+    t = torch.arange(T)
+    assert torch.allclose(scores(t, t), scores(t + 100, t + 100), atol=1e-4)
+    assert not torch.allclose(scores(t, t), scores(t + 1, t), atol=.1)
+    assert torch.allclose(rotate(q, rotation(t, E)).norm(dim=-1), q.norm(dim=-1), atol=1e-5)
+    gpt = loud(STORY)
+    assert torch.allclose(gpt(tokens[:, :1].expand(N, 5))[:, 0], gpt(tokens[:, :1].expand(N, 5))[:, 4], atol=1e-5), \
+        "a constant sequence looks the same from everywhere"
+    assert not torch.allclose(gpt(tokens)[:, -1], gpt(tokens[:, [1, 0, *range(2, T)]])[:, -1], atol=1e-3), \
+        "and order matters"
+
+
+@torch.no_grad()
+def test_rotary_model_at_one_position_and_with_eyes_on_the_pattern(tokens):
+    gpt = loud(STORY)
+    full = gpt(tokens)
+    for at in (0, 4, T - 1):
+        assert torch.allclose(gpt(tokens, at), full[:, at], atol=1e-5)
+        assert torch.allclose(activations(gpt, tokens, at=at)[0], full[:, at], atol=1e-5)
+    logits, cache = activations(gpt, tokens)
+    assert torch.allclose(logits, full, atol=1e-5) and list(cache) == activation_names(gpt)
+
+
+def test_tied_weight_is_one_parameter(tokens):
+    """One tensor under two names: counted once, trained by both its uses, drawn once."""
+    gpt = GPT(STORY).init_weights(torch.Generator().manual_seed(3))
+    names = dict(gpt.named_parameters())
+    assert gpt.pos is None and not any(name.startswith(("pos", "head")) for name in names)
+    assert sum(p.numel() for p in gpt.parameters()) == sum(
+        p.numel() for p in GPT(CONFIG).parameters()) - 17 * D - 29 * D
+    assert abs(gpt.tok.weight.std() / .02 - 1) < 4 / math.sqrt(2 * 29 * D)
+    untied = GPT(replace(STORY, tied=False))
+    untied.load_state_dict(gpt.state_dict())
+    for m in (gpt, untied):
+        m(tokens).square().sum().backward()
+    both = untied.tok.weight.grad + untied.head.weight.grad
+    assert torch.allclose(gpt.tok.weight.grad, both, rtol=1e-4, atol=1e-6)
+    before, optimizer = gpt.tok.weight.clone(), torch.optim.AdamW(gpt.parameters())
+    optimizer.step()
+    assert gpt.head.weight is gpt.tok.weight and not torch.equal(gpt.head.weight, before)
+    assert len(optimizer.param_groups[0]["params"]) == len(names)
+    torch.manual_seed(99)
+    again = GPT(STORY).init_weights(torch.Generator().manual_seed(3))
+    assert torch.equal(again.tok.weight, before)
+
+
+@pytest.mark.parametrize("wrong", [{"d_head": 5}, {"n_out": 7}, {"train_head": False}])
+def test_impossible_story_models(wrong):
+    with pytest.raises(ValueError, match="rotary|tied"):
+        GPT(replace(STORY, **wrong))
+
+
+# ---------------------------------------------------------------- generation
+
+SHAPES_THAT_GENERATE = {"story": STORY, "learned": CONFIG, "rotary": replace(CONFIG, rotary=True),
+                        "tied": replace(CONFIG, tied=True), "one block": replace(STORY, n_layer=1)}
+PROMPTS = [[3, 7, 1, 4, 4], [9], [28, 2, 11], [5, 6, 7, 8, 9, 10, 11, 12], [1, 2]]
+
+
+@pytest.fixture(params=SHAPES_THAT_GENERATE)
+def generator(request):
+    return loud(SHAPES_THAT_GENERATE[request.param])
+
+
+def slow_greedy(gpt, prompt, most, end):
+    """The reference: one row, the whole forward for every token."""
+    row = list(prompt)
+    while len(row) < min(len(prompt) + most, gpt.config.n_ctx):
+        token = gpt(torch.tensor([row]))[0, -1].argmax().item()
+        if token == end:
+            break
+        row.append(token)
+    return row[len(prompt):]
+
+
+def left_padded(rows):
+    """(tokens (n, longest), paddings (n,)); the paddings are a token that would be seen if it were looked at."""
+    longest = max(map(len, rows))
+    pads = [longest - len(row) for row in rows]
+    return torch.tensor([[13] * pad + row for pad, row in zip(pads, rows)]), torch.tensor(pads)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("eyes", [False, True])
+def test_cached_logits_are_those_of_the_full_forward(generator, tokens, eyes):
+    """Prompts of unequal lengths, then tokens one by one and two at once, and rows dropped on the way."""
+    lengths, rows = [5, 1, 3, 8, 2], list(range(N))
+    prompts, pads = left_padded([tokens[i, :length].tolist() for i, length in enumerate(lengths)])
+    full, cache = generator(tokens), Cache(generator, pads, 8 + 5)
+    edits = {name: lambda x: None for name in activation_names(generator) if eyes}  # attention spelt out, or not
+    with activation_edits(generator, edits):
+        logits = generator(prompts, cache=cache)
+        for i, length in enumerate(lengths):
+            assert torch.allclose(logits[i, 8 - length:], full[i, :length], atol=1e-5)
+        assert not logits.isnan().any()
+        for step, t in enumerate((1, 1, 2, 1)):
+            places = torch.tensor([lengths[i] for i in rows])[:, None] + torch.arange(t)
+            logits = generator(tokens[torch.tensor(rows)[:, None], places], cache=cache)
+            assert torch.allclose(logits, full[torch.tensor(rows)[:, None], places], atol=1e-5)
+            lengths = [length + t for length in lengths]
+            if step in (0, 2):
+                keep = torch.tensor([i not in (1, 3) for i in rows]) if step == 0 else torch.tensor([False, True, True])
+                rows = [i for i, stays in zip(rows, keep.tolist()) if stays]
+                cache.keep(keep)
+    whole = generator(prompts, cache=Cache(generator, pads, 8))
+    assert torch.allclose(generator(prompts, at=7, cache=Cache(generator, pads, 8)), whole[:, 7], atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("most", [0, 1, 6, 100])
+def test_greedy_generation_equals_the_slow_loop(generator, most):
+    """Row by row, with an end token that some rows reach and others do not; alone as in a batch; lists as tensors."""
+    free = [slow_greedy(generator, p, most, -1) for p in PROMPTS]
+    assert generate(generator, PROMPTS, most, None, temperature=0, end=-1) == free
+    assert [len(row) for row in free] == [min(most, 17 - len(p)) for p in PROMPTS]
+    for end in {token for row in free for token in row}:
+        expected = [slow_greedy(generator, p, most, end) for p in PROMPTS]
+        assert generate(generator, PROMPTS, most, None, temperature=0, end=end) == expected
+        assert expected == [row[:row.index(end)] if end in row else row for row in free]
+        assert all(generate(generator, [torch.tensor(p)], most, None, temperature=0, end=end) == [row]
+                   for p, row in zip(PROMPTS, expected))
+
+
+def test_generation_stops_work_early(monkeypatch):
+    """No step is computed when all rows have ended, and ended rows leave the batch when they are half of it."""
+    gpt, batches, ends = loud(STORY), [], {(2, 0), (3, 1), (5, 0), (6, 0)}  # (step, row of the batch)
+
+    def scripted(logits, *_):
+        batches.append(len(logits))
+        return torch.tensor([0 if (len(batches), row) in ends else 5 for row in range(len(logits))])
+
+    monkeypatch.setattr(model_py, "choose", scripted)
+    assert [len(row) for row in generate(gpt, [[1], [2], [3], [4]], 9, torch.Generator())] == [1, 2, 4, 5]
+    assert batches == [4, 4, 4, 2, 2, 1]
+
+
+def test_generation_of_what_cannot_be():
+    with pytest.raises(ValueError, match="causal"):
+        generate(loud(replace(CONFIG, causal=False)), PROMPTS, 3, None, temperature=0)
+    for prompts in ([[1], []], [[1] * 18]):
+        with pytest.raises(ValueError, match="1 to 17 tokens"):
+            generate(loud(STORY), prompts, 3, None, temperature=0)
+    assert generate(loud(STORY), [], 3, None) == []
+    assert generate(loud(STORY), [[1] * 17], 3, None, temperature=0) == [[]]
+    assert [len(row) for row in generate(loud(CONFIG), [[1] * 17, [1]], 3, None, temperature=0, end=-1)] == [0, 3]
+
+
+def test_generation_asks_for_signals(monkeypatch):
+    monkeypatch.setattr(model_py, "_signal", [2])
+    with pytest.raises(model_py.Stopped):
+        generate(loud(STORY), PROMPTS, 3, torch.Generator())
+
+
+@torch.no_grad()
+def test_sampling_follows_the_softmax():
+    """Over 8,000 rows: frequencies are the softmax's, at temperatures 1 and .5 and over the top_k likeliest."""
+    gpt, n = loud(replace(STORY, d_model=6)), 8_000
+    logits = gpt(torch.tensor([[3, 7]]))[0, -1]
+    for temperature, top_k in ((1., 0), (.5, 0), (1., 4), (2., 99)):
+        kept = logits.clone()
+        if top_k in range(1, 29):
+            kept[logits.argsort(descending=True)[top_k:]] = -torch.inf
+        p = (kept / temperature).softmax(-1)
+        assert p.max() < .95
+        rows = generate(gpt, [[3, 7]] * n, 1, torch.Generator().manual_seed(8), temperature, top_k, end=-1)
+        counts = torch.bincount(torch.tensor(rows)[:, 0], minlength=29)
+        assert (counts[p == 0] == 0).all()
+        assert ((counts / n - p).abs() <= 4.5 * (p * (1 - p) / n).sqrt() + 1e-4).all()
+
+
+def test_choose_by_hand():
+    """u falls into the cumulative distribution; tokens of no probability are never chosen, at either end."""
+    logits = torch.tensor([[-torch.inf, math.log(.25), math.log(.5), math.log(.25), -torch.inf]])
+    for u, token in ((0., 1), (.2, 1), (.26, 2), (.7, 2), (.8, 3), (1 - 2 ** -24, 3)):
+        assert choose(logits, torch.tensor([u])).tolist() == [token]
+    assert choose(logits, None, temperature=0).tolist() == [2]
+    assert [choose(logits, torch.tensor([u]), 1., 1).tolist() for u in (0., .99)] == [[2], [2]]
+
+
+def test_samples_depend_on_the_seed_and_not_on_who_ends_when():
+    """The same seed, the same rows; a row draws the same numbers whether or not others have left the batch."""
+    gpt = loud(STORY)
+
+    def sample(seed, **kw):
+        return generate(gpt, PROMPTS, 9, torch.Generator().manual_seed(seed), top_k=20, **kw)
+
+    free = sample(1, end=-1)
+    assert sample(1, end=-1) == free != sample(2, end=-1)
+    for end in {token for row in free for token in row}:
+        assert sample(1, end=end) == [row[:row.index(end)] if end in row else row for row in free]
 
 
 # ---------------------------------------------------------------- activations
@@ -320,6 +552,32 @@ def test_checkpoint_round_trip(model, tokens, tmp_path):
     assert {k: read[k] for k in ckpt if k not in ("model", "optimizer")} == \
         {k: ckpt[k] for k in ckpt if k not in ("model", "optimizer")}
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_checkpoint_of_a_story_model(tokens, tmp_path):
+    """Rotary and tied: the weights are one tensor again, the optimizer goes on, the words are there."""
+    gpt = loud(STORY)
+    ckpt = checkpoint(gpt)
+    save(tmp_path / "x.pt", ckpt)
+    again, read = load(tmp_path / "x.pt")
+    assert again.config == STORY and again.head.weight is again.tok.weight and same(again, copy_of(gpt))
+    with torch.no_grad():
+        assert torch.equal(again(tokens), gpt(tokens))
+    optimizer = torch.optim.AdamW(again.parameters())
+    model_py.restore(optimizer, read)
+    assert len(optimizer.state) == len(list(gpt.parameters()))
+    save(tmp_path / "y.pt", {**ckpt, "config": {**asdict(STORY), "rotary": False}})
+    with pytest.raises(UserError, match="weights do not fit"):
+        load(tmp_path / "y.pt")
+
+
+def test_checkpoints_from_before_there_were_stories(model, tokens, tmp_path):
+    """A config without the newer fields is that of a model with learned positions and its own output map."""
+    config = {k: v for k, v in asdict(CONFIG).items() if k not in ("rotary", "tied", "words")}
+    save(tmp_path / "x.pt", checkpoint(model, config=config))
+    again, _ = load(tmp_path / "x.pt")
+    with torch.no_grad():
+        assert again.config == CONFIG and torch.equal(again(tokens), model(tokens))
 
 
 def test_unfinished_checkpoints_are_loaded_on_request_only(model, tmp_path):
