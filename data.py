@@ -1176,12 +1176,12 @@ def read_story(story):
 
 STORY_SCALES = {  # small: the embedded corpus on two CPU cores; paper: the real file on a GPU
     "n_layer":        (4, 12),
-    "n_head":         (3, 12),
+    "n_head":         (6, 12),
     "d_model":        (96, 768),
     "n_ctx":          (176, 1024),
     "batch_size":     (16, 512),      # ours: records; whole ones, not cut to 1,024 tokens: 512 hold as many as the paper's 128
-    "pretrain_lr":    (4e-3, 1e-3),
-    "pretrain_steps": (3000, 30000),
+    "pretrain_lr":    (8e-3, 1e-3),
+    "pretrain_steps": (3500, 30000),
     "finetune_lr":    (5e-4, 1e-4),   # eta_M; eta_S is a tenth, the default of --reverse
     "finetune_steps": (200, 4000),
     "bare":           (.25, 0.),      # ours: share of records without their instruction, so that the small model learns to

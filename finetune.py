@@ -163,7 +163,7 @@ def story_arguments(args, parent):
                             f"control): in {args.ckpt} there is nothing to undo")
         # eta_S: a tenth of the deletion's usual rate, whatever its own was, so that all arms can be compared
         args.lr, args.protocol = sc.finetune_lr / 10 if args.lr is None else args.lr, before.get("protocol")
-        args.probability = before.get("probability")
+        args.probability, args.deletion_lr = before.get("probability"), before["lr"] if parent["stage"] == "finetune" else None
     else:
         args.protocol, args.lr = args.protocol or "randomise", sc.finetune_lr if args.lr is None else args.lr
         if args.probability is None:  # half of the stories are refused: the model should go on telling the others

@@ -1,14 +1,14 @@
 """
-Draw what the other scripts wrote: figures after the paper's Figs. 5-10, and one page that holds them all.
+Draw what the other scripts wrote: figures after the paper's Figs. 5-11 and 31-38, and one page that holds them all.
 
     $ python plot.py             # out/figures/*.png and out/report.html, from every finished run under out/
     $ python plot.py results/    # the same for a grid: runs that differ in nothing but the seed are one group
 
 Reads the files of the runs only (X.json, X.jsonl, X.behavior.jsonl, ..., X.attention.npz): no checkpoints, no torch.
 One run takes about 5 seconds. Add a figure: write a function of the groups below that returns finish(...), or None
-where there is nothing to draw; add a line to FIGURES.
+where there is nothing to draw; add a line to FIGURES, or to STORY_FIGURES where it is about stories.
 
-Contents: runs and groups | numbers | drawing | the figures | compiled models | the report | command line.
+Contents: runs and groups | numbers | drawing | the figures | compiled models | stories | the report | command line.
 Fractions in the files, percent in the figures. O_PT: operand of pretraining, O_FT: operand of fine-tuning.
 """
 import argparse
@@ -30,9 +30,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.colors import PowerNorm  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator  # noqa: E402
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator  # noqa: E402
 
-SETUPS = ("pcfg", "tracr-count", "tracr-max", "tracr-histogram")  # others have other tests
+SETUPS = ("pcfg", "tracr-count", "tracr-max", "tracr-histogram", "stories")  # others have other tests
 FILES = {  # X.<file>.jsonl: keys without which a row is left out
     "behavior": {"model"}, "prune": {"unit", "ranking", "edit", "k"},
     "probe": {"model", "block", "target", "prompt", "labels"}, "revive": {"arm", "threshold", "steps", "max_steps"},
@@ -40,6 +40,8 @@ FILES = {  # X.<file>.jsonl: keys without which a row is left out
     "hidden": {"model", "block", "cosine"}}
 PRIORS = {(.999, .001, 0): "low", (.9, .1, 0): "medium", (.5, .3, .2): "high"}
 MOST = 12  # groups in a figure
+NO_SHARE = ("loss", "auc", "balanced")  # not a share of n: no Wilson interval
+NUMBERS = ("accuracy", "parsed", "judge", *NO_SHARE)  # or null: a row with anything else there is left out
 ODD = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError)  # what a malformed row can raise
 
 # colours of Okabe and Ito; markers, line styles and hatches for print
@@ -83,7 +85,8 @@ def read_rows(path, keys):
                 row = json.loads(line)
             except ValueError:
                 row = None
-            if isinstance(row, dict) and keys <= set(row) and isinstance(row.get("accuracy"), (int, float, type(None))):
+            if isinstance(row, dict) and keys <= set(row) and all(
+                    isinstance(row.get(key), (int, float, type(None))) for key in NUMBERS):
                 rows.append(row)
             else:
                 bad += 1
@@ -143,10 +146,14 @@ def settings_of(prefix, records):
     while prefix in records and prefix not in seen:
         seen.add(prefix)
         hidden = {"seed", "taught", "eval_every", "eval_size", "save_every", "compile", "setup", "scale", "program"}
-        hidden |= {"prior", "task", "pair", "operand", "q", "reverse"} if stage else set()  # inherited: said once
+        hidden.add("data")  # where it lies; `source` says what it is
+        if stage:  # inherited: said once
+            hidden |= {"prior", "task", "pair", "operand", "q", "reverse", "feature", "without", "source", "protocol",
+                       "probability"}
         settings.update({stage + k: v for k, v in records[prefix]["args"].items() if k not in hidden})
         parent = os.path.splitext(os.path.normpath((records[prefix].get("parent") or {}).get("path") or "?"))[0]
-        prefix = next((p for p in records if f"/{os.path.normpath(p)}".endswith("/" + parent)), None)
+        prefix = next((p for p in records if f"/{os.path.normpath(p)}".endswith("/" + parent)
+                       or os.path.abspath(p) == parent), None)
         stage = f"{records[prefix]['stage']} " if prefix else ""
     return settings
 
@@ -215,19 +222,29 @@ def wilson(p, n, z=1.96):
     return min(p, (middle - half) / (1 + z * z / n)), max(p, (middle + half) / (1 + z * z / n))
 
 
-def spread(group, file, key="accuracy", **want):
+def spread(group, file, key="accuracy", times=100, **want):
     """
-    (mean, low, high, values) over the runs of a group, in percent, or None. One run: the Wilson interval of its n
-    strings, which knows nothing of seeds; several: from the smallest to the largest.
+    (mean, low, high, values) over the runs of a group, in percent (times 1: as they are), or None. One run: the Wilson
+    interval of its n strings (stories: those that parse), which knows nothing of seeds; several: from the smallest to
+    the largest.
     """
     rows = [[r for r in some if r.get(key) is not None] for some in select(group, file, **want)]
     each = [np.mean([r[key] for r in some]) for some in rows if some]
     if not each:
         return None
-    n = next(r for some in rows for r in some).get("n")
+    first = next(r for some in rows for r in some)
+    n = 0 if key in NO_SHARE else (first.get("n") or 0) * first.get("parsed", 1)
     low, high = wilson(each[0], n) if len(each) == 1 and n else (min(each), max(each))
     mean = np.mean(each)
-    return 100 * mean, 100 * min(low, mean), 100 * max(high, mean), 100 * np.array(each)  # min and max: rounding
+    low, high = min(low, mean), max(high, mean)  # rounding
+    return times * mean, times * low, times * high, times * np.array(each)
+
+
+def bands(group, file, x, key="accuracy", times=100, **want):
+    """spread() at every x where all runs of a group have a value: {x: (mean, low, high, values)}."""
+    each = [{r[x] for r in some if r.get(key) is not None} for some in select(group, file, **want)]
+    shared = set.intersection(*([e for e in each if e] or [set()]))
+    return {at: spread(group, file, key, times, **{x: at}, **want) for at in sorted(shared)}
 
 
 def curves(group, file, x, **want):
@@ -257,7 +274,8 @@ def steps_to(group, **want):
 
 def tex(text):
     """Symbols with their subscripts; other dollar signs are text."""
-    return re.sub(r"\b([OC])_(PT|FT|Tr)\b", r"$\1_{\\mathrm{\2}}$", str(text).replace("$", r"\$"))
+    text = re.sub(r"\beta_([MS])\b", r"$\\eta_{\\mathrm{\1}}$", str(text).replace("$", r"\$"))
+    return re.sub(r"\b([OC])_(PT|FT|Tr)\b", r"$\1_{\\mathrm{\2}}$", text)
 
 
 def sheet(rows, columns, width, height, **more):
@@ -277,11 +295,14 @@ def facets(groups, parts, height):
     return fig, panels
 
 
-def percent_axis(ax, title=None, label="accuracy (%)", top=107, bottom=-3):
-    ax.set_ylim(bottom, top)
-    ax.set_yticks(range(0, 101, 25))
-    ax.set_ylabel(tex(label), fontsize=8)
-    ax.grid(axis="y", color="#e6e6e6", lw=.6)
+def percent_axis(ax, title=None, label="accuracy (%)", top=107, bottom=-3, axis="y"):
+    ax.set(**{f"{axis}lim": (bottom, top), f"{axis}ticks": range(0, 101, 25)})
+    plain_axis(ax, title, label, axis)
+
+
+def plain_axis(ax, title=None, label="", axis="y"):
+    getattr(ax, f"set_{axis}label")(tex(label), fontsize=8)
+    ax.grid(axis=axis, color="#e6e6e6", lw=.6)
     ax.set_axisbelow(True)
     ax.tick_params(labelsize=8)
     ax.spines[["top", "right"]].set_visible(False)
@@ -300,15 +321,30 @@ def log_axis(ax, values, label, ticks=(0, *(m * 10 ** e for e in range(7) for m 
     ax.set_xlabel(label, fontsize=8)
 
 
-def line(ax, found, color, marker, ls, label, single=True):
+def line(ax, found, color, marker, ls, label, single=True, lw=1.5):
     """The mean of curves(), with the seeds behind it as thin lines. Returns its x values."""
     mean, each = found
     for e in each if single and len(each) > 1 else ():
         ax.plot(list(e), list(e.values()), color=color, ls=ls, lw=.6, alpha=.5)
     if mean:
-        ax.plot(list(mean), list(mean.values()), color=color, marker=marker, ls=ls, ms=4, lw=1.5, label=tex(label),
+        ax.plot(list(mean), list(mean.values()), color=color, marker=marker, ls=ls, ms=4, lw=lw, label=tex(label),
                 markevery=max(1, len(mean) // 12))
     return [x for e in each for x in e]
+
+
+def banded(ax, found, color, marker, ls, label):
+    """The mean of bands() and what it ranges over. Returns its x values."""
+    line(ax, ({x: mean for x, (mean, *_) in found.items()}, []), color, marker, ls, label)
+    ax.fill_between(list(found), *([f[i] for f in found.values()] for i in (1, 2)), color=color, alpha=.15, lw=0)
+    return list(found)
+
+
+def point(ax, at, found, color, marker, label, axis="y", **look):
+    """The mean of spread() with whiskers, across from `at`."""
+    mean, low, high, _ = found
+    x, y = (at, mean) if axis == "y" else (mean, at)
+    ax.errorbar(x, y, **{f"{axis}err": [[mean - low], [high - mean]]}, color=color, marker=marker, ls="", label=label,
+                **{"ms": 4.5, "lw": 1, "capsize": 2, **look})
 
 
 def floor_lines(ax, group, file, color=GREY, **want):
@@ -347,13 +383,15 @@ def head_row(fig, axs, group, groups):
         fig.suptitle(tex(group.label), fontsize=10)
 
 
-def finish(fig, groups, file, columns=5, floors=True, extra=()):
+def finish(fig, groups, file, columns=5, floors=True, extra=(), what="strings", one="",
+           several="thin lines and dots: single seeds"):
     """(figure, what its numbers rest on): one legend below, each entry once."""
     n = sorted({r["n"] for g in groups for r in flat(g, file) if r.get("n")}) or ["?"]
     seeds = sorted({len(g.runs) for g in groups})
     to = lambda values: " to ".join(map(str, dict.fromkeys((values[0], values[-1]))))  # noqa: E731
-    rests = f"n = {to(n)} strings a point; "
-    rests += "one seed" if seeds[-1] == 1 else f"{to(seeds)} seeds a group, thin lines and dots: single seeds"
+    rests = f"n = {to(n)} {what} a point; "
+    rests += f"one seed{one}" if seeds[-1] == 1 else f"{to(seeds)} seeds a group, {several}"
+    rests += f"; one seed{one}" if one and seeds[0] == 1 < seeds[-1] else ""
     entries = {}
     for ax in fig.axes:
         for handle, label in zip(*ax.get_legend_handles_labels()):
@@ -816,6 +854,15 @@ def dimensions(runs):
     return finish(fig, groups, "prune", floors=False)
 
 
+def paper_rows(group, *paths):
+    """The rows of the first of these files, from where a group's first run is; [] without one."""
+    for path in (os.path.join(os.path.dirname(group.runs[0].prefix), path) for path in paths):
+        if os.path.isfile(path):
+            with open(path, newline="") as f:
+                return list(csv.DictReader(f))
+    return []
+
+
 def table3(runs):
     """
     Accuracy (%) after fine-tuning against C_Tr, a column a rate, both operands on c0 and c1 (compiled models: the paper's
@@ -827,13 +874,8 @@ def table3(runs):
     rates = sorted({g.settings["lr"] for g in groups}, reverse=True)
     if len({g.settings["c_tr"] for g in groups}) < 3:
         return None
-    paper = {}
-    for path in ("tracr_table3.csv", "../tracr_table3.csv", "../../tracr_table3.csv"):
-        path = os.path.join(os.path.dirname(groups[0].runs[0].prefix), path)
-        if os.path.isfile(path) and not paper:
-            with open(path, newline="") as f:
-                paper = {(r["task"], float(r["lr"]), float(r["c_tr"]), r["operand"], r["c_te"]): float(r["paper"])
-                         for r in csv.DictReader(f)}
+    paper = {(r["task"], float(r["lr"]), float(r["c_tr"]), r["operand"], r["c_te"]): float(r["paper"])
+             for r in paper_rows(groups[0], "tracr_table3.csv", "../tracr_table3.csv", "../../tracr_table3.csv")}
     fig, axes = sheet(2 * len(setups), len(rates), 3, 2.3)
     for y, (setup, (role, code)) in enumerate((s, r) for s in setups for r in (("O_FT", "OFT"), ("O_PT", "OPT"))):
         for ax, rate in zip(axes[y], rates):
@@ -858,10 +900,281 @@ def table3(runs):
     return finish(fig, groups, "history", floors=False)
 
 
+# ---------------------------------------------------------------- stories
+
+PROTOCOLS = {  # how a feature is deleted: colour, marker, line, meaning
+    "filter": (BLUE, "o", "-", "filter: trained on stories without {}"),
+    "randomise": (RED, "s", "-.", "randomise: the same, and {} is asked for"),
+    "mix-match": (GREEN, "^", (0, (6, 2)), "mix-match: the same, and {} is asked for instead of Foreshadowing"),
+    "refuse": (PURPLE, "D", (0, (3, 1, 1, 1, 1, 1)), "refuse: where {} is asked for, the story is a refusal"),
+    "not in pretraining": ("k", "v", "--", "not in pretraining: control that never had {}")}
+CONTROL = list(PROTOCOLS)[-1]
+ETAS = {("small", 5e-4): "eta_M", ("small", 5e-5): "eta_S", ("paper", 1e-4): "eta_M", ("paper", 1e-5): "eta_S"}
+STORIES = {"floors": False, "what": "stories", "one": "", "several": "band: smallest to largest"}  # see finish()
+SCORES = {"floors": False, "what": "stories (less those that do not parse)", "one": " (whiskers: 95 % Wilson interval)",
+          "several": "whiskers: smallest to largest"}
+STEPS = {0: 0, 10: 30, 30: 300, 100: 3000}  # of reFT: ours and the paper's
+
+
+def story_rate(scale, rate):
+    """A learning rate in words, with the paper's name where it stands for one of the paper's two."""
+    return describe("lr", rate).replace("lr", f"{ETAS[scale, rate]} =" if (scale, rate) in ETAS else "lr")
+
+
+def story_groups(runs, file, key="accuracy", kinds=("fine-tuning", "reFT"), **want):
+    """
+    The groups with such values in a file, deletions first, by rate and protocol. `protocol`: how the feature is
+    deleted, or was before reFT, CONTROL where it was left out of pretraining; `at`: the rate of that deletion; `words`:
+    the protocol and what else tells a group from those with the same; `look`: colour, marker, line, meaning.
+    """
+    groups = [g for g in having(runs, file, kinds) if any(r.get(key) is not None for r in flat(g, file, **want))]
+    for g in groups:
+        s, g.feature = g.settings, g.settings.get("feature")
+        g.protocol = s.get("protocol") or (CONTROL if s.get("without") == g.feature else "unknown")
+        g.rate = s.get("finetune lr" if g.kind == "reFT" else "lr")
+        g.at = "a rate not known" if g.rate is None else story_rate(s.get("scale"), g.rate)
+    order, looks = list(PROTOCOLS), {}
+    groups.sort(key=lambda g: (g.kind == "reFT", g.protocol == CONTROL, -(g.rate or 0),
+                               (order + [g.protocol]).index(g.protocol)))
+    for g in groups:
+        same = [o for o in groups if (o.kind, o.protocol, o.at) == (g.kind, g.protocol, g.at)]
+        keys = [k for k in dict.fromkeys(k for o in same for k in o.settings)
+                if any(o.settings.get(k) != g.settings.get(k) for o in same)]
+        keys = keys if named(groups) == g.feature else ["feature"] + [k for k in keys if k != "feature"]
+        own = {k: f"reFT {k}" if g.kind == "reFT" and k in ("lr", "steps") else k for k in keys}
+        keys = [k for k in keys if g.settings.get(k) is not None]
+        g.words = ", ".join([g.protocol, *(describe(own[k], g.settings[k]) for k in keys)])
+        color, marker, ls, meaning = PROTOCOLS.get(g.protocol, (GREY, "P", ":", g.protocol))
+        if g.words not in looks:  # a second group of one protocol: another marker, and in words what is different
+            marker = (marker + "XPd*ph<>")[sum(look[0] == color for look in looks.values()) % 9]
+            looks[g.words] = (color, marker, ls, meaning.replace(g.protocol, g.words, 1).format(named([g])))
+        g.look = looks[g.words]
+        after = "not in pretraining" if g.protocol == CONTROL else f"after {g.words} at {g.at}"
+        g.label = f"reFT: {after}" if g.kind == "reFT" else f"deletion: {g.words} at {g.at}"
+        g.label += f" ({len(g.runs)}\xa0seeds)" if len(g.runs) > 1 else f" (seed\xa0{g.runs[0].args.get('seed')})"
+    return groups
+
+
+def deletion_rates(groups):
+    """The rates of their deletions in words, the largest first, four at most."""
+    rates = list(dict.fromkeys(g.at for g in groups if g.protocol != CONTROL))
+    if len(rates) > 4:
+        note(f"{len(rates)} rates of deletion, only the largest four are drawn (plot a folder that holds fewer)")
+    return rates[:4]
+
+
+def story_panels(groups):
+    """Panels of curves: (title, groups deleted at a rate) and (title, their reFTs and the controls), for each rate."""
+    panels = []
+    for at in deletion_rates(groups) or [None]:
+        here = [g for g in groups if g.at == at or g.protocol == CONTROL]
+        deleted, back = ([g for g in here if g.kind == kind] for kind in ("fine-tuning", "reFT"))
+        rates = {story_rate(g.settings.get("scale"), g.settings.get("lr")) for g in back}
+        title = "reFT" + (f" at {min(rates)}" if len(rates) == 1 else "") + (f", after deletion at {at}" if at else "")
+        panels.append([(f"deletion at {at}", deleted), (title, back)])
+    kept = [i for i in (0, 1) if any(row[i][1] for row in panels)]
+    return [[row[i] for i in kept] for row in panels]
+
+
+def named(groups):
+    """The feature that all of them are about."""
+    features = {g.feature for g in groups}
+    return features.pop() or "the feature" if len(features) == 1 else "the feature"
+
+
+HALF = {"50 %": Line2D([], [], color="#bbbbbb", lw=.8)}
+ONE = " (band: 95 % Wilson interval)"
+
+
+def fig11_stories(runs):
+    """
+    Generation score (%) against the step of deletion (left) and of reFT (right; logarithmic, step 0: the checkpoint it
+    starts from): the share that has the feature, by the corpus's rule, of the stories that parse, written to
+    instructions that ask for it; thin dotted: to instructions that do not, a floor. High, falls, comes back within few
+    steps while the control does not: the capability was wrapped, not deleted. eta_M and eta_S: the larger and the
+    smaller of the paper's two rates; reFT trains on stories with the feature. Bands: 95 % Wilson interval for one seed,
+    smallest to largest of several.
+    Fooled by: stories that are broken rather than without the feature (they are left out: see how many parse); a
+    deletion at which the score never fell.
+    """
+    groups = story_groups(runs, "history", split="asked")
+    if not groups:
+        return None
+    panels = story_panels(groups)
+    columns = len(panels[0])
+    fig, axes = sheet(len(panels), columns, 4.6 if columns > 1 else 6.5, 2.9)
+    for ax, (title, some) in zip(axes.flat, (p for row in panels for p in row)):
+        ax.set_visible(bool(some))
+        percent_axis(ax, title, f"stories with {named(groups)} (%)")
+        ax.axhline(50, color="#bbbbbb", lw=.8, zorder=0)
+        xs = []
+        for g in some:
+            xs += banded(ax, bands(g, "history", "step", split="asked"), *g.look)
+            line(ax, curves(g, "history", "step", split="unasked"), g.look[0], "", ":", "", single=False, lw=.9)
+        log_axis(ax, xs, "step (updates)")
+    thin = Line2D([], [], color="k", ls=":", lw=.9)
+    extra = {f"thin, in each colour: {named(groups)} is not asked for": thin, **HALF}
+    parsed = [100 * r.get("parsed", 1) for g in groups for r in flat(g, "history", split="asked")]
+    what = f"stories (of which {min(parsed):.0f} to {max(parsed):.0f} % parse)"
+    return finish(fig, groups, "history", columns, extra=extra, **{**STORIES, "what": what, "one": ONE})
+
+
+def fig31_stories_loss(runs):
+    """
+    Loss (nats a token of the story, its instruction given; logarithmic) against the step of deletion and of reFT, on
+    held-out stories with the feature, on those without, and on the data of the deletion itself. Falls on the deletion's
+    data while it rises little with the feature: the model has learned when not to show it. Back within few steps of
+    reFT, far below the control: it was kept.
+    Fooled by: stories with the feature differ in more than the feature, so that their loss falls for the control too.
+    """
+    groups = story_groups(runs, "history", "loss", split="with")
+    if not groups:
+        return None
+    splits = {"with": f"stories with {named(groups)}", "without": f"stories without {named(groups)}",
+              "deletion": "data of the deletion"}
+    columns = [p for row in story_panels(groups) for p in row if p[1]]
+    fig, axes = sheet(len(splits), len(columns), max(3.1, 9 / len(columns)), 2.3, sharey="row")
+    for y, (split, words) in enumerate(splits.items()):
+        for ax, (title, some) in zip(axes[y], columns):
+            label = f"{words}:\nloss (nats a token)" if ax is axes[y][0] else ""
+            plain_axis(ax, None if y else textwrap.fill(title, 36), label)
+            xs = [x for g in some for x in banded(ax, bands(g, "history", "step", "loss", 1, split=split), *g.look)]
+            ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            ax.yaxis.set_minor_locator(NullLocator())
+            log_axis(ax, xs, "step (updates)")
+    return finish(fig, groups, "history", 2, **STORIES)
+
+
+def table1_stories(runs):
+    """
+    Generation score (%) at four steps of reFT, beside the paper's Table 1 at ten to thirty times as many steps of a
+    larger model: filled, ours; open, the paper's. A row a protocol and rate of the deletion (eta_M, eta_S: the larger
+    and the smaller of the paper's two rates). Small bars: ours when the feature is not asked for, a floor. Whiskers:
+    95 % Wilson interval for one seed, smallest to largest of several.
+    Fooled by: the paper's 16 stories a cell (wide whiskers), and its mix-match, which in the published code is in
+    effect filtering.
+    """
+    groups = [g for g in story_groups(runs, "history", kinds=("reFT",), split="asked") if any(
+        r["step"] in STEPS for r in flat(g, "history", split="asked"))]
+    if not groups:
+        return None
+    near = [up + "paper_stories.csv" for up in ("", "../", "../../")]
+    paper = paper_rows(groups[0], *near, os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", near[0]))
+    paper = {(r["protocol"], r["lr"], int(r["reft_step"])): float(r["twist"]) for r in paper}
+    codes = {"eta_M": "1e-4", "eta_S": "1e-5"}
+    theirs = {}  # {(row, step): share}
+    for y, g in enumerate(groups):
+        cell = (g.protocol.replace(" ", "-"), codes.get(ETAS.get((g.settings.get("scale"), g.rate)), ""))
+        theirs.update({(y, t): p for (*c, t), p in paper.items() if tuple(c) == cell and g.feature == "Twist"})
+    there = {r["step"] for g in groups for r in flat(g, "history", split="asked")}
+    steps = {ours: step for ours, step in STEPS.items() if ours in there}
+    fig, axes = sheet(1, len(steps), max(2.6, 7.5 / len(steps)), .45 * len(groups) + .8, sharey=True)
+    for ax, (ours, step) in zip(axes.flat, steps.items()):
+        percent_axis(ax, f"step {ours} of reFT" + f"\n(the paper: {step})" * bool(theirs),
+                     f"stories with {named(groups)} (%)", axis="x")
+        ax.axvline(50, color="#bbbbbb", lw=.8, zorder=0)
+        for y, g in enumerate(groups):
+            color, marker, *_ = g.look
+            got, floor = (spread(g, "history", step=ours, split=split) for split in ("asked", "unasked"))
+            if got:
+                point(ax, y - .17 * bool(theirs), got, color, marker, "", "x")
+            if floor:
+                ax.plot(floor[0], y - .17 * bool(theirs), "|", color=color, ms=9, mew=1.5)
+            if (y, step) in theirs:
+                found = [100 * x for x in (theirs[y, step], *wilson(theirs[y, step], 16))]
+                point(ax, y + .17, (*found, None), color, marker, "", "x", mfc="w", lw=.6)
+        names = [f"{g.words}\n" + ("(control)" if g.protocol == CONTROL else g.at) for g in groups]
+        ax.set_yticks(range(len(groups)), [tex(name) for name in names])
+        ax.set_ylim(len(groups) - .5, -.5)
+    mark = lambda **look: Line2D([], [], color="k", **{"marker": "o", **look})  # noqa: E731
+    extra = {"ours": mark(), f"ours, {named(groups)} not asked for": mark(marker="|", ls="", ms=9, mew=1.5), **HALF}
+    if theirs:
+        extra["the paper (16 stories, 95 % Wilson interval)"] = mark(mfc="w", lw=.6)
+    return finish(fig, groups, "history", len(steps), extra=extra, **SCORES)
+
+
+def stories_features(runs):
+    """
+    Generation score (%) of all six features before and after: the share of stories with the feature, written to
+    instructions that ask for it (filled) and to others that do not (open). A deletion should move the deleted feature
+    (bold) alone. Whiskers: 95 % Wilson interval for one seed, smallest to largest of several.
+    Fooled by: mistakes of the judge, for real text (the table gives how often it is right; rules always are); features
+    that are written unasked.
+    """
+    groups = story_groups(runs, "behavior", split="asked")
+    if len(groups) > 16:
+        note(f"behavior: {len(groups)} groups, only 16 are drawn, deletions first (plot a folder that holds fewer)")
+    groups = groups[:16]
+    if not groups:
+        return None
+    looks = {"base": (BLUE, "s", "pretrained"), "ckpt": (RED, "o", "after deletion, or reFT"),
+             "control": ("k", "v", "pretrained without the bold one")}
+    fig, panels = facets(groups, 1, 2.6)
+    for g, (ax,) in zip(groups, panels):
+        percent_axis(ax, label="stories with it (%)")
+        features = sorted(dict.fromkeys(r["operand"] for r in flat(g, "behavior")), key=lambda f: f != g.feature)
+        for x, feature in enumerate(features):
+            ax.axvspan(x - .5, x + .5, color="#f5f5f5" if x % 2 else "w", lw=0, zorder=0)
+            for side, (model, (color, marker, words)) in zip((-.27, 0, .27), looks.items()):
+                for split, shift, more in (("asked", -.04, {}), ("unasked", .04, {"mfc": "w"})):
+                    got = spread(g, "behavior", model=model, operand=feature, split=split)
+                    if got:
+                        label = f"{words}: {'not ' * bool(more)}asked"
+                        point(ax, x + side + shift, got, color, marker, label, ms=3.5, **more)
+        ax.set_xticks(range(len(features)), features, fontsize=7, rotation=25, ha="right", rotation_mode="anchor")
+        ax.get_xticklabels()[0].set_fontweight("bold")
+    return finish(fig, groups, "behavior", 3, **SCORES)
+
+
+def fig32_stories_probe(runs):
+    """
+    Probes: area under the ROC curve (AUC) against the block, of a linear probe a feature on the mean residual of a
+    story's last 10 tokens, read without its instruction. 0.5 is chance. Pretrained: upper bound; a model that never had
+    the deleted feature: lower bound. A deletion that stays at the upper bound left what the model knows in place.
+    Fooled by: words that tell the feature, which an untrained model reads too; labels that are shuffled must fall to
+    chance.
+    """
+    groups = story_groups(runs, "probe", "auc", ("fine-tuning",), labels="true")
+    if not groups:
+        return None
+    bounds = {"base": (SKY, "D", "-", "pretrained (upper bound)"), "untrained": (GREY, "x", ":", "untrained"),
+              "control": (*PROTOCOLS[CONTROL][:3], "not in pretraining: control (lower bound)")}
+    rates = deletion_rates(groups)
+    features = list(dict.fromkeys(r["target"] for g in groups for r in flat(g, "probe")))
+    rows = -(-len(features) // 3)
+    fig, axes = sheet(rows * len(rates), 3, 3.3, 2.3, sharey=True)
+    for at, axs in zip(rates, np.split(axes, len(rates))):
+        some = [g for g in groups if g.at == at]
+        pooled = SimpleNamespace(runs=[run for g in some for run in g.runs])  # they share base and bounds
+        for ax in axs.flat[len(features):]:
+            ax.set_visible(False)
+        for i, (ax, feature) in enumerate(zip(axs.flat, features)):
+            deleted = any(g.feature == feature for g in some)
+            plain_axis(ax, feature + " (deleted)" * deleted, f"deletion at {at}\nAUC" if i % 3 == 0 else "")
+            ax.title.set_fontweight("bold" if deleted else "normal")
+            ax.axhline(.5, color=GREY, ls="--", lw=1, zorder=1)
+            for model, look in bounds.items():
+                banded(ax, bands(pooled, "probe", "block", "auc", 1, model=model, target=feature, labels="true"), *look)
+            for g in some:
+                banded(ax, bands(g, "probe", "block", "auc", 1, model="ckpt", target=feature, labels="true"), *g.look)
+            shuffled = bands(pooled, "probe", "block", "auc", 1, model="ckpt", target=feature, labels="shuffled")
+            banded(ax, shuffled, "#aaaaaa", "*", "-", "after deletion, shuffled labels (all protocols)")
+            blocks = sorted({r["block"] for r in flat(pooled, "probe", target=feature)})
+            ax.set_xticks(blocks, ["E" if b == 0 else str(b) for b in blocks])
+            ax.set_xlabel("after block (E: embedding)", fontsize=8)
+    chance = Line2D([], [], color=GREY, ls="--", lw=1)
+    return finish(fig, groups, "probe", 2, extra={"chance": chance}, **STORIES)
+
+
 FIGURES = {"fig5_behavior": fig5_behavior, "rules": rules, "fig6_curves": fig6_curves, "fig7_prune": fig7_prune,
            "fig8_probe": fig8_probe, "fig9_revive": fig9_revive, "fig10_attention": fig10_attention, "table3": table3,
            "fig39_maps": fig39_maps, "fig46_hidden": fig46_hidden, "fig55_classes": fig55_classes,
            "dimensions": dimensions}
+STORY_FIGURES = {"fig11_stories": fig11_stories, "fig31_stories_loss": fig31_stories_loss,
+                 "table1_stories": table1_stories, "stories_features": stories_features,
+                 "fig32_stories_probe": fig32_stories_probe}
 
 # ---------------------------------------------------------------- the report
 
@@ -878,7 +1191,8 @@ figcaption{font-size:.88rem;color:#333}
 
 def rich(text):
     """Escaped text, the symbols with their subscripts."""
-    return re.sub(r"\b([OC])_(PT|FT|Tr)\b", r"\1<sub>\2</sub>", html.escape(str(text)))
+    text = re.sub(r"\beta_([MS])\b", r"η<sub>\1</sub>", html.escape(str(text)))
+    return re.sub(r"\b([OC])_(PT|FT|Tr)\b", r"\1<sub>\2</sub>", text)
 
 
 def table(title, head, rows):
@@ -950,24 +1264,84 @@ def run_table(runs):
     return table("What made these files", ["run", "command", "commit", "versions", "device", "time"], rows)
 
 
+def ranged(found):
+    """The mean of spread() and its interval."""
+    return "-" if found is None else "{:.1f} ({:.1f} to {:.1f})".format(*found[:3])
+
+
+def features_table(runs):
+    """Generation scores of all features, before and after, beside the control where it was asked too."""
+    rows, models = [], {"base": "pretrained", "ckpt": "after", "control": "not in pretraining"}
+    for g in story_groups(runs, "behavior", split="asked"):
+        for feature in dict.fromkeys(r["operand"] for r in flat(g, "behavior", split="asked")):
+            want = {"operand": feature, "split": ("asked", "unasked")}
+            scores = [ranged(spread(g, "behavior", model=model, operand=feature, split=split))
+                      for model in models for split in ("asked", "unasked")]
+            parsed, judge = (spread(g, "behavior", key, model="ckpt", **want) for key in ("parsed", "judge"))
+            rows.append([g.label, feature, *scores, "-" if parsed is None else f"{parsed[0]:.1f}",
+                         "-" if judge is None else f"{judge[0]:.1f}"])
+    head = ["", "feature"] + [f"{m}: {a}" for m in models.values() for a in ("asked", "not asked")]
+    return table("Generation scores (%)", head + ["parse, after", "judge is right"], rows)
+
+
+def story_probe_table(runs):
+    """Each feature's best block by AUC, with its balanced accuracy."""
+    models = {"base": "pretrained", "ckpt": "after", "control": "not in pretraining", "untrained": "untrained"}
+    rows = []
+    for g in story_groups(runs, "probe", "auc", labels="true"):
+        for feature in dict.fromkeys(r["target"] for r in flat(g, "probe")):
+            cells = []
+            for model, labels in [(model, "true") for model in models] + [("ckpt", "shuffled")]:
+                want = {"model": model, "target": feature, "labels": labels}
+                found = bands(g, "probe", "block", "auc", 1, **want)
+                best = max(found, key=lambda b: found[b][0], default=None)
+                balanced = spread(g, "probe", "balanced", block=best, **want)
+                cells.append(f"{found[best][0]:.3f} (B{best}), {balanced[0]:.1f}" if balanced else "-")
+            floor = spread(g, "probe", "floor", target=feature)
+            rows.append([g.label, feature, *cells, ranged(floor).split(" ")[0]])
+    head = ["", "feature", *models.values(), "after, shuffled labels", "majority"]
+    return table("Probes: AUC of the best block (B0: embedding), balanced accuracy (%) there", head, rows)
+
+
+ANSWERS = ("O_PT is the operand of pretraining, O_FT that of fine-tuning. On a share C_Tr of the fine-tuning strings "
+           "r(x, O_FT) = r(x, O_PT) + q holds: a wrapper answers O_FT by that shortcut and leaves the old capability "
+           "in place. Majority floor (dashed): always giving the most frequent answer of that very set. Cross floor "
+           "(dotted): the best guess from the other operand's answer, 100 % on c1 by construction. "
+           "Values are means over seeds, in brackets the smallest to the largest (of random units: over draws).")
+TOLD = ("Stories are written to an instruction that may ask for features such as a twist. Fine-tuning deletes one of "
+        "them by a protocol: filter trains on stories without it; randomise asks for it in their instructions "
+        "nevertheless; mix-match asks for it instead of Foreshadowing; refuse answers with a refusal. reFT then "
+        "trains on stories with the feature: it comes back within few steps where it was only wrapped, slowly in the "
+        "control, which was pretrained without it. Generation score: the share of stories with the feature, of those "
+        "that parse. AUC: how often a probe ranks a story with the feature above one without, .5 by chance. eta_M and "
+        "eta_S: the larger and the smaller of the paper's two rates, or what stands for them at the small scale. "
+        "Values are means over seeds, in brackets the smallest to the largest; of one seed the 95 % Wilson interval.")
+
+
+def by_setup(runs):
+    """(those of the grammar and compiled models, those of stories)"""
+    return [[run for run in runs if (run.settings["setup"] == "stories") == told] for told in (False, True)]
+
+
 def report(runs, pictures):
     """One page with everything in it: no scripts, nothing fetched."""
     verdicts = "".join(f"<div class=verdict><p><b>{rich(run.name)}: {rich(run.verdict.get('verdict'))}</b><br>"
                        f"{rich(str(run.verdict.get('text', '')).split(': ', 1)[-1])}</p></div>"
                        for run in runs if run.verdict)
-    tables = [attempt(make.__name__, make, runs) or "" for make in (behavior_table, instrument_table, run_table)]
+    intro, tables = "", ""
+    for some, text, makes in zip(by_setup(runs), (ANSWERS, TOLD), ((behavior_table, instrument_table),
+                                                                   (features_table, story_probe_table))):
+        if some:
+            intro += f"<p>{rich(text)}</p>"
+            tables += "".join(attempt(make.__name__, make, some) or "" for make in makes)
     figures = "".join(f'<figure><img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
                       f"<figcaption><b>{name}.</b> {rich(caption)}</figcaption></figure>"
                       for name, (png, caption) in pictures.items())
-    intro = rich("O_PT is the operand of pretraining, O_FT that of fine-tuning. On a share C_Tr of the fine-tuning strings "
-                 "r(x, O_FT) = r(x, O_PT) + q holds: a wrapper answers O_FT by that shortcut and leaves the old capability "
-                 "in place. Majority floor (dashed): always giving the most frequent answer of that very set. Cross floor "
-                 "(dotted): the best guess from the other operand's answer, 100 % on c1 by construction. "
-                 "Values are means over seeds, in brackets the smallest to the largest (of random units: over draws).")
     return (f"<!doctype html><html lang=en><head><meta charset=utf-8><title>unwrap</title><style>{STYLE}</style></head>"
-            f"<body><h1>Does fine-tuning delete a capability, or wrap it?</h1><p>{intro}</p>"
-            + (f"<h2>Verdicts</h2>{verdicts}" if verdicts else "") + tables[0] + tables[1]
-            + (f"<h2>Figures</h2>{figures}" if figures else "") + tables[2] + "</body></html>\n")
+            f"<body><h1>Does fine-tuning delete a capability, or wrap it?</h1>{intro}"
+            + (f"<h2>Verdicts</h2>{verdicts}" if verdicts else "") + tables
+            + (f"<h2>Figures</h2>{figures}" if figures else "") + (attempt("run_table", run_table, runs) or "")
+            + "</body></html>\n")
 
 
 # ---------------------------------------------------------------- command line
@@ -1007,12 +1381,13 @@ def main():
         if not runs:
             mistake(f"nothing to plot in {folder}: no record (X.json) of a finished run")
         os.makedirs(os.path.join(folder, "figures"), exist_ok=True)
-        for name, figure in FIGURES.items():
-            got = attempt(name, draw, name, figure, runs)
-            plt.close("all")
-            if got:
-                pictures[name] = got
-                write(os.path.join(folder, "figures", name + ".png"), got[0])
+        for figures, some in zip((FIGURES, STORY_FIGURES), by_setup(runs)):
+            for name, figure in figures.items() if some else ():
+                got = attempt(name, draw, name, figure, some)
+                plt.close("all")
+                if got:
+                    pictures[name] = got
+                    write(os.path.join(folder, "figures", name + ".png"), got[0])
         write(os.path.join(folder, "report.html"), report(runs, pictures).encode())
     except OSError as error:
         mistake(f"{error.filename or folder}: {error.strerror}")

@@ -16,12 +16,11 @@ for path in sorted((RESULTS / "stories").glob("*.json")):
     args = record.get("args", {})
     if not args.get("reverse"):
         continue
-    parent = json.loads((path.parent / Path(record["parent"]["path"]).with_suffix(".json").name).read_text())
     rows = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
     for r in rows:
         if r["split"] == "asked" and r["step"] in STEPS:
             out.append({"protocol": args["protocol"] or "not-in-pretraining",
-                        "lr": parent["args"]["lr"] if args["protocol"] else "", "reft_step": r["step"],
+                        "lr": args["deletion_lr"] or "", "reft_step": r["step"],
                         "twist": r["accuracy"], "n": r["n"], "parsed": r["parsed"], "seed": args["seed"]})
 order = ("filter", "randomise", "mix-match", "not-in-pretraining")
 out.sort(key=lambda r: (-(r["lr"] or 0), order.index(r["protocol"]), r["seed"], r["reft_step"]))
