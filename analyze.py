@@ -1097,13 +1097,10 @@ class StoryStudy:
                 raise UserError(f"--control {args.control}: must be of the shape of {args.ckpt} and pretrained --without "
                                 f"{self.feature}")
             self.models["control"] = control
-        try:
-            self.source = data.story_source(self.ckpt["args"]["data"], self.ckpt["config"]["words"])
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        self.source = data.story_source(self.ckpt["args"]["data"], self.ckpt["config"]["words"])
         if not self.source.rule:
             root = args.judge or (self.base_path if self.ckpt["parent"] else args.ckpt)
-            self.source.judge = frozen_judge(root, self.source, self.sc, self.device, self.bar)
+            self.source.judge = frozen_judge(root, self.source, self.sc, self.device, 8 * args.eval_size, self.bar)
 
     def bar(self, total, what):
         return tqdm(total=total, desc=what, mininterval=.5, leave=False)
@@ -1145,55 +1142,51 @@ def masks_of(records, device):
     return torch.stack([masks >> i & 1 for i in range(len(data.FEATURES))])
 
 
-def frozen_judge(root, source, sc, device, bar, n=2000):
+def frozen_judge(root, source, sc, device, n, bar):
     """
-    Judges real text, for which there is no rule: one logistic regression a feature on pooled activations (ends_of with
-    the whole story's mean) of the pretrained model at `root`, fitted once on n labelled records, half of them with
-    the feature, and kept beside it as <root>.judge.pt, so that all later checkpoints meet the same judge. Returns a
-    function texts -> feature masks with `held_out`, its accuracy a feature on a fifth that it was not fitted on.
+    Judges real text, for which there is no rule: a logistic regression a feature on the mean activations of the whole
+    story (of the middle and the last block of the pretrained model at `root`), fitted once on n labelled training
+    records, half of them with the feature, and kept beside it as <root>.judge.pt, so that all later checkpoints meet the
+    same judge. Returns a function texts -> feature masks; its `right` is the share of held-out records, half of them
+    with the feature, that it judges as they are labelled (the paper's judge: 92 %).
     Fooled by: texts unlike the corpus (a refusal gets a mask too); labels that do not describe the text.
     """
     path = os.path.splitext(root)[0] + ".judge.pt"
     model, ckpt = load(root, device)
-    here = {"root": ckpt["sha256"], "n": n}
+
+    def pooled(records):
+        x = ends_of(model, source, records, model.config.n_ctx)
+        return x[[len(x) // 2, -1]].transpose(0, 1).flatten(1)
+
+    def labelled(feature, n, held_out):
+        records = [r for has in (True, False) for r in source.draw(n // 2, g, feature, has, held_out)]
+        return pooled(records), masks_of(records, device)[data.FEATURES.index(feature)]
     kept = None
     if os.path.exists(path):
         try:
             kept = torch.load(path, map_location=device, weights_only=True)
+            kept = kept if kept["root"] == ckpt["sha256"] else None
         except Exception:  # whatever a foreign or broken file leads to: it is made again
             kept = None
-    if not isinstance(kept, dict) or {k: kept.get(k) for k in here} != here:
-        print(f"fitting the judge of real text on {root} (once)")
-        g, xs, ys = data.rng(0, "judge"), [], []
-        for feature in data.FEATURES:
-            records = [r for has in (True, False) for r in source.draw(n // 2, g, feature, has)]
-            order = torch.randperm(n, generator=g).tolist()
-            records = [records[i] for i in order]
-            x = ends_of(model, source, records, model.config.n_ctx)
-            xs.append(x[[len(x) // 2, -1]].transpose(0, 1).flatten(1))
-            ys.append(masks_of(records, device)[data.FEATURES.index(feature)])
-        x, y, cut = torch.stack(xs), torch.stack(ys), n * 4 // 5
-        mean, sd = x[:, :cut].mean((0, 1)), x[:, :cut].std((0, 1)) + 1e-8
-        x = (x - mean) / sd
-        progress = bar(3000, "judge")
-        weight, bias = fit_probes(x[:, :cut], list(range(len(x))), y[:, :cut], 3000, g, progress)
+    if not kept:
+        g = data.rng(0, "judge")
+        fitted, held = ([labelled(f, k, part) for f in data.FEATURES] for k, part in ((n, False), (max(2, n // 4), True)))
+        x, y = (torch.stack(parts) for parts in zip(*fitted))
+        mean, sd = x.mean((0, 1)), x.std((0, 1)) + 1e-8
+        progress = bar(3000, "fitting the judge, once")
+        weight, bias = fit_probes((x - mean) / sd, list(range(len(x))), y, progress.total, g, progress)
         progress.close()
-        right = ((x[:, cut:] @ weight + bias).argmax(-1) == y[:, cut:]).float().mean(1)
-        kept = {**here, "mean": mean, "sd": sd, "weight": weight, "bias": bias, "held_out": right.tolist()}
+        right = [accuracy((x - mean) / sd @ w + b, y) for (x, y), w, b in zip(held, weight, bias)]
+        kept = {"root": ckpt["sha256"], "mean": mean, "sd": sd, "weight": weight, "bias": bias, "right": right}
         replace_file(path, lambda f: torch.save(kept, f))
-    print("judge of real text: held-out accuracy " + ", ".join(
-        f"{feature} {share:.1%}" for feature, share in zip(data.FEATURES, kept["held_out"])))
 
     def judge(texts):
-        tokenizer = source.tokenizer
-        records = [data.Encoded(np.array(tokenizer.encode(t) or [0], np.uint16), 0, 0, max(1, len(tokenizer.encode(t))), 0)
-                   for t in texts]
-        x = ends_of(model, source, records, model.config.n_ctx)
-        x = (x[[len(x) // 2, -1]].transpose(0, 1).flatten(1) - kept["mean"]) / kept["sd"]
-        says = (x @ kept["weight"] + kept["bias"]).argmax(-1)  # (features, n)
-        return [sum(int(b) << i for i, b in enumerate(column)) if text else None
-                for column, text in zip(says.T.tolist(), texts)]
-    judge.held_out = dict(zip(data.FEATURES, kept["held_out"]))
+        ids = [np.array(source.tokenizer.encode(text) or [0], np.uint16) for text in texts]
+        x = (pooled([data.Encoded(i, 0, 0, len(i), 0) for i in ids]) - kept["mean"]) / kept["sd"]
+        says = (x @ kept["weight"] + kept["bias"]).argmax(-1).T.tolist()  # (n, features)
+        return [sum(b << i for i, b in enumerate(row)) if text else None for row, text in zip(says, texts)]
+    judge.right = dict(zip(data.FEATURES, kept["right"]))
+    print("judge of real text: right on held-out records " + ", ".join(f"{k} {x:.1%}" for k, x in judge.right.items()))
     return judge
 
 
@@ -1206,7 +1199,7 @@ def story_behavior(study):
     base; and the loss on held-out stories with the feature in question and without. The five other features are the
     control: a deletion should leave them alone.
     Fooled by: stories that are broken rather than without a twist (hence the share that parses); a judge's mistakes
-    (its held-out accuracy is printed and written to the rows); few generations (hence the intervals).
+    (how often it is right on held-out records is printed and written to the rows); few generations (hence the intervals).
     """
     rows, n = [], study.args.eval_size
     args = study.ckpt["args"]
@@ -1216,12 +1209,12 @@ def story_behavior(study):
     tests = story_tests(study.source, study.sc, study.feature, n, study.seed, study.device,
                         change if args.get("protocol") else None)
     bar = study.bar(len(study.models) * 7, "behavior")
-    held_out = getattr(study.source.judge, "held_out", {})
+    right = getattr(study.source.judge, "right", {})
     for name, model in study.models.items():
         rows += [dict(r, model=name) for r in story_losses(model, tests, study.sc, study.feature, study.seed)]
         bar.update()
         for feature in data.FEATURES:
-            rows += [dict(r, model=name, judge=held_out.get(feature, 1.))
+            rows += [dict(r, model=name, judge=right.get(feature, 1.))
                      for r in generation_scores(model, study.source, study.sc, feature, n, study.seed)]
             bar.update()
     bar.close()
@@ -1371,10 +1364,13 @@ def main():
     unknown = [name for name in args.analysis if name not in (*ANALYSES, "ask", "verdict", "generate")]
     if unknown:
         raise UserError(f"no analysis {unknown[0]!r}; there are {', '.join(ANALYSES)}, verdict, ask, generate")
-    positive(args, "draws", "most", "seeds", "steps", "batch_size", "eval_size")
-    positive(args, "seed", least=-1)
+    positive(args, "draws", "most", "seeds", "steps", "batch_size", "eval_size", "n")
+    positive(args, "seed", "temperature", "top_k", least=-1e-9)
     if read_checkpoint(args.ckpt)["setup"] == "stories":
-        return story_main(args, StoryStudy(args))
+        try:
+            return story_main(args, StoryStudy(args))
+        except ValueError as error:  # a file that is not there any more, or has too few stories
+            raise UserError(f"--ckpt {args.ckpt}: {error}") from None
     if "generate" in args.analysis:
         raise UserError(f"generate is for stories: {args.ckpt} is of another setup")
     args.draws, args.most, args.seeds = args.draws or 8, args.most or 10000, args.seeds or 1

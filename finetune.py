@@ -259,7 +259,10 @@ def main():
     optimizer = optimizer_for(model, args.lr, sc)
     if run.ckpt:
         restore(optimizer, run.ckpt)
-    job = (story_job if stories else answer_job)(args, parent, sc, device)
+    try:
+        job = (story_job if stories else answer_job)(args, parent, sc, device)
+    except ValueError as error:  # --data with too few stories of a kind
+        raise UserError(f"--data {args.data}: {error}") from None
     batch_loss_at = job.loss(torch.compile(model) if args.compile else model)
 
     def loss_at(step):

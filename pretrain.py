@@ -512,7 +512,10 @@ def main():
         return
     print("pretrain:", ", ".join(f"{k} {v}" for k, v in vars(args).items()))
 
-    job = (story_job if args.setup == "stories" else pcfg_job)(args, sc, device)
+    try:
+        job = (story_job if args.setup == "stories" else pcfg_job)(args, sc, device)
+    except ValueError as error:  # --data with too few stories of a kind
+        raise UserError(f"--data {args.data}: {error}") from None
     model = build(run.ckpt, device) if run.ckpt else GPT(job.config).init_weights(data.rng(args.seed, "weights")).to(device)
     optimizer = adamw(model, args.lr)
     if run.ckpt:

@@ -137,6 +137,71 @@ def weights():
         print(f"| {line} | " + " | ".join(cells) + " |")
 
 
+ETAS = {"0.0005": ("eta_M", "1e-4"), "5e-05": ("eta_S", "1e-5"), "": ("", "")}  # ours: the paper's name, the paper's value
+
+
+def pooled(rows, share, n="n"):
+    """Share and 95 % interval (Wilson) of several rows together, as words: 88.5 [86, 91]."""
+    n = [float(r["parsed"]) * float(r[n]) for r in rows]
+    total, p, z = sum(n), sum(float(r[share] or 0) * k for r, k in zip(rows, n)) / max(1, sum(n)), 1.96
+    middle = (p + z * z / 2 / total) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * (p * (1 - p) / total + z * z / 4 / total / total) ** .5
+    return f"{100 * p:.1f} [{100 * max(0, middle - half):.0f}, {100 * min(1, middle + half):.0f}]"
+
+
+def stories_table1():
+    """Twists when asked for, over reverse fine-tuning: ours, seeds pooled, beside the paper's Table 1."""
+    with open(RESULTS / "stories_table1.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    with open(RESULTS / "paper_stories.csv", newline="") as f:
+        paper = {(r["protocol"], r["lr"], r["reft_step"]): 100 * float(r["twist"]) for r in csv.DictReader(f)}
+    steps = {"0": "0", "10": "30", "30": "300", "100": "3000"}
+    print("| deleted by | rate | seeds | " + " | ".join(f"reFT step {k} (paper's {v})" for k, v in steps.items()) + " |\n|---|---|---|---|---|---|---|")
+    for protocol, lr in dict.fromkeys((r["protocol"], r["lr"]) for r in rows):
+        here = [r for r in rows if (r["protocol"], r["lr"]) == (protocol, lr)]
+        name, theirs = ETAS[lr]
+        print(f"| {protocol} | {name} | {len({r['seed'] for r in here})} | " + " | ".join(
+            f"{pooled([r for r in here if r['reft_step'] == k], 'twist')} / {paper[protocol, theirs, v]:.0f}"
+            for k, v in steps.items()) + " |")
+
+
+def story_rows(pattern):
+    """The rows of all files of this pattern in results/stories."""
+    return [json.loads(line) for path in sorted((RESULTS / "stories").glob(pattern)) for line in path.read_text().splitlines()]
+
+
+PROTOCOLS = ("filter", "randomise", "mix-match")
+
+
+def stories_features():
+    """Generation scores of all six features, seeds pooled: asked for / not asked for."""
+    print("| % of stories, asked / not asked | pretrained | " + " | ".join(PROTOCOLS) + " | not in pretraining |\n|---|---|---|---|---|---|")
+    found = {protocol: [r for r in story_rows(f"{protocol}-lr5e-4-?.behavior.jsonl") if "parsed" in r] for protocol in PROTOCOLS}
+    features = list(dict.fromkeys(r["operand"] for r in found["filter"]))
+    for feature in features:
+        cells = []
+        for protocol, model in (("filter", "base"), *((p, "ckpt") for p in PROTOCOLS), ("filter", "control")):
+            got = [[r for r in found[protocol] if (r["model"], r["operand"], r["split"]) == (model, feature, split)]
+                   for split in ("asked", "unasked")]
+            cells.append(" / ".join(pooled(rows, "accuracy").split(" ")[0] for rows in got))
+        print(f"| {feature} | " + " | ".join(cells) + " |")
+
+
+def stories_probes():
+    """AUC of the probe for Twist after each block: mean over seeds."""
+    blocks = range(5)
+    print("| AUC of Twist | seeds | " + " | ".join(f"B{i}" for i in blocks) + " | balanced accuracy, best block |\n|---|---|---|---|---|---|---|---|")
+    for words, protocol, model in (("pretrained (upper bound)", "filter", "base"), *((p, p, "ckpt") for p in PROTOCOLS),
+                                   ("not in pretraining (lower bound)", "filter", "control"), ("untrained", "filter", "untrained")):
+        rows = [r for r in story_rows(f"{protocol}-lr5e-4-?.probe.jsonl")
+                if (r["model"], r["target"], r["labels"]) == (model, "Twist", "true")]
+        by = {i: [r for r in rows if r["block"] == i] for i in blocks}
+        auc = {i: sum(r["auc"] for r in by[i]) / len(by[i]) for i in blocks}
+        best = by[max(auc, key=auc.get)]
+        print(f"| {words} | {len(best)} | " + " | ".join(f"{auc[i]:.3f}" for i in blocks)
+              + f" | {100 * sum(r['balanced'] for r in best) / len(best):.1f} |")
+
+
 if __name__ == "__main__":
     cases()
     print()
@@ -147,3 +212,6 @@ if __name__ == "__main__":
     inside()
     print()
     weights()
+    for table in (stories_table1, stories_features, stories_probes):
+        print()
+        table()

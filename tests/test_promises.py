@@ -69,7 +69,7 @@ class Folder:
         with open(process.log + ".out") as out, open(process.log + ".err", newline="") as err:
             out, raw = out.read(), err.read()
         lines = [line.split("\r")[-1].strip() for line in raw.split("\n")]
-        lines = [line for line in lines if line and "step/s" not in line and "s/step" not in line]
+        lines = [line for line in lines if line and "%|" not in line]
         return types.SimpleNamespace(code=process.exitcode, out=out, err=lines, raw=raw)
 
     def run(self, script, *words, **kw):

@@ -13,13 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_promises import Folder, assert_same_run, mistake
+from tqdm import tqdm
 
 import analyze
 import data
 import finetune
 import pretrain
 from data import FEATURES, Record
-from model import GPT, Config, load
+from model import GPT, Config, load, save
 
 TWIST = FEATURES.index("Twist")
 SC = data.scale_of("small", "stories")
@@ -41,10 +42,10 @@ def mask_of(*names):
     return sum(1 << FEATURES.index(name) for name in names)
 
 
-def tiny_model(corpus, seed=0):
-    config = Config(vocab_size=corpus.tokenizer.size, n_ctx=SC.n_ctx, n_layer=2, n_head=2, d_model=16, d_head=8, d_mlp=32,
+def tiny_model(corpus, d=16):
+    config = Config(vocab_size=corpus.tokenizer.size, n_ctx=SC.n_ctx, n_layer=2, n_head=2, d_model=d, d_head=8, d_mlp=32,
                     rotary=True, tied=True, words=corpus.tokenizer.words)
-    return GPT(config).init_weights(torch.Generator().manual_seed(seed))
+    return GPT(config).init_weights(torch.Generator().manual_seed(0))
 
 
 # ---------------------------------------------------------------- the corpus and its rule
@@ -396,6 +397,47 @@ def test_analyses(stages):
     assert {r["judge"] for r in behavior if "judge" in r} == {1.}
     said = stages.run("analyze.py", "generate", "--ckpt", "reft.pt", "--features", "Twist,Dialogue", "-n", "2", "--top-k", "5")
     assert said.code == 0 and said.out.count("asked for: Twist, Dialogue") == 2
+
+
+def test_stages_of_a_file(tmp_path, stories):
+    """--data: prepared once, every stage, a judge that is fitted once; another file in its place is refused."""
+    folder = Folder(tmp_path)
+    (tmp_path / "real.txt").write_text("".join(data.record_text(r) + f"\n{data.END}\n" for r in stories[:3000]))
+    words = ["--data", "real.txt", "--steps", "2", *TINY]
+    said = folder.run("pretrain.py", "--setup", "stories", "--out", "pre.pt", *words)
+    assert said.code == 0 and "3,000 records" in said.out, said.raw
+    said = folder.run("pretrain.py", "--setup", "stories", "--without", "Conflict", "--out", "never.pt", *words)
+    assert said.code == 0 and "records" not in said.out.replace("'records'", ""), said.raw  # prepared already
+    for more in (["--ckpt", "pre.pt", "--feature", "Conflict", "--protocol", "mix-match", "--out", "ft.pt"],
+                 ["--ckpt", "ft.pt", "--reverse", "--out", "reft.pt"], ["--ckpt", "never.pt", "--reverse", "--out", "control.pt"]):
+        assert folder.run("finetune.py", "--steps", "2", *TINY, *more).code == 0
+    assert {r["operand"] for r in rows_of(folder, "ft.jsonl")} == {"Conflict"}
+    analyze = ["analyze.py", "--ckpt", "ft.pt", "--control", "never.pt", "--eval-size", "8", "--steps", "3", "--threads", "1"]
+    said = folder.run(*analyze)
+    assert said.code == 0 and "judge of real text" in said.out, said.raw
+    judge = (tmp_path / "pre.judge.pt").read_bytes()
+    assert folder.run(*analyze, "behavior").code == 0 and (tmp_path / "pre.judge.pt").read_bytes() == judge
+    assert all(0 <= r["judge"] <= 1 for r in rows_of(folder, "ft.behavior.jsonl") if "parsed" in r)
+    with open(tmp_path / "real.txt", "a") as f:
+        f.write(f"Story: \n\nOne more.\n{data.END}\n")
+    mistake(folder.run("finetune.py", "--ckpt", "pre.pt", "--out", "new.pt", *TINY), "real.txt", "not the file")
+
+
+def test_the_judge_learns_to_judge(corpus, tmp_path):
+    """Where the rule is known, the judge of real text agrees with it on features that words tell."""
+    model = tiny_model(corpus, d=128)
+    path, words = tmp_path / "pre.pt", corpus.tokenizer.words
+    save(path, {"model": model.state_dict(), "optimizer": {}, "config": vars(model.config), "setup": "stories", "scale": "small",
+                "args": {"feature": "Twist", "without": None, "data": None, "seed": 0, "lr": 1e-3}, "stage": "pretrain",
+                "step": 0, "steps": 0, "finished": True, "parent": None, "capability": {"task": "story", "operand": "Twist"}})
+    bar = lambda total, what: tqdm(total=total, disable=True)  # noqa: E731
+    judge = analyze.frozen_judge(path, corpus, SC, "cpu", 800, bar)
+    assert judge.right["MoralValue"] > .95 and judge.right["BadEnding"] > .8
+    r = random.Random(5)
+    stories = [data.write_story(data.feature_mask(r), r) for _ in range(200)]
+    bit = FEATURES.index("MoralValue")
+    assert np.mean([(m ^ s.mask) >> bit & 1 for m, s in zip(judge([s.story for s in stories]), stories)]) < .08
+    assert judge([""]) == [None] and len(words) > 200
 
 
 def test_stopped_and_resumed(stages, tmp_path):
