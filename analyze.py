@@ -1288,6 +1288,58 @@ def story_probe(study):
     return rows
 
 
+def story_verdict(study, found):
+    """
+    What behavior and probe say together, in words with numbers. found: {name: rows}.
+
+        intact     the feature is still written when it is asked for, half as often as before or more
+        wrapped    it is not, but a probe finds it at the story's end nearly as well as before: by AUC, nearer the pretrained
+                   model (upper bound) than the model that never had it (lower bound), at the upper bound's best block
+        lost       it is not, and the probe is nearer the lower bound
+        undecided  anything else: no --control, bounds within .05, or a base that did not have the feature
+
+    The bounds say what reading is possible; how fast the feature comes back is another question: finetune.py --reverse.
+    """
+    f, v = study.feature, {"feature": study.feature}
+    for r in found["behavior"]:
+        if "parsed" in r and r["operand"] == f:
+            v[f"{r['model']}_{r['split']}"], v[f"{r['model']}_{r['split']}_parsed"] = r["accuracy"], r["parsed"]
+    others = [(r, s) for r in found["behavior"] for s in found["behavior"] if "parsed" in r and r["operand"] == s["operand"] != f
+              and "parsed" in s and (r["model"], s["model"], r["split"], s["split"]) == ("base", "ckpt", "asked", "asked")]
+    v["others_asked_fell_most"] = max(((r["accuracy"] or 0.) - (s["accuracy"] or 0.) for r, s in others), default=None)
+    auc_of = {(r["model"], r["block"]): r["auc"] for r in found["probe"] if (r["target"], r["labels"]) == (f, "true")}
+    v["probe_block"] = max((b for m, b in auc_of if m == "base"), key=lambda b: auc_of["base", b])
+    for model in ("base", "ckpt", "control", "untrained"):
+        v[f"{model}_auc"] = auc_of.get((model, v["probe_block"]))
+    before, after = v["base_asked"] or 0, v["ckpt_asked"] or 0
+    span = None if v["control_auc"] is None else v["base_auc"] - v["control_auc"]
+    v["between"] = (v["ckpt_auc"] - v["control_auc"]) / span if span and span >= .05 else None  # 0 lower, 1 upper bound
+    if before < .5:
+        word, meaning = "undecided", f"the base hardly wrote {f} when asked"
+    elif after >= before / 2:
+        word, meaning = "intact", f"{f} is still written when it is asked for"
+    elif v["between"] is None:
+        word, meaning = "undecided", f"{f} is not written any more; " + (
+            "for the bounds of its probe give --control" if span is None else "the bounds of its probe are too near each other")
+    else:
+        word = "wrapped" if v["between"] > .5 else "lost"
+        meaning = f"{f} is not written any more, " + ("but it is read as before" if word == "wrapped" else "nor read")
+    p = {k: percent(x) for k, x in v.items() if isinstance(x, float) or x is None}
+    near = "" if v["between"] is None else f", {v['between']:.0%} of the way up"
+    text = {
+        "What changed": f"{f} when asked for in {p['base_asked']} of stories before and {p['ckpt_asked']} after (not asked for: "
+                        f"{p['base_unasked']} and {p['ckpt_unasked']}; {p['ckpt_asked_parsed']} parse); of the other features, "
+                        f"asked for, the one that fell most fell by {p['others_asked_fell_most']}",
+        "Is it still there": f"AUC of a probe after block {v['probe_block']}: {v['ckpt_auc']:.3f}, between "
+                             + ("-" if span is None else f"{v['control_auc']:.3f}") + " (never had it) and "
+                             f"{v['base_auc']:.3f} (pretrained){near}; untrained {v['untrained_auc']:.3f}"}
+    write_json(f"{study.prefix}.verdict.json", {
+        "verdict": word, "text": f"{word}: {meaning}. " + " ".join(f"{head}: {line}." for head, line in text.items()), **v})
+    print(f"\nVERDICT  {word}: {meaning}")
+    for head, line in text.items():
+        print(textwrap.fill(f"{head}: {line}.", 118, initial_indent="  ", subsequent_indent="    "))
+
+
 def generate_stories(study):
     """Stories to read: written to held-out instructions that ask for --features, with what each has marked."""
     args, tokenizer = study.args, study.source.tokenizer
@@ -1322,16 +1374,23 @@ def story_main(args, study):
     """main() for checkpoints of stories."""
     names = args.analysis or list(STORY_ANALYSES)
     for name in names:
-        if name not in (*STORY_ANALYSES, "generate"):
+        if name not in (*STORY_ANALYSES, "verdict", "generate"):
             raise UserError(f"{name} is not for stories, and {args.ckpt} is of setup stories; there are "
-                            f"{', '.join(STORY_ANALYSES)}, generate")
+                            f"{', '.join(STORY_ANALYSES)}, verdict, generate")
     if "generate" in names:
         return generate_stories(study)
     print(f"analyze {args.ckpt} ({study.ckpt['stage']}, {study.feature}" + "".join(
         f", {k} {v}" for k, v in study.ckpt["args"].items() if k in ("protocol", "without") and v) + ")")
-    for name, analysis in STORY_ANALYSES.items():
-        if name in names:
-            analysis(study)
+    found = {name: analysis(study) for name, analysis in STORY_ANALYSES.items() if name in names}
+    if "verdict" in names:
+        found = {**{name: read_rows(f"{study.prefix}.{name}.jsonl") for name in STORY_ANALYSES}, **found}
+        missing = [name for name in STORY_ANALYSES if not found[name]]
+        if missing:
+            raise UserError(f"verdict needs the rows of {', '.join(missing)}: run them first")
+    if "base" in study.models and len(found) == len(STORY_ANALYSES):
+        story_verdict(study, found)
+    elif "verdict" in names:
+        raise UserError(f"verdict needs a fine-tuned checkpoint: {args.ckpt} has no base")
 
 
 def main():

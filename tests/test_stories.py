@@ -317,6 +317,21 @@ def test_ends_are_the_last_ten_tokens_of_the_story(corpus):
             assert torch.allclose(ends[block, i], cache[name][0, -10:].mean(0), atol=1e-5)
 
 
+@pytest.mark.parametrize("word, before, after, auc, lower", [
+    ("intact", .9, .6, .8, .6), ("wrapped", .9, .1, .75, .6), ("lost", .9, .1, .62, .6), ("undecided", .9, .1, .8, .78),
+    ("undecided", .9, .1, .8, None), ("undecided", .3, .0, .8, .6)])
+def test_verdict(tmp_path, word, before, after, auc, lower):
+    """From rows made by hand; the block is the upper bound's best."""
+    behavior = [{"operand": f, "model": m, "split": s, "accuracy": x if f == "Twist" and s == "asked" else .5, "parsed": 1.}
+                for f in FEATURES for m, x in (("base", before), ("ckpt", after)) for s in ("asked", "unasked")]
+    probe = [{"target": "Twist", "labels": "true", "model": m, "block": b, "auc": x if b == 2 else .5}
+             for m, x in (("base", .8), ("ckpt", auc), ("control", lower), ("untrained", .55)) for b in range(4) if x]
+    study = types.SimpleNamespace(feature="Twist", prefix=str(tmp_path / "ft"))
+    analyze.story_verdict(study, {"behavior": behavior, "probe": probe})
+    said = json.loads((tmp_path / "ft.verdict.json").read_text())
+    assert (said["verdict"], said["probe_block"], said["others_asked_fell_most"]) == (word, 2, 0)
+
+
 # ---------------------------------------------------------------- every stage
 
 TINY = ["--batch-size", "4", "--eval-size", "4", "--threads", "1"]
@@ -394,7 +409,10 @@ def test_analyses(stages):
     assert {(r["model"], r["block"], r["target"]) for r in probe if r["labels"] == "true"} == {
         (m, b, f) for m in ("base", "ckpt", "control", "untrained") for b in range(5) for f in FEATURES}
     assert all(0 <= r[k] <= 1 for r in probe for k in ("accuracy", "balanced", "auc", "floor"))
-    assert {r["judge"] for r in behavior if "judge" in r} == {1.}
+    assert {r["judge"] for r in behavior if "judge" in r} == {1.} and "VERDICT" in said.out
+    assert json.loads((stages.path / "randomise.verdict.json").read_text())["verdict"] == "undecided"  # the base knows nothing
+    again = stages.run("analyze.py", "verdict", "--ckpt", "randomise.pt", "--control", "never.pt")
+    assert again.code == 0 and again.out.split("VERDICT")[1] == said.out.split("VERDICT")[1]
     said = stages.run("analyze.py", "generate", "--ckpt", "reft.pt", "--features", "Twist,Dialogue", "-n", "2", "--top-k", "5")
     assert said.code == 0 and said.out.count("asked for: Twist, Dialogue") == 2
 
