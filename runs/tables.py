@@ -165,6 +165,20 @@ def stories_table1():
             for k, v in steps.items()) + " |")
 
 
+def stories_unasked():
+    """The same steps: twists when asked for less twists when not. A model that just always writes one has a gap of 0."""
+    print("| deleted by | rate | reFT step 0: asked - not asked | step 10 | step 30 | step 100 | step 200 |\n|---|---|---|---|---|---|---|")
+    runs = [(f"{p}-lr{lr}-?-reft", p, name) for lr, name in (("5e-4", "eta_M"), ("5e-5", "eta_S")) for p in PROTOCOLS]
+    for pattern, words, rate in [*runs, ("control-?", "not-in-pretraining", "")]:
+        rows = [r for r in story_rows(f"{pattern}.jsonl") if "parsed" in r]
+        cells = []
+        for step in (0, 10, 30, 100, 200):
+            asked, other = (float(pooled([r for r in rows if (r["step"], r["split"]) == (step, split)], "accuracy").split()[0])
+                            for split in ("asked", "unasked"))
+            cells.append(f"{asked:.0f} - {other:.0f} = {asked - other:.0f}")
+        print(f"| {words} | {rate} | " + " | ".join(cells) + " |")
+
+
 def story_rows(pattern):
     """The rows of all files of this pattern in results/stories."""
     return [json.loads(line) for path in sorted((RESULTS / "stories").glob(pattern)) for line in path.read_text().splitlines()]
@@ -212,6 +226,6 @@ if __name__ == "__main__":
     inside()
     print()
     weights()
-    for table in (stories_table1, stories_features, stories_probes):
+    for table in (stories_table1, stories_unasked, stories_features, stories_probes):
         print()
         table()
