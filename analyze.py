@@ -27,8 +27,9 @@ from tqdm import tqdm
 import data
 from data import SPLITS, answer_position
 from finetune import answer_loss, constant, finetuning_stream, pair_of
-from model import (GPT, Config, UserError, activations, add_common_flags, check_stop, generate, load, positive, read_checkpoint, read_rows,
-                   replace_file, run_parser, run_script, sha256, start_device, weight_edits, write_json, write_rows)
+from model import (GPT, Config, UserError, activations, add_common_flags, check_stop, generate, load, positive,
+                   read_checkpoint, read_rows, replace_file, run_parser, run_script, sha256, start_device, weight_edits,
+                   write_json, write_rows)
 from pretrain import (accuracy, add_noise, cosine, generation_scores, interval, optimizer_for, other_tests, predict, score,
                       story_losses, story_row, story_tests, test_set, train_steps)
 
@@ -966,6 +967,15 @@ def evidence(study, found):
     return v
 
 
+def announce(study, word, meaning, text, numbers):
+    """Print a verdict, a paragraph for each {heading: line} of text, and write it with the numbers that it quotes."""
+    write_json(f"{study.prefix}.verdict.json", {
+        "verdict": word, "text": f"{word}: {meaning}. " + " ".join(f"{head}: {line}." for head, line in text.items()), **numbers})
+    print(f"\nVERDICT  {word}: {meaning}")
+    for head, line in text.items():
+        print(textwrap.fill(f"{head}: {line}.", 118, initial_indent="  ", subsequent_indent="    "))
+
+
 def verdict(study, found):
     """
     What the analyses say together, in words with numbers. found: {name: what the analysis returned}.
@@ -1022,11 +1032,7 @@ def verdict(study, found):
         "How fast it comes back": f"reFT reaches 99 % on natural strings {steps('reft')}",
         "Against which control": f"never-had: {study.never_note}" + (
             "" if v["control_steps"] is None else f"; teaching it reaches 99 % {steps('control')}")}
-    write_json(f"{study.prefix}.verdict.json", {
-        "verdict": word, "text": f"{word}: {meaning}. " + " ".join(f"{head}: {line}." for head, line in text.items()), **v})
-    print(f"\nVERDICT  {word}: {meaning}")
-    for head, line in text.items():
-        print(textwrap.fill(f"{head}: {line}.", 118, initial_indent="  ", subsequent_indent="    "))
+    announce(study, word, meaning, text, v)
 
 
 # ---------------------------------------------------------------- ask
@@ -1333,11 +1339,7 @@ def story_verdict(study, found):
         "Is it still there": f"AUC of a probe after block {v['probe_block']}: {v['ckpt_auc']:.3f}, between "
                              + ("-" if span is None else f"{v['control_auc']:.3f}") + " (never had it) and "
                              f"{v['base_auc']:.3f} (pretrained){near}; untrained {v['untrained_auc']:.3f}"}
-    write_json(f"{study.prefix}.verdict.json", {
-        "verdict": word, "text": f"{word}: {meaning}. " + " ".join(f"{head}: {line}." for head, line in text.items()), **v})
-    print(f"\nVERDICT  {word}: {meaning}")
-    for head, line in text.items():
-        print(textwrap.fill(f"{head}: {line}.", 118, initial_indent="  ", subsequent_indent="    "))
+    announce(study, word, meaning, text, v)
 
 
 def generate_stories(study):

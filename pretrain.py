@@ -540,7 +540,7 @@ def main():
             if step in evals:
                 rows = job.evaluate(model, step)
                 run.log([dict(row, step=step) for row in rows])
-                bar.set_postfix(loss=f"{loss or math.nan:.3f}", **job.shown(rows))
+                bar.set_postfix(**({"loss": f"{loss:.3f}"} if loss is not None else {}), **job.shown(rows))
             bar.update(step - bar.n)
     except Stopped:
         save_at(step)
