@@ -306,7 +306,8 @@ def rows_of(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("scale, task", [("small", "count"), ("small", "index"), ("paper", "count")])
+@pytest.mark.parametrize("scale, task", [("small", "count"), ("small", "index"),
+                                         pytest.param("paper", "count", marks=pytest.mark.slow)])
 def test_every_stage_and_analysis(tmp_path, scale, task):
     """A few steps of each, down to the report; files and rows as promised; reFT of a fine-tuned model as well."""
     tiny = ["--batch-size", "2", "--eval-size", "4" if scale == "small" else "2", "--steps", "3", "--threads", "2"]
@@ -340,7 +341,8 @@ def test_every_stage_and_analysis(tmp_path, scale, task):
     assert ckpt["capability"] == {"task": task, "operand": "a"}
 
 
-@pytest.mark.parametrize("setup", ["tracr-count", "tracr-max", "tracr-histogram"])
+@pytest.mark.parametrize("setup", ["tracr-count", *(pytest.param(s, marks=pytest.mark.slow) for s in ("tracr-max",
+                                                                                                   "tracr-histogram"))])
 def test_every_stage_and_analysis_of_compiled_models(tmp_path, setup):
     """Compiled, taught, reversed, analysed, drawn; the untouched program attends as it is written."""
     tiny = ["--batch-size", "4", "--eval-size", "24", "--threads", "1"]

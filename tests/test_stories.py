@@ -417,6 +417,7 @@ def test_analyses(stages):
     assert said.code == 0 and said.out.count("asked for: Twist, Dialogue") == 2
 
 
+@pytest.mark.slow
 def test_stages_of_a_file(tmp_path, stories):
     """--data: prepared once, every stage, a judge that is fitted once; another file in its place is refused."""
     folder = Folder(tmp_path)
