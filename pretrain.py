@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 import data
 from data import FINETUNED, LETTERS, SPLITS, TASKS, answer_position
-from model import (GPT, PROGRAMS, Config, Failed, Run, Stopped, UserError, add_common_flags, add_run_flags, assemble,
-                   balance, build, check_stop, generate, import_tracr, positive, restore, run_parser, run_script, save, sha256,
-                   start_device)
+from model import (GPT, LOGIT_SCALE, PROGRAMS, Config, Failed, Run, Stopped, UserError, add_common_flags, add_run_flags,
+                   assemble, balance, build, check_stop, generate, import_tracr, positive, restore, run_parser, run_script,
+                   save, sha256, start_device)
 
 # ---------------------------------------------------------------- the optimisation step
 
@@ -281,9 +281,10 @@ def setup_flags(args):
     given = [k for k in ("prior", "lr", "steps") if getattr(args, k) is not None] + ["compile"] * args.compile
     if compiled and given:
         raise UserError(f"--{given[0]}: a compiled model is not trained")
-    given = [k for k in ("params", "rank", "sharpness") if getattr(args, k) is not None] + ["balance"] * (not args.balance)
+    given = [k for k in ("params", "rank", "sharpness", "logit_scale") if getattr(args, k) is not None]
+    given += ["balance"] * (not args.balance)
     if given and not compiled:
-        raise UserError(f"--{given[0]} is for compiled models: --setup {', '.join(data.COMPILED)}")
+        raise UserError(f"--{given[0].replace('_', '-')} is for compiled models: --setup {', '.join(data.COMPILED)}")
     given = [k for k in ("without", "data") if getattr(args, k) is not None]
     if given and not stories:
         raise UserError(f"--{given[0]} is for --setup stories")
@@ -291,7 +292,7 @@ def setup_flags(args):
         raise UserError("--prior is for --setup pcfg")
     if args.eval_size is None:
         args.eval_size = 200 if stories else 500
-    for name in () if compiled else ("params", "rank", "sharpness", "balance"):
+    for name in () if compiled else ("params", "rank", "sharpness", "logit_scale", "balance"):
         delattr(args, name)
     for name in ("prior",) if stories else ("without", "data"):
         delattr(args, name)
@@ -329,6 +330,8 @@ def compile_main(args, device):
         model = assemble(PROGRAMS[args.setup](operand), sc.alphabet, sc.room, args.sharpness)
     if args.balance:
         balance(model)
+    with torch.no_grad():
+        model.head.weight *= args.logit_scale / LOGIT_SCALE
     run = Run(args, "pretrain")
     if run.done:
         return
@@ -484,6 +487,8 @@ def main():
     group.add_argument("--rank", type=int, help="tracr-max: which largest letter, 1 is the largest (default: 5)")
     group.add_argument("--sharpness", type=float, help="slope of the steps that turn a width into a number (default: "
                        "(letters + 1) x (letters + 2), where every count is right, at least 300)")
+    group.add_argument("--logit-scale", type=float, help="ours: factor on the outputs, which are 0 or 1; with 1 cross-entropy "
+                       "never gets small, but learns at the paper's pace (default: 10)")
     group.add_argument("--balance", action=argparse.BooleanOptionalAction, default=True,
                        help="ours: rescale hidden units, without changing any output, so that noise does no harm")
     group = parser.add_argument_group("optimisation")
@@ -498,7 +503,8 @@ def main():
     setup_flags(args)
     if args.setup in data.COMPILED:
         args.steps, args.batch_size = 0, args.batch_size or 96
-        positive(args, "rank", "sharpness", "eval_size")
+        args.logit_scale = LOGIT_SCALE if args.logit_scale is None else args.logit_scale
+        positive(args, "rank", "sharpness", "logit_scale", "eval_size")
         positive(args, "seed", least=-1)
         return compile_main(args, start_device(args))
     sc = story_arguments(args) if args.setup == "stories" else pcfg_arguments(args)

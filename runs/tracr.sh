@@ -4,7 +4,7 @@
 # fresh clone without the checkpoints, nothing is done again. Two single-threaded runs side by side beat one on two threads.
 #
 #     bash runs/tracr.sh                        # everything        PYTHON=path/to/python to choose an interpreter
-#     STAGES="look tune" bash runs/tracr.sh     # some stages, in order: look back tune seeds noise plain
+#     STAGES="look tune" bash runs/tracr.sh     # some stages, in order: look back tune seeds noise scale
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHON=${PYTHON:-python} OMP_NUM_THREADS=1
@@ -19,7 +19,7 @@ need() {  # run: its checkpoint, made or finished if it is not there
     local task=${1%%/*} name=${1##*/} c lr seed noise=()
     case $name in
         count | max) train "$name" pretrain.py --setup "tracr-$name" ;;
-        count-plain | max-plain) train "$name" pretrain.py --setup "tracr-${name%-plain}" --no-balance ;;
+        count-scale1 | max-scale1) train "$name" pretrain.py --setup "tracr-${name%-scale1}" --logit-scale 1 ;;
         *-reft)  # a tenth of the rate that is reversed, a quarter of the steps
             need "${1%-reft}"; lr=${name#*-lr}; lr=${lr%%-seed*}
             train "$1" finetune.py --reverse --ckpt "results/tracr/${1%-reft}.pt" --lr "1e-$((${lr#1e-} + 1))" --steps 2500 \
@@ -28,7 +28,7 @@ need() {  # run: its checkpoint, made or finished if it is not there
             c=${name#ctr}; lr=${name#*-lr}; seed=${name#*-seed}
             case $name in
                 *-noise*) noise=(--noise "${name#*-noise}") ;;
-                *-plain) task=$task-plain noise=(--noise 1e-4) ;;  # unbalanced: more noise than this would destroy it
+                *-scale1) task=$task-scale1 ;;
             esac
             need "$task"
             train "$1" finetune.py --ckpt "results/tracr/$task.pt" --c-tr "${c%%-*}" --lr "${lr%%-seed*}" --seed "${seed%%-*}" \
@@ -73,14 +73,14 @@ jobs_seeds() {
 jobs_noise() {  # the max-identifier with the paper's noise, which takes its capability away before any fine-tuning
     for c in 0 1; do for lr in 1e-4 1e-2; do echo "look max/ctr$c-lr$lr-seed0-noise1e-3 behavior attention"; done; done
 }
-jobs_plain() {  # cells where we differ from the paper: are the balanced weights the reason?
-    for run in count/ctr.5-lr1e-3 count/ctr.5-lr1e-4 max/ctr0-lr1e-2 max/ctr1-lr1e-2 max/ctr.5-lr1e-3; do
-        echo "look $run-seed0-plain behavior"
+jobs_scale() {  # cells where we differ from the paper: is the scale of 10 on the outputs the reason?
+    for run in max/ctr0-lr1e-2 count/ctr.5-lr1e-4 count/ctr.2-lr1e-3 max/ctr.5-lr1e-3 count/ctr.9-lr1e-2 max/ctr1-lr1e-2; do
+        echo "look $run-seed0-scale1 behavior"
     done
 }
-need count; need count-plain
-need max; need max-plain
-for stage in ${STAGES:-look back tune seeds noise plain}; do
+need count; need count-scale1
+need max; need max-scale1
+for stage in ${STAGES:-look back tune seeds noise scale}; do
     "jobs_$stage" | tr '\n' '\0' | xargs -0 -P "${LANES:-2}" -I{} bash -c "{}"
 done
 "$PYTHON" runs/tracr_table.py

@@ -172,6 +172,14 @@ def test_balance(setup):
         assert torch.equal(old.up.weight[~used], new.up.weight[~used]) and (new.up.bias[~used] == .1).all()
 
 
+def test_logit_scale(stages):
+    """--logit-scale is a factor on the outputs, and nothing else."""
+    for words, scale in (([], 10), (["--logit-scale", "1"], 1)):
+        in_order(stages, ["pretrain.py", "--setup", "tracr-count", *TINY, "--out", f"scale{scale}.pt", *words])
+    ten, one = (weights(stages.path / f"scale{scale}.pt") for scale in (10, 1))
+    assert all(torch.equal(ten[k] / 10 if k == "head.weight" else ten[k], x) for k, x in one.items())
+
+
 def test_balance_is_there_because_of_the_noise():
     """Noise of 1e-3, the paper's, leaves little of the counter as Tracr writes it, and most of the balanced one."""
     strings, kept = strings_of("tracr-count", 500), {False: [], True: []}
