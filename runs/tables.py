@@ -72,6 +72,26 @@ def table3():
                 for k in (("OFT", "1"), ("OFT", "0"), ("OPT", "1"), ("OPT", "0"))) + f" | {cell['OPT', '0']['rule']} |")
 
 
+def logit_scale():
+    """Cells of Table 3 with the outputs scaled by 10 and by 1, beside the paper's: O_FT c1, c0; O_PT c1, c0."""
+    print("| task | lr | C_Tr | outputs x 10 | outputs x 1 | the paper |\n|---|---|---|---|---|---|")
+    with open(RESULTS / "paper_tracr.csv", newline="") as f:
+        paper = {(r["task"], float(r["lr"]), float(r["c_tr"]), r["operand"], r["c_te"]): 100 * float(r["accuracy"])
+                 for r in csv.DictReader(f)}
+    for path in sorted((RESULTS / "tracr").glob("*/*-seed0-scale1.behavior.jsonl")):
+        task, name = path.parent.name, path.name.split("-seed")[0]
+        args = json.loads(Path(str(path).replace(".behavior.jsonl", ".json")).read_text())["args"]
+        cells = [(operand, "c" + c) for operand in reversed(args["pair"]) for c in "10"]
+        ours = []
+        for file in (path.with_name(path.name.replace("-scale1", "")), path):
+            rows = [r for r in map(json.loads, file.read_text().splitlines()) if r.get("model") == "ckpt"]
+            ours.append(", ".join(f"{100 * next(r['accuracy'] for r in rows if (r['operand'], r['split']) == cell):.0f}" for cell in cells))
+        words = {"count": "counter", "max": "max-identifier"}[task]
+        theirs = ", ".join(f"{paper[words, args['lr'], args['c_tr'], o, c]:.0f}" for o in ("OFT", "OPT") for c in "10")
+        lr, c_tr = name.split("-lr")[1], name.split("-lr")[0].removeprefix("ctr")
+        print(f"| {words} | {lr} | {c_tr} | {' | '.join(ours)} | {theirs} |")
+
+
 def inside():
     """What is left of the program, by rate: its attention, what a probe reads, how fast the old answer comes back."""
     rates = ("1e-1", "1e-2", "1e-3", "1e-4")
@@ -222,6 +242,8 @@ if __name__ == "__main__":
     grid()
     print()
     table3()
+    print()
+    logit_scale()
     print()
     inside()
     print()
