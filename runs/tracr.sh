@@ -74,7 +74,8 @@ jobs_noise() {  # the max-identifier with the paper's noise, which takes its cap
     for c in 0 1; do for lr in 1e-4 1e-2; do echo "look max/ctr$c-lr$lr-seed0-noise1e-3 behavior attention"; done; done
 }
 jobs_scale() {  # cells where we differ from the paper: is the scale of 10 on the outputs the reason?
-    for run in max/ctr0-lr1e-2 count/ctr.5-lr1e-4 count/ctr.2-lr1e-3 max/ctr.5-lr1e-3 count/ctr.9-lr1e-2 max/ctr1-lr1e-2; do
+    for run in max/ctr0-lr1e-2 count/ctr.5-lr1e-4 count/ctr.2-lr1e-3 max/ctr.5-lr1e-3 count/ctr.9-lr1e-2 max/ctr1-lr1e-2 \
+        count/ctr.5-lr1e-3 count/ctr.6-lr1e-3 count/ctr.2-lr1e-4 count/ctr.6-lr1e-4 count/ctr.8-lr1e-4; do
         echo "look $run-seed0-scale1 behavior"
     done
 }
