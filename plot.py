@@ -870,6 +870,8 @@ def table3(runs):
     Fooled by: O_PT on c0 at C_Tr 1, which depends on how a shortcut rounds (see rules).
     """
     groups = [g for g in having(runs, "history", ("fine-tuning",)) if g.settings["setup"] != "pcfg"]
+    noises = [(g.settings["setup"], g.settings.get("noise")) for g in groups]  # runs with other noise are another table
+    groups = [g for g, x in zip(groups, noises) if noises.count(x) == max(noises.count(y) for y in noises if y[0] == x[0])]
     setups = list(dict.fromkeys(g.settings["setup"] for g in groups))
     rates = sorted({g.settings["lr"] for g in groups}, reverse=True)
     if len({g.settings["c_tr"] for g in groups}) < 3:

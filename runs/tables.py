@@ -78,12 +78,12 @@ def logit_scale():
     with open(RESULTS / "paper_tracr.csv", newline="") as f:
         paper = {(r["task"], float(r["lr"]), float(r["c_tr"]), r["operand"], r["c_te"]): 100 * float(r["accuracy"])
                  for r in csv.DictReader(f)}
-    for path in sorted((RESULTS / "tracr").glob("*/*-seed0-scale1.behavior.jsonl")):
-        task, name = path.parent.name, path.name.split("-seed")[0]
+    for path in sorted((RESULTS / "tracr").glob("*-scale1/*.behavior.jsonl")):
+        task, name = path.parent.name.removesuffix("-scale1"), path.name.split("-seed")[0]
         args = json.loads(Path(str(path).replace(".behavior.jsonl", ".json")).read_text())["args"]
         cells = [(operand, "c" + c) for operand in reversed(args["pair"]) for c in "10"]
         ours = []
-        for file in (path.with_name(path.name.replace("-scale1", "")), path):
+        for file in (RESULTS / "tracr" / task / path.name, path):
             rows = [r for r in map(json.loads, file.read_text().splitlines()) if r.get("model") == "ckpt"]
             ours.append(", ".join(f"{100 * next(r['accuracy'] for r in rows if (r['operand'], r['split']) == cell):.0f}" for cell in cells))
         words = {"count": "counter", "max": "max-identifier"}[task]

@@ -26,10 +26,7 @@ need() {  # run: its checkpoint, made or finished if it is not there
                 --eval-size 1000 --save-every 2500 ;;
         *)
             c=${name#ctr}; lr=${name#*-lr}; seed=${name#*-seed}
-            case $name in
-                *-noise*) noise=(--noise "${name#*-noise}") ;;
-                *-scale1) task=$task-scale1 ;;
-            esac
+            case $name in *-noise*) noise=(--noise "${name#*-noise}") ;; esac
             need "$task"
             train "$1" finetune.py --ckpt "results/tracr/$task.pt" --c-tr "${c%%-*}" --lr "${lr%%-seed*}" --seed "${seed%%-*}" \
                 ${noise[@]+"${noise[@]}"} --eval-size 1000 --save-every 2500 ;;
@@ -76,7 +73,7 @@ jobs_noise() {  # the max-identifier with the paper's noise, which takes its cap
 jobs_scale() {  # cells where we differ from the paper: is the scale of 10 on the outputs the reason?
     for run in max/ctr0-lr1e-2 count/ctr.5-lr1e-4 count/ctr.2-lr1e-3 max/ctr.5-lr1e-3 count/ctr.9-lr1e-2 max/ctr1-lr1e-2 \
         count/ctr.5-lr1e-3 count/ctr.6-lr1e-3 count/ctr.2-lr1e-4 count/ctr.6-lr1e-4 count/ctr.8-lr1e-4; do
-        echo "look $run-seed0-scale1 behavior"
+        echo "look ${run/\//-scale1/}-seed0 behavior"
     done
 }
 need count; need count-scale1
