@@ -28,7 +28,7 @@ import data
 from data import SPLITS, answer_position
 from finetune import answer_loss, constant, finetuning_stream, pair_of
 from model import (GPT, Config, UserError, activations, add_common_flags, check_stop, generate, load, positive,
-                   read_checkpoint, read_rows, replace_file, run_parser, run_script, sha256, start_device, weight_edits,
+                   read_rows, replace_file, run_parser, run_script, sha256, start_device, weight_edits,
                    write_json, write_rows)
 from pretrain import (accuracy, add_noise, cosine, generation_scores, interval, optimizer_for, other_tests, predict, score,
                       story_losses, story_row, story_tests, test_set, train_steps)
@@ -50,9 +50,8 @@ def find_parent(path, parent):
 class Study:
     """A checkpoint, what it came from, and its test sets: everything an analysis needs, and nothing it may change."""
 
-    def __init__(self, args):
-        self.args, self.device = args, start_device(args)
-        self.model, self.ckpt = load(args.ckpt, self.device)
+    def __init__(self, args, device, model, ckpt):
+        self.args, self.device, self.model, self.ckpt = args, device, model, ckpt
         self.sc = data.setup_of(self.ckpt)
         self.prefix = os.path.splitext(args.ckpt)[0]
         self.seed = self.ckpt["args"]["seed"] if args.seed is None else args.seed
@@ -1078,12 +1077,11 @@ def ask(study):
 class StoryStudy:
     """A checkpoint of setup stories, the pretrained model it comes from, and where its stories come from."""
 
-    def __init__(self, args):
-        self.args, self.device = args, start_device(args)
+    def __init__(self, args, device, model, ckpt):
+        self.args, self.device, self.model, self.ckpt = args, device, model, ckpt
         for name in ("draws", "most", "seeds", "unit", "text", "operand"):
             if getattr(args, name) is not None:
                 raise UserError(f"--{name} is not for stories, and {args.ckpt} is of setup stories")
-        self.model, self.ckpt = load(args.ckpt, self.device)
         self.sc, self.prefix = data.setup_of(self.ckpt), os.path.splitext(args.ckpt)[0]
         self.seed = self.ckpt["args"]["seed"] if args.seed is None else args.seed
         self.feature = self.ckpt["args"]["feature"]
@@ -1108,11 +1106,7 @@ class StoryStudy:
             root = args.judge or (self.base_path if self.ckpt["parent"] else args.ckpt)
             self.source.judge = frozen_judge(root, self.source, self.sc, self.device, 8 * args.eval_size, self.bar)
 
-    def bar(self, total, what):
-        return tqdm(total=total, desc=what, mininterval=.5, leave=False)
-
-    def write(self, name, rows):
-        write_rows(f"{self.prefix}.{name}.jsonl", rows)
+    bar, write = Study.bar, Study.write
 
 
 def ends_of(model, source, records, width=10, batch=128):
@@ -1310,9 +1304,9 @@ def story_verdict(study, found):
     for r in found["behavior"]:
         if "parsed" in r and r["operand"] == f:
             v[f"{r['model']}_{r['split']}"], v[f"{r['model']}_{r['split']}_parsed"] = r["accuracy"], r["parsed"]
-    others = [(r, s) for r in found["behavior"] for s in found["behavior"] if "parsed" in r and r["operand"] == s["operand"] != f
-              and "parsed" in s and (r["model"], s["model"], r["split"], s["split"]) == ("base", "ckpt", "asked", "asked")]
-    v["others_asked_fell_most"] = max(((r["accuracy"] or 0.) - (s["accuracy"] or 0.) for r, s in others), default=None)
+    asked = {(r["model"], r["operand"]): r["accuracy"] or 0. for r in found["behavior"] if r["split"] == "asked"}
+    v["others_asked_fell_most"] = max((x - asked["ckpt", o] for (model, o), x in asked.items() if model == "base" and o != f),
+                                      default=None)
     auc_of = {(r["model"], r["block"]): r["auc"] for r in found["probe"] if (r["target"], r["labels"]) == (f, "true")}
     v["probe_block"] = max((b for m, b in auc_of if m == "base"), key=lambda b: auc_of["base", b])
     for model in ("base", "ckpt", "control", "untrained"):
@@ -1353,9 +1347,9 @@ def generate_stories(study):
     records = [r._replace(mask=mask) for r in study.source.draw(args.n, data.rng(study.seed, "look"), held_out=True)]
     prompts = [ids[:start] for ids, start, _ in (data.story_ids(r, tokenizer) for r in records)]
     g = data.rng(study.seed, "look", "sample", device=study.device)
-    for prompt, ids in zip(prompts, generate(study.model, prompts, study.sc.n_ctx, g, args.temperature, args.top_k, end=0)):
-        story = data.story_of(tokenizer.decode(ids))
-        found = study.source.judge([story])[0]
+    written = generate(study.model, prompts, study.sc.n_ctx, g, args.temperature, args.top_k, end=0)
+    stories = [data.story_of(tokenizer.decode(ids)) for ids in written]
+    for prompt, story, found in zip(prompts, stories, study.source.judge(stories)):
         print(tokenizer.decode(prompt[1:].tolist()).strip())
         print("\n".join(textwrap.wrap(story, 118)))
         print(f"  asked for: {', '.join(wanted) or 'nothing'}; "
@@ -1372,6 +1366,15 @@ NEEDS_BASE = ("prune", "revive")
 VERDICT_OF = ("behavior", "prune", "probe", "revive")
 
 
+def with_rows(study, found, names):
+    """found, and from files the rows of those of `names` that were not run now. Raises UserError if there are none."""
+    found = {**{name: read_rows(f"{study.prefix}.{name}.jsonl") for name in names}, **found}
+    missing = [name for name in names if not found[name]]
+    if missing:
+        raise UserError(f"verdict needs the rows of {', '.join(missing)}: run them first")
+    return found
+
+
 def story_main(args, study):
     """main() for checkpoints of stories."""
     names = args.analysis or list(STORY_ANALYSES)
@@ -1385,10 +1388,7 @@ def story_main(args, study):
         f", {k} {v}" for k, v in study.ckpt["args"].items() if k in ("protocol", "without") and v) + ")")
     found = {name: analysis(study) for name, analysis in STORY_ANALYSES.items() if name in names}
     if "verdict" in names:
-        found = {**{name: read_rows(f"{study.prefix}.{name}.jsonl") for name in STORY_ANALYSES}, **found}
-        missing = [name for name in STORY_ANALYSES if not found[name]]
-        if missing:
-            raise UserError(f"verdict needs the rows of {', '.join(missing)}: run them first")
+        found = with_rows(study, found, STORY_ANALYSES)
     if "base" in study.models and len(found) == len(STORY_ANALYSES):
         story_verdict(study, found)
     elif "verdict" in names:
@@ -1427,15 +1427,17 @@ def main():
         raise UserError(f"no analysis {unknown[0]!r}; there are {', '.join(ANALYSES)}, verdict, ask, generate")
     positive(args, "draws", "most", "seeds", "steps", "batch_size", "eval_size", "n")
     positive(args, "seed", "temperature", "top_k", least=-1e-9)
-    if read_checkpoint(args.ckpt)["setup"] == "stories":
+    device = start_device(args)
+    model, ckpt = load(args.ckpt, device)
+    if ckpt["setup"] == "stories":
         try:
-            return story_main(args, StoryStudy(args))
+            return story_main(args, StoryStudy(args, device, model, ckpt))
         except ValueError as error:  # a file that is not there any more, or has too few stories
             raise UserError(f"--ckpt {args.ckpt}: {error}") from None
     if "generate" in args.analysis:
         raise UserError(f"generate is for stories: {args.ckpt} is of another setup")
     args.draws, args.most, args.seeds = args.draws or 8, args.most or 10000, args.seeds or 1
-    study = Study(args)
+    study = Study(args, device, model, ckpt)
     if "ask" in args.analysis:
         return ask(study)
     names = args.analysis or [name for name in ANALYSES if (study.base or name not in NEEDS_BASE)
@@ -1445,10 +1447,7 @@ def main():
           + (f" against {study.base_ckpt['path']}" if study.base else ""))
     found = {name: ANALYSES[name](study) for name in ANALYSES if name in names}
     if "verdict" in names:  # from rows that are there already
-        found = {**{name: read_rows(f"{study.prefix}.{name}.jsonl") for name in VERDICT_OF}, **found}
-        missing = [name for name in VERDICT_OF if not found[name]]
-        if missing:
-            raise UserError(f"verdict needs the rows of {', '.join(missing)}: run them first")
+        found = with_rows(study, found, VERDICT_OF)
         found["prune"] = [r for r in found["prune"] if r.get("chosen") and r["operand"] != study.pair[1]]
     if all(name in found for name in VERDICT_OF):
         verdict(study, found)

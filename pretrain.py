@@ -456,16 +456,12 @@ def story_job(args, sc, device):
                      for row in generation_scores(model, source, sc, feature, args.eval_size, args.seed)]
         return rows
 
-    def report(rows):
-        story_table(rows)
-
-    inner = sc.d_model // sc.n_head
     config = Config(vocab_size=source.tokenizer.size, n_ctx=sc.n_ctx, n_layer=sc.n_layer, n_head=sc.n_head,
-                    d_model=sc.d_model, d_head=inner, d_mlp=4 * sc.d_model, rotary=True, tied=True,
+                    d_model=sc.d_model, d_head=sc.d_model // sc.n_head, d_mlp=4 * sc.d_model, rotary=True, tied=True,
                     words=tuple(source.tokenizer.words))
     return SimpleNamespace(config=config, capability={"task": "story", "operand": args.feature}, warmup=.02, loss=loss,
                            evaluate=evaluated, shown=lambda rows: {r["split"]: f"{r['loss']:.3f}" for r in rows[:2]},
-                           report=report)
+                           report=story_table)
 
 
 def main():

@@ -5,9 +5,12 @@ Print the README's tables from the rows in results/.
 """
 import csv
 import json
+import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).parent.parent / "results"
+sys.path.insert(0, str(RESULTS.parent))
+from plot import wilson  # noqa: E402
 CASES = {"count/low": "low prior, C_Tr 1", "count/high": "high prior, C_Tr .5", "count/learner": "low prior, C_Tr 0, lr 1e-3",
          "index/low": "Indexer, low prior, C_Tr 1"}
 LINES = {  # what is told of a case: keys of its verdict.json
@@ -163,10 +166,9 @@ ETAS = {"0.0005": ("eta_M", "1e-4"), "5e-05": ("eta_S", "1e-5"), "": ("", "")}  
 def pooled(rows, share, n="n"):
     """Share and 95 % interval (Wilson) of several rows together, as words: 88.5 [86, 91]."""
     n = [float(r["parsed"]) * float(r[n]) for r in rows]
-    total, p, z = sum(n), sum(float(r[share] or 0) * k for r, k in zip(rows, n)) / max(1, sum(n)), 1.96
-    middle = (p + z * z / 2 / total) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * (p * (1 - p) / total + z * z / 4 / total / total) ** .5
-    return f"{100 * p:.1f} [{100 * max(0, middle - half):.0f}, {100 * min(1, middle + half):.0f}]"
+    p = sum(float(r[share] or 0) * k for r, k in zip(rows, n)) / max(1, sum(n))
+    low, high = wilson(p, sum(n))
+    return f"{100 * p:.1f} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 def stories_table1():
