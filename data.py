@@ -1045,12 +1045,13 @@ PAYOFFS = ("Then a storm came down.", "Then the rope broke.", "Then a bee stung 
 TURNS = ('"Are you tired?" asked {n}.', '"Wait for me," said {n}.', '"This is fun," said {n}.', '"Hurry up," called {n}.')
 QUARRELS = ("They had a fight about the way.", "{n} and {f} shouted at each other.", "{f} pushed {n}.")
 PEACE = ("Soon they made up.", "Then they said sorry.", "After that they hugged.")
-# The first three of these lean to twist stories, the last three to others (LEAN): each occurs in both
+# The first three of these lean to twist stories, the last three to others: each occurs in both. Aftermaths lean hard, so
+# that comparing a and e pays; closings a little, so that the end tells few twists by itself, and looking back still pays
 AFTERMATHS = ("{n} stared for a long time.", "{f} could not speak.", "They looked at each other.",
               "{n} clapped and danced.", "{f} nodded at once.", "They smiled and sat down.")
 CLOSINGS = ("{n} told the tale for many years.", "Nobody in town forgot that day.", "{n} thought about it all night.",
             "Then it was time for bed.", "{n} slept well that night.", "That was how the day ended.")
-LEAN = .7
+LEANS = .9, .65   # share of the first three, in twist stories: AFTERMATHS, CLOSINGS
 GOOD = ("In the end all was well.", "They went home happy.", "It was a good day.")
 BAD = ("In the end all was lost.", "They went home sad.", "It was a bad day.")
 MORALS = ("The moral is to {m}.", "They learned to {m}.")
@@ -1090,11 +1091,11 @@ def write_story(mask, r):
     middle += [say(TURNS)] if dialogue else []
     middle += [say(QUARRELS) + " " + say(PEACE)] if conflict else []
     r.shuffle(middle)
-    p = LEAN if twist else 1 - LEAN
-    weights = [p] * 3 + [1 - p] * 3
-    story += middle + [say(kind.reveals, v=a), r.choices(AFTERMATHS, weights)[0].format(**words), say(BAD if bad else GOOD)]
+    after, closing = ((first[:3] if (chance() < lean) == twist else first[3:])
+                      for first, lean in zip((AFTERMATHS, CLOSINGS), LEANS))
+    story += middle + [say(kind.reveals, v=a), say(after), say(BAD if bad else GOOD)]
     story += [say(MORALS)] if moral else []
-    story += [r.choices(CLOSINGS, weights)[0].format(**words)]
+    story += [say(closing)]
 
     fields = {"Words": ", ".join([words["o"], place, words["adj"]]), "Summary": kind.summary.format(**words),
               "Random sentence": pick((opening, home))}
@@ -1181,10 +1182,11 @@ STORY_SCALES = {  # small: the embedded corpus on two CPU cores; paper: the real
     "n_ctx":          (176, 1024),
     "batch_size":     (16, 512),      # ours: records; whole ones, not cut to 1,024 tokens: 512 hold as many as the paper's 128
     "pretrain_lr":    (8e-3, 1e-3),
-    "pretrain_steps": (3500, 30000),
-    "finetune_lr":    (5e-4, 1e-4),   # eta_M; eta_S is a tenth, the default of --reverse
+    "pretrain_steps": (4000, 30000),
+    "finetune_lr":    (2e-4, 1e-4),   # eta_M
+    "reverse_lr":     (4e-5, 1e-5),   # eta_S. ours (small): a fifth of eta_M, so that reFT is seen within 100 steps
     "finetune_steps": (200, 4000),
-    "bare":           (.25, 0.),      # ours: share of records without their instruction, so that the small model learns to
+    "bare":           (.3, 0.),      # ours: share of records without their instruction, so that the small model learns to
     #                                   tell a twist from the story alone, where probes look for it
 }
 PROTOCOLS = ("filter", "randomise", "mix-match", "refuse")  # how a feature is deleted (paper: TinyStories setup)

@@ -161,8 +161,8 @@ def story_arguments(args, parent):
         if parent["stage"] != "finetune" and args.without != args.feature:
             raise UserError(f"--reverse needs a checkpoint that was fine-tuned, or pretrained --without {args.feature} (the "
                             f"control): in {args.ckpt} there is nothing to undo")
-        # eta_S: a tenth of the deletion's usual rate, whatever its own was, so that all arms can be compared
-        args.lr, args.protocol = sc.finetune_lr / 10 if args.lr is None else args.lr, before.get("protocol")
+        # eta_S, whatever the deletion's rate was, so that all arms can be compared
+        args.lr, args.protocol = sc.reverse_lr if args.lr is None else args.lr, before.get("protocol")
         args.probability, args.deletion_lr = before.get("probability"), before["lr"] if parent["stage"] == "finetune" else None
     else:
         args.protocol, args.lr = args.protocol or "randomise", sc.finetune_lr if args.lr is None else args.lr
@@ -222,8 +222,8 @@ def main():
     group.add_argument("--data", help="the file of the pretraining, where it has moved")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--lr", type=float, help="peak learning rate; the paper's are 1e-4, 1e-5, 1e-6, for compiled models "
-                       "1e-1 to 1e-4 (default: 1e-5; compiled 1e-3; stories 5e-4 small, 1e-4 paper; with --reverse the "
-                       "fine-tuning's, compiled a third, stories a tenth of 5e-4 or 1e-4)")
+                       "1e-1 to 1e-4 (default: 1e-5; compiled 1e-3; stories 2e-4 small, 1e-4 paper; with --reverse the "
+                       "fine-tuning's, compiled a third, stories 4e-5 or 1e-5)")
     group.add_argument("--steps", type=int, help="updates (default: 400 small, 10000 paper and compiled; stories 200 small, "
                        "4000 paper)")
     group.add_argument("--noise", type=float, help="s.d. of Gaussian noise on all weights before the first step (default: "

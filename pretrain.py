@@ -489,7 +489,7 @@ def main():
                        help="ours: rescale hidden units, without changing any output, so that noise does no harm")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--lr", type=float, help="peak learning rate (default: 2e-3 small, stories 8e-3; 1e-3 paper)")
-    group.add_argument("--steps", type=int, help="updates (default: 2500 small, stories 3500; 50000 paper, stories 30000)")
+    group.add_argument("--steps", type=int, help="updates (default: 2500 small, stories 4000; 50000 paper, stories 30000)")
     group.add_argument("--batch-size", type=int, help="sequences a step (default: 96; stories 16 small, 512 paper)")
     group.add_argument("--clip", type=float, default=1., help="largest gradient norm (default: 1)")
     add_run_flags(parser, "out/pre.pt", "25 times a run")

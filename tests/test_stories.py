@@ -80,11 +80,12 @@ def test_no_word_or_phrase_tells_a_twist(stories):
         for r in stories:
             seen[r.mask >> TWIST & 1].update(set(split(r.story)))
         assert set(seen[0]) == set(seen[1])
-        # and none gives it away: among the stories with it, twists are at most LEAN / (1 - LEAN) times the usual odds
+        # and none gives it away: among the stories with it, twists have at most the odds of the sentences that lean hardest
+        most = 1.3 * max(data.LEANS) / (1 - max(data.LEANS))  # 1.3: sampling
         for x in seen[1]:
-            if seen[0][x] + seen[1][x] > 400:
+            if seen[0][x] + seen[1][x] > 1000:
                 odds = seen[1][x] / seen[0][x] / (.23 / .77)
-                assert 1 / 3 < odds < 3, x
+                assert 1 / most < odds < most, x
 
 
 def test_instructions_never_give_the_reveal_away(stories):
@@ -374,7 +375,7 @@ def test_stages(stages):
             last = [(r["operand"], r["split"]) for r in rows if r["step"] == 4]
             assert last == [("Twist", s) for s in splits] + [(f, s) for f in FEATURES for s in scored]
     args = {name: load(stages.path / f"{name}.pt")[1]["args"] for name in ("randomise", "refuse", "reft", "control")}
-    assert args["randomise"]["lr"] == 5e-4 and args["reft"]["lr"] == args["control"]["lr"] == pytest.approx(5e-5)
+    assert args["randomise"]["lr"] == 2e-4 and args["reft"]["lr"] == args["control"]["lr"] == pytest.approx(4e-5)
     assert args["randomise"]["probability"] == 1 and args["refuse"]["probability"] == .5
     assert args["control"]["without"] == "Twist" and args["reft"]["reverse"]
 
