@@ -11,6 +11,7 @@ from pathlib import Path
 RESULTS = Path(__file__).parent.parent / "results"
 sys.path.insert(0, str(RESULTS.parent))
 from plot import wilson  # noqa: E402
+from tracr_table import within  # noqa: E402
 CASES = {"count/low": "low prior, C_Tr 1", "count/high": "high prior, C_Tr .5", "count/learner": "low prior, C_Tr 0, lr 1e-3",
          "index/low": "Indexer, low prior, C_Tr 1"}
 LINES = {  # what is told of a case: keys of its verdict.json
@@ -76,23 +77,26 @@ def table3():
 
 
 def logit_scale():
-    """Cells of Table 3 with the outputs scaled by 10 and by 1, beside the paper's: O_FT c1, c0; O_PT c1, c0."""
+    """
+    Cells of Table 3 that differ from the paper's, with the outputs multiplied by 10 or by 1: O_FT c1, c0; O_PT c1, c0.
+    A star: both O_FT accuracies are within 10 points of the paper's.
+    """
+    cells = {}
+    for name in ("tracr_table3", "tracr_table3_scale1"):
+        with open(RESULTS / f"{name}.csv", newline="") as f:
+            for r in csv.DictReader(f):
+                if r["seed"] == "0":
+                    cells.setdefault((r["task"], r["lr"], r["c_tr"]), {}).setdefault(name, {})[r["operand"], r["c_te"]] = r
+    keys = [(operand, c) for operand in ("OFT", "OPT") for c in "10"]
     print("| task | lr | C_Tr | outputs x 10 | outputs x 1 | the paper |\n|---|---|---|---|---|---|")
-    with open(RESULTS / "paper_tracr.csv", newline="") as f:
-        paper = {(r["task"], float(r["lr"]), float(r["c_tr"]), r["operand"], r["c_te"]): 100 * float(r["accuracy"])
-                 for r in csv.DictReader(f)}
-    for path in sorted((RESULTS / "tracr").glob("*-scale1/*.behavior.jsonl")):
-        task, name = path.parent.name.removesuffix("-scale1"), path.name.split("-seed")[0]
-        args = json.loads(Path(str(path).replace(".behavior.jsonl", ".json")).read_text())["args"]
-        cells = [(operand, "c" + c) for operand in reversed(args["pair"]) for c in "10"]
-        ours = []
-        for file in (RESULTS / "tracr" / task / path.name, path):
-            rows = [r for r in map(json.loads, file.read_text().splitlines()) if r.get("model") == "ckpt"]
-            ours.append(", ".join(f"{100 * next(r['accuracy'] for r in rows if (r['operand'], r['split']) == cell):.0f}" for cell in cells))
-        words = {"count": "counter", "max": "max-identifier"}[task]
-        theirs = ", ".join(f"{paper[words, args['lr'], args['c_tr'], o, c]:.0f}" for o in ("OFT", "OPT") for c in "10")
-        lr, c_tr = name.split("-lr")[1], name.split("-lr")[0].removeprefix("ctr")
-        print(f"| {words} | {lr} | {c_tr} | {' | '.join(ours)} | {theirs} |")
+    for cell, found in cells.items():
+        if len(found) == 2:
+            times10, times1 = found.values()
+            near = within(times10.values()), within(times1.values())
+            if not all(near):
+                said = [", ".join(f"{100 * float(rows[k][column]):.0f}" for k in keys)
+                        for rows, column in ((times10, "accuracy"), (times1, "accuracy"), (times1, "paper"))]
+                print(f"| {' | '.join(cell)} | {said[0]}{' *' * near[0]} | {said[1]}{' *' * near[1]} | {said[2]} |")
 
 
 def inside():

@@ -70,11 +70,10 @@ jobs_seeds() {
 jobs_noise() {  # the max-identifier with the paper's noise, which takes its capability away before any fine-tuning
     for c in 0 1; do for lr in 1e-4 1e-2; do echo "look max/ctr$c-lr$lr-seed0-noise1e-3 behavior attention"; done; done
 }
-jobs_scale() {  # cells where we differ from the paper: is the scale of 10 on the outputs the reason?
-    for run in max/ctr0-lr1e-2 count/ctr.5-lr1e-4 count/ctr.2-lr1e-3 max/ctr.5-lr1e-3 count/ctr.9-lr1e-2 max/ctr1-lr1e-2 \
-        count/ctr.5-lr1e-3 count/ctr.6-lr1e-3 count/ctr.2-lr1e-4 count/ctr.6-lr1e-4 count/ctr.8-lr1e-4; do
-        echo "look ${run/\//-scale1/}-seed0 behavior"
-    done
+jobs_scale() {  # Table 3 once more, with outputs that are not multiplied by 10
+    for task in count max; do for lr in 1e-4 1e-3 1e-2 1e-1; do for c in .6 .8 .5 .2 0 .9 1; do
+        echo "look $task-scale1/ctr$c-lr$lr-seed0 behavior"
+    done; done; done
 }
 need count; need count-scale1
 need max; need max-scale1

@@ -1,5 +1,6 @@
 """
-Write results/tracr_table3.csv from the rows in results/tracr/: each cell of the paper's Table 3, ours beside the paper's.
+Write results/tracr_table3.csv from the rows in results/tracr/: each cell of the paper's Table 3, ours beside the paper's;
+and results/tracr_table3_scale1.csv, the same with outputs that are not multiplied by 10.
 
     $ python runs/tracr_table.py           # needs nothing but the rows; cells that were not run are left out
 """
@@ -24,28 +25,44 @@ def rows_of(path):
 
 with open(RESULTS / "paper_tracr.csv", newline="") as f:
     paper = {(r["task"], float(r["lr"]), float(r["c_tr"]), r["operand"], r["c_te"]): r for r in csv.DictReader(f)}
-out = []
-for task in ("count", "max"):
-    for path in sorted((RESULTS / "tracr" / task).glob("ctr*-seed?.behavior.jsonl")):
-        record = json.loads(Path(str(path).replace(".behavior.jsonl", ".json")).read_text())
-        args, rows = record["args"], rows_of(path)
-        for code, operand in zip(("OPT", "OFT"), args["pair"]):
-            for c_te in "10":
-                said = next(r for r in rows if (r.get("model"), r["operand"], r["split"]) == ("ckpt", operand, "c" + c_te))
-                theirs = paper[{"count": "counter", "max": "max-identifier"}[task], args["lr"], args["c_tr"], code, c_te]
-                out.append({"task": theirs["task"], "lr": theirs["lr"], "c_tr": theirs["c_tr"], "operand": code, "c_te": c_te,
-                            "seed": args["seed"], "accuracy": said["accuracy"], "paper": float(theirs["accuracy"]),
-                            "rule": rule_of(rows)})
-out.sort(key=lambda r: (r["task"], -float(r["lr"]), float(r["c_tr"]), r["seed"], r["operand"], r["c_te"]))
-with open(RESULTS / "tracr_table3.csv", "w", newline="") as f:
-    writer = csv.DictWriter(f, out[0])
-    writer.writeheader()
-    writer.writerows(out)
-near = {}
-for r in out:
-    if r["operand"] == "OFT" and r["seed"] == 0:
-        key = r["task"], r["lr"], r["c_tr"]
-        near[key] = near.get(key, True) and abs(r["accuracy"] - r["paper"]) <= .1
-for task in ("counter", "max-identifier"):
-    cells = [ok for key, ok in near.items() if key[0] == task]
-    print(f"{task}: {len(cells)} of 28 cells, O_FT on c1 and on c0 both within 10 points of the paper's in {sum(cells)}")
+
+
+def within(cell, points=.1):
+    """Whether our O_FT accuracies on c1 and on c0 are both near the paper's. cell: rows of the table."""
+    return all(abs(float(r["accuracy"]) - float(r["paper"])) <= points for r in cell if r["operand"] == "OFT")
+
+
+def write_table(end, name):
+    """Write results/<name>.csv from the runs in results/tracr/*<end>/, and print how near they are."""
+    out = []
+    for task, words in (("count", "counter"), ("max", "max-identifier")):
+        for path in sorted((RESULTS / f"tracr/{task}{end}").glob("ctr*-seed?.behavior.jsonl")):
+            record = json.loads(Path(str(path).replace(".behavior.jsonl", ".json")).read_text())
+            args, rows = record["args"], rows_of(path)
+            for code, operand in zip(("OPT", "OFT"), args["pair"]):
+                for c_te in "10":
+                    said = next(r for r in rows
+                                if (r.get("model"), r["operand"], r["split"]) == ("ckpt", operand, "c" + c_te))
+                    theirs = paper[words, args["lr"], args["c_tr"], code, c_te]
+                    out.append({"task": words, "lr": theirs["lr"], "c_tr": theirs["c_tr"], "operand": code, "c_te": c_te,
+                                "seed": args["seed"], "accuracy": said["accuracy"], "paper": float(theirs["accuracy"]),
+                                "rule": rule_of(rows)})
+    out.sort(key=lambda r: (r["task"], -float(r["lr"]), float(r["c_tr"]), r["seed"], r["operand"], r["c_te"]))
+    with open(RESULTS / f"{name}.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, out[0])
+        writer.writeheader()
+        writer.writerows(out)
+    for words in ("counter", "max-identifier"):
+        cells = {}
+        for r in out:
+            if (r["task"], r["seed"]) == (words, 0):
+                cells.setdefault((r["lr"], r["c_tr"]), []).append(r)
+        print(f"{name}, {words}: {len(cells)} of 28 cells, O_FT on c1 and on c0 both within 10 points of the paper's in "
+              f"{sum(within(cell) for cell in cells.values())}")
+
+
+if __name__ == "__main__":
+    with open(RESULTS / "paper_tracr.csv", newline="") as f:
+        paper = {(r["task"], float(r["lr"]), float(r["c_tr"]), r["operand"], r["c_te"]): r for r in csv.DictReader(f)}
+    write_table("", "tracr_table3")
+    write_table("-scale1", "tracr_table3_scale1")
