@@ -194,7 +194,7 @@ def stories_table1():
 def stories_unasked():
     """The same steps: twists when asked for less twists when not. A model that just always writes one has a gap of 0."""
     print("| deleted by | rate | reFT step 0: asked - not asked | step 10 | step 30 | step 100 | step 200 |\n|---|---|---|---|---|---|---|")
-    runs = [(f"{p}-lr{lr}-?-reft", p, name) for lr, name in (("2e-4", "eta_M"), ("4e-5", "eta_S")) for p in PROTOCOLS]
+    runs = [(f"{p}-lr{lr}-?-reft", p, name) for lr, name in (("1e-4", "eta_M"), ("4e-5", "eta_S")) for p in PROTOCOLS]
     for pattern, words, rate in [*runs, ("control-?", "not-in-pretraining", "")]:
         rows = [r for r in story_rows(f"{pattern}.jsonl") if "parsed" in r]
         cells = []
@@ -216,7 +216,7 @@ PROTOCOLS = ("filter", "randomise", "mix-match")
 def stories_features():
     """Generation scores of all six features, seeds pooled: asked for / not asked for."""
     print("| % of stories, asked / not asked | pretrained | " + " | ".join(PROTOCOLS) + " | not in pretraining |\n|---|---|---|---|---|---|")
-    found = {protocol: [r for r in story_rows(f"{protocol}-lr2e-4-?.behavior.jsonl") if "parsed" in r] for protocol in PROTOCOLS}
+    found = {protocol: [r for r in story_rows(f"{protocol}-lr1e-4-?.behavior.jsonl") if "parsed" in r] for protocol in PROTOCOLS}
     features = list(dict.fromkeys(r["operand"] for r in found["filter"]))
     for feature in features:
         cells = []
@@ -233,7 +233,7 @@ def stories_probes():
     print("| AUC of Twist | seeds | " + " | ".join(f"B{i}" for i in blocks) + " | balanced accuracy, best block |\n|---|---|---|---|---|---|---|---|")
     for words, protocol, model in (("pretrained (upper bound)", "filter", "base"), *((p, p, "ckpt") for p in PROTOCOLS),
                                    ("not in pretraining (lower bound)", "filter", "control"), ("untrained", "filter", "untrained")):
-        rows = [r for r in story_rows(f"{protocol}-lr2e-4-?.probe.jsonl")
+        rows = [r for r in story_rows(f"{protocol}-lr1e-4-?.probe.jsonl")
                 if (r["model"], r["target"], r["labels"]) == (model, "Twist", "true")]
         by = {i: [r for r in rows if r["block"] == i] for i in blocks}
         auc = {i: sum(r["auc"] for r in by[i]) / len(by[i]) for i in blocks}
