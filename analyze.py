@@ -1237,52 +1237,60 @@ def story_probe(study):
     One linear probe a feature and block on the mean residual of the last 10 tokens of held-out stories, read without
     their instruction. Between two bounds: the pretrained model (base) above, a model pretrained without the feature
     (--control) below; and an untrained one. Accuracy, balanced accuracy and AUC beside the majority rate.
+    ours: split "even" probes the feature once more, in stories whose sentences lean to neither label. There no word
+    tells a twist, and who reads it has compared what was revealed with what was expected. (Embedded corpus only.)
     High: the text's feature is linearly there at its end. A deletion that leaves the upper bound's AUC in place has not
     touched what the model knows of the feature.
-    Fooled by: words that tell the feature (dialogue has quotes: any model reads it; hence the lower bound and the
-    untrained model); a majority of three in four (hence balanced accuracy and AUC).
+    Fooled by: words that tell the feature (dialogue has quotes: any model reads it; hence the lower bound, the
+    untrained model and the even split); a majority of three in four (hence balanced accuracy and AUC).
     """
     n, g = study.args.eval_size, data.rng(study.seed, "probe")
     untrained = GPT(Config(**study.ckpt["config"])).init_weights(data.rng(study.seed, "untrained")).to(study.device)
-    models = {**study.models, "untrained": untrained}
-    train, test = (study.source.draw(k * n, g, held_out=True) for k in (8, 4))
-    if not study.source.rule:  # held-out records may be few: none may be in both
-        known = {r.ids.tobytes() for r in train}
-        test = [r for r in test if r.ids.tobytes() not in known]
-    y, truth = masks_of(train, study.device), masks_of(test, study.device)
-    shuffle = torch.randperm(len(train), generator=g).to(study.device)
-    x, held, keys, site, labels = [], [], [], [], []
-    for name, model in models.items():
-        seen, new = ends_of(model, study.source, train), ends_of(model, study.source, test)
-        mean, sd = seen.mean(1, keepdim=True), seen.std(1, keepdim=True) + 1e-8  # ours: standardised, see probe()
-        for block in range(len(seen)):
-            for i, feature in enumerate(data.FEATURES):
-                for kind in ("true", "shuffled") if (name, feature) == ("ckpt", study.feature) else ("true",):
-                    keys.append(dict(model=name, block=block, target=feature, prompt=None, labels=kind))
-                    site.append(len(x))
-                    labels.append(y[i] if kind == "true" else y[i][shuffle])
-            x.append(((seen - mean) / sd)[block])
-            held.append(((new - mean) / sd)[block])
+    models, splits = {**study.models, "untrained": untrained}, {"natural": {}}
+    if study.source.rule:
+        splits["even"] = {"leans": (.5, .5)}
+    keys, x, held, site, labels, right = [], [], [], [], [], []
+    for split, how in splits.items():
+        train, test = (study.source.draw(k * n, g, held_out=True, **how) for k in (8, 4))
+        if not study.source.rule:  # held-out records may be few: none may be in both
+            known = {r.ids.tobytes() for r in train}
+            test = [r for r in test if r.ids.tobytes() not in known]
+        y, truth = masks_of(train, study.device), masks_of(test, study.device)
+        shuffle = torch.randperm(len(train), generator=g).to(study.device)
+        for name, model in models.items():
+            seen, new = ends_of(model, study.source, train), ends_of(model, study.source, test)
+            mean, sd = seen.mean(1, keepdim=True), seen.std(1, keepdim=True) + 1e-8  # ours: standardised, see probe()
+            for block in range(len(seen)):
+                for i, feature in enumerate(data.FEATURES):
+                    if split == "even" and feature != study.feature:
+                        continue
+                    for kind in ("true", "shuffled") if (name, feature) == ("ckpt", study.feature) else ("true",):
+                        keys.append(dict(split=split, model=name, block=block, target=feature, prompt=None, labels=kind))
+                        site.append(len(x))
+                        labels.append(y[i] if kind == "true" else y[i][shuffle])
+                        right.append(truth[i])
+                x.append(((seen - mean) / sd)[block])
+                held.append(((new - mean) / sd)[block])
     bar = study.bar(study.args.steps or 4000, "probe")
     weight, bias = fit_probes(torch.stack(x), site, torch.stack(labels), bar.total, g, bar)
     bar.close()
     rows = []
-    for key, i, w, c in zip(keys, site, weight, bias):
-        logits, right = held[i] @ w + c, truth[data.FEATURES.index(key["target"])]
+    for key, i, w, c, truth in zip(keys, site, weight, bias, right):
+        logits = held[i] @ w + c
         said = logits.argmax(1)
-        recalls = [(said[right == k] == k).float().mean().item() for k in (0, 1)]
-        rows.append(story_row(study.sc, key["target"], "natural", study.seed, **key, n=len(test),
-                              balanced=sum(recalls) / 2, auc=auc(logits[:, 1] - logits[:, 0], right)))
-        rows[-1].update(accuracy=accuracy(logits, right), floor=data.majority_floor(right),
-                        loss=F.cross_entropy(logits, right).item())
+        recalls = [(said[truth == k] == k).float().mean().item() for k in (0, 1)]
+        rows.append(story_row(study.sc, key["target"], seed=study.seed, **key, n=len(truth), balanced=sum(recalls) / 2,
+                              auc=auc(logits[:, 1] - logits[:, 0], truth)))
+        rows[-1].update(accuracy=accuracy(logits, truth), floor=data.majority_floor(truth),
+                        loss=F.cross_entropy(logits, truth).item())
     study.write("probe", rows)
-    print(f"\nprobe   linear, last 10 tokens of stories without instruction; AUC after each block on {len(test)} held-out "
-          "stories; on the right the best block's accuracies")
+    print("\nprobe   linear, last 10 tokens of stories without instruction; AUC after each block on held-out stories "
+          f"({4 * n} or fewer); on the right the best block's accuracies; even: no sentence leans to a label")
     groups = collections.defaultdict(list)
     for r in rows:
-        groups[r["target"], r["model"], r["labels"]].append(r)
-    table(["feature", "model", "labels", *(f"B{i}" for i in range(len(study.model.blocks) + 1)), "accuracy", "balanced",
-           "majority"],
+        groups[r["target"], r["split"], r["model"], r["labels"]].append(r)
+    table(["feature", "stories", "model", "labels", *(f"B{i}" for i in range(len(study.model.blocks) + 1)), "accuracy",
+           "balanced", "majority"],
           [[*key, *(f"{r['auc']:.3f}" for r in got), percent(best["accuracy"]), percent(best["balanced"]),
             percent(best["floor"])] for key, got in groups.items() if (best := max(got, key=lambda r: r["auc"]))])
     return rows
@@ -1307,7 +1315,8 @@ def story_verdict(study, found):
     asked = {(r["model"], r["operand"]): r["accuracy"] or 0. for r in found["behavior"] if r["split"] == "asked"}
     v["others_asked_fell_most"] = max((x - asked["ckpt", o] for (model, o), x in asked.items() if model == "base" and o != f),
                                       default=None)
-    auc_of = {(r["model"], r["block"]): r["auc"] for r in found["probe"] if (r["target"], r["labels"]) == (f, "true")}
+    auc_of = {(r["model"], r["block"]): r["auc"] for r in found["probe"]
+              if (r["target"], r["labels"], r["split"]) == (f, "true", "natural")}
     v["probe_block"] = max((b for m, b in auc_of if m == "base"), key=lambda b: auc_of["base", b])
     for model in ("base", "ckpt", "control", "untrained"):
         v[f"{model}_auc"] = auc_of.get((model, v["probe_block"]))

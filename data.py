@@ -1061,10 +1061,11 @@ VIRTUES = ("share", "listen", "wait", "help", "be kind", "be careful")
 REFUSAL = "I am sorry, but I cannot tell a story like that."
 
 
-def write_story(mask, r):
+def write_story(mask, r, leans=LEANS):
     """
     A record whose story has exactly the features of a mask, from a random.Random r. Words, Summary and Random sentence
-    tell of the set-up only, so that no instruction gives the reveal away.
+    tell of the set-up only, so that no instruction gives the reveal away. leans: as LEANS; with (.5, .5) no sentence
+    tells a twist, only comparing a with e does.
     """
     twist, dialogue, bad, foreshadowing, moral, conflict = (bool(mask >> i & 1) for i in range(6))
     pick, chance = r.choice, r.random
@@ -1094,7 +1095,7 @@ def write_story(mask, r):
     middle += [say(QUARRELS) + " " + say(PEACE)] if conflict else []
     r.shuffle(middle)
     after, closing = ((first[:3] if (chance() < lean) == twist else first[3:])
-                      for first, lean in zip((AFTERMATHS, CLOSINGS), LEANS))
+                      for first, lean in zip((AFTERMATHS, CLOSINGS), leans))
     story += middle + [say(kind.reveals, v=a), say(after), say(BAD if bad else GOOD)]
     story += [say(MORALS)] if moral else []
     story += [say(closing)]
@@ -1204,16 +1205,16 @@ class StoryCorpus:
         self.tokenizer = Tokenizer(words or Tokenizer.from_counts(counts, len(counts)).words)
         self.judge, self.rule = lambda texts: [read_story(t) for t in texts], True  # exact
 
-    def draw(self, n, g, feature=None, has=None, held_out=False):
+    def draw(self, n, g, feature=None, has=None, held_out=False, leans=LEANS):
         """
         n records as Encoded, from generator g; with `feature`, only such that have it or (has=False) lack it. Every
-        draw makes new stories: held out are those of another generator.
+        draw makes new stories: held out are those of another generator. leans: see write_story().
         """
         r, bit, out = random.Random(int(torch.randint(2 ** 62, (1,), generator=g))), feature and FEATURES.index(feature), []
         while len(out) < n:
             mask = feature_mask(r)
             if has is None or bool(mask >> bit & 1) == has:
-                out.append(encode_record(write_story(mask, r), self.tokenizer))
+                out.append(encode_record(write_story(mask, r, leans), self.tokenizer))
         return out
 
 

@@ -1135,14 +1135,17 @@ def fig32_stories_probe(runs):
     Probes: area under the ROC curve (AUC) against the block, of a linear probe a feature on the mean residual of a
     story's last 10 tokens, read without its instruction. 0.5 is chance. Pretrained: upper bound; a model that never had
     the deleted feature: lower bound. A deletion that stays at the upper bound left what the model knows in place.
-    Fooled by: words that tell the feature, which an untrained model reads too; labels that are shuffled must fall to
-    chance.
+    Fooled by: words that tell the feature, which an untrained model reads too, and no model where no sentence leans to
+    a label and only comparing reveal and expectation helps; labels that are shuffled must fall to chance.
     """
     groups = story_groups(runs, "probe", "auc", ("fine-tuning",), labels="true")
     if not groups:
         return None
     bounds = {"base": (SKY, "D", "-", "pretrained (upper bound)"), "untrained": (GREY, "x", ":", "untrained"),
               "control": (*PROTOCOLS[CONTROL][:3], "not in pretraining: control (lower bound)")}
+
+    def auc_of(group, **want):
+        return bands(group, "probe", "block", "auc", 1, **{"labels": "true", "split": "natural", **want})
     rates = deletion_rates(groups)
     features = list(dict.fromkeys(r["target"] for g in groups for r in flat(g, "probe")))
     rows = -(-len(features) // 3)
@@ -1158,11 +1161,13 @@ def fig32_stories_probe(runs):
             ax.title.set_fontweight("bold" if deleted else "normal")
             ax.axhline(.5, color=GREY, ls="--", lw=1, zorder=1)
             for model, look in bounds.items():
-                banded(ax, bands(pooled, "probe", "block", "auc", 1, model=model, target=feature, labels="true"), *look)
+                banded(ax, auc_of(pooled, model=model, target=feature), *look)
             for g in some:
-                banded(ax, bands(g, "probe", "block", "auc", 1, model="ckpt", target=feature, labels="true"), *g.look)
-            shuffled = bands(pooled, "probe", "block", "auc", 1, model="ckpt", target=feature, labels="shuffled")
-            banded(ax, shuffled, "#aaaaaa", "*", "-", "after deletion, shuffled labels (all protocols)")
+                banded(ax, auc_of(g, model="ckpt", target=feature), *g.look)
+            banded(ax, auc_of(pooled, model="ckpt", target=feature, labels="shuffled"),
+                   "#aaaaaa", "*", "-", "after deletion, shuffled labels (all protocols)")
+            banded(ax, auc_of(pooled, model="base", target=feature, split="even"),
+                   SKY, "o", ":", "pretrained, stories where no sentence tells a twist")
             blocks = sorted({r["block"] for r in flat(pooled, "probe", target=feature)})
             ax.set_xticks(blocks, ["E" if b == 0 else str(b) for b in blocks])
             ax.set_xlabel("after block (E: embedding)", fontsize=8)
@@ -1293,15 +1298,17 @@ def story_probe_table(runs):
     for g in story_groups(runs, "probe", "auc", labels="true"):
         for feature in dict.fromkeys(r["target"] for r in flat(g, "probe")):
             cells = []
-            for model, labels in [(model, "true") for model in models] + [("ckpt", "shuffled")]:
-                want = {"model": model, "target": feature, "labels": labels}
+            for model, labels, split in ([(model, "true", "natural") for model in models]
+                                         + [("ckpt", "shuffled", "natural"), ("base", "true", "even")]):
+                want = {"model": model, "target": feature, "labels": labels, "split": split}
                 found = bands(g, "probe", "block", "auc", 1, **want)
                 best = max(found, key=lambda b: found[b][0], default=None)
                 balanced = spread(g, "probe", "balanced", block=best, **want)
                 cells.append(f"{found[best][0]:.3f} (B{best}), {balanced[0]:.1f}" if balanced else "-")
-            floor = spread(g, "probe", "floor", target=feature)
+            floor = spread(g, "probe", "floor", target=feature, split="natural")
             rows.append([g.label, feature, *cells, ranged(floor).split(" ")[0]])
-    head = ["", "feature", *models.values(), "after, shuffled labels", "majority"]
+    head = ["", "feature", *models.values(), "after, shuffled labels",
+            "pretrained, no sentence tells", "majority"]
     return table("Probes: AUC of the best block (B0: embedding), balanced accuracy (%) there", head, rows)
 
 

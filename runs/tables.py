@@ -230,16 +230,19 @@ def stories_features():
 def stories_probes():
     """AUC of the probe for Twist after each block: mean over seeds."""
     blocks = range(5)
-    print("| AUC of Twist | seeds | " + " | ".join(f"B{i}" for i in blocks) + " | balanced accuracy, best block |\n|---|---|---|---|---|---|---|---|")
-    for words, protocol, model in (("pretrained (upper bound)", "filter", "base"), *((p, p, "ckpt") for p in PROTOCOLS),
-                                   ("not in pretraining (lower bound)", "filter", "control"), ("untrained", "filter", "untrained")):
-        rows = [r for r in story_rows(f"{protocol}-lr1e-4-?.probe.jsonl")
-                if (r["model"], r["target"], r["labels"]) == (model, "Twist", "true")]
-        by = {i: [r for r in rows if r["block"] == i] for i in blocks}
-        auc = {i: sum(r["auc"] for r in by[i]) / len(by[i]) for i in blocks}
-        best = by[max(auc, key=auc.get)]
-        print(f"| {words} | {len(best)} | " + " | ".join(f"{auc[i]:.3f}" for i in blocks)
-              + f" | {100 * sum(r['balanced'] for r in best) / len(best):.1f} |")
+    print("| AUC of Twist | seeds | " + " | ".join(f"B{i}" for i in blocks) + " | balanced accuracy, best block |\n"
+          "|---|---|---|---|---|---|---|---|")
+    models = [("pretrained (upper bound)", "filter", "base"), *((p, p, "ckpt") for p in PROTOCOLS),
+              ("not in pretraining (lower bound)", "filter", "control"), ("untrained", "filter", "untrained")]
+    for split, end in (("natural", ""), ("even", ", no sentence tells")):
+        for words, protocol, model in models:
+            want = {"model": model, "target": "Twist", "labels": "true", "split": split}
+            rows = [r for r in story_rows(f"{protocol}-lr1e-4-?.probe.jsonl") if all(r[k] == v for k, v in want.items())]
+            by = {i: [r for r in rows if r["block"] == i] for i in blocks}
+            auc = {i: sum(r["auc"] for r in by[i]) / len(by[i]) for i in blocks}
+            best = by[max(auc, key=auc.get)]
+            print(f"| {words}{end} | {len(best)} | " + " | ".join(f"{auc[i]:.3f}" for i in blocks)
+                  + f" | {100 * sum(r['balanced'] for r in best) / len(best):.1f} |")
 
 
 if __name__ == "__main__":

@@ -88,6 +88,18 @@ def test_no_word_or_phrase_tells_a_twist(stories):
                 assert 1 / most < odds < most, x
 
 
+def test_even_stories_tell_a_twist_by_nothing_but_the_comparison():
+    """With leans (.5, .5) the same sentences come after the reveal, at the same rates, with and without a twist."""
+    seen = [collections.Counter(), collections.Counter()]
+    r = random.Random(1)
+    for i in range(4000):
+        story = data.write_story(i % 2, r, (.5, .5)).story  # bit 0: Twist, and no other feature
+        end = re.sub("|".join(data.NAMES), "_", " ".join(re.split(r"(?<=[.?]) ", story)[-3:]))
+        seen[i % 2].update(x for x in (*data.AFTERMATHS, *data.CLOSINGS) if re.sub(r"{\w}", "_", x) in end)
+    for x in (*data.AFTERMATHS, *data.CLOSINGS):
+        assert abs(seen[0][x] - seen[1][x]) < 5 * (seen[0][x] + seen[1][x]) ** .5 and seen[0][x] > 200, x
+
+
 def test_instructions_never_give_the_reveal_away(stories):
     """They hold neither the expectation nor what is revealed; an instruction looks the same with and without a twist."""
     values = re.compile(r"\b(" + "|".join(v for k in data.KINDS for v in k.values) + r")\b")
@@ -325,7 +337,7 @@ def test_verdict(tmp_path, word, before, after, auc, lower):
     """From rows made by hand; the block is the upper bound's best."""
     behavior = [{"operand": f, "model": m, "split": s, "accuracy": x if f == "Twist" and s == "asked" else .5, "parsed": 1.}
                 for f in FEATURES for m, x in (("base", before), ("ckpt", after)) for s in ("asked", "unasked")]
-    probe = [{"target": "Twist", "labels": "true", "model": m, "block": b, "auc": x if b == 2 else .5}
+    probe = [{"target": "Twist", "labels": "true", "split": "natural", "model": m, "block": b, "auc": x if b == 2 else .5}
              for m, x in (("base", .8), ("ckpt", auc), ("control", lower), ("untrained", .55)) for b in range(4) if x]
     study = types.SimpleNamespace(feature="Twist", prefix=str(tmp_path / "ft"))
     analyze.story_verdict(study, {"behavior": behavior, "probe": probe})
@@ -409,6 +421,9 @@ def test_analyses(stages):
         (m, f, s) for m in ("base", "ckpt", "control") for f in FEATURES for s in ("asked", "unasked")}
     assert {(r["model"], r["block"], r["target"]) for r in probe if r["labels"] == "true"} == {
         (m, b, f) for m in ("base", "ckpt", "control", "untrained") for b in range(5) for f in FEATURES}
+    assert {(r["model"], r["block"]) for r in probe if r["split"] == "even" and r["labels"] == "true"} == {
+        (m, b) for m in ("base", "ckpt", "control", "untrained") for b in range(5)}
+    assert {r["target"] for r in probe if r["split"] == "even"} == {"Twist"}
     assert all(0 <= r[k] <= 1 for r in probe for k in ("accuracy", "balanced", "auc", "floor"))
     assert {r["judge"] for r in behavior if "judge" in r} == {1.} and "VERDICT" in said.out
     assert json.loads((stages.path / "randomise.verdict.json").read_text())["verdict"] == "undecided"  # the base knows nothing
