@@ -164,7 +164,7 @@ def weights():
         print(f"| {line} | " + " | ".join(cells) + " |")
 
 
-ETAS = {"0.0005": ("eta_M", "1e-4"), "5e-05": ("eta_S", "1e-5"), "": ("", "")}  # ours: the paper's name, the paper's value
+ETAS = {"0.0001": ("eta_M", "1e-4"), "4e-05": ("eta_S", "1e-5"), "": ("", "")}  # ours: the paper's name, the paper's value
 
 
 def pooled(rows, share, n="n"):
