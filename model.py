@@ -846,6 +846,7 @@ def start_device(args):
         raise UserError(f"--threads {args.threads}: must be 0 or more")
     if args.threads:
         torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)  # compiled models' momentum fades to numbers so small (1e-38) that a step takes thrice as long
     name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
         raise UserError(f"--device {name}: not available here")

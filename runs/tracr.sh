@@ -20,6 +20,7 @@ need() {  # run: its checkpoint, made or finished if it is not there
     case $name in
         count | max) train "$name" pretrain.py --setup "tracr-$name" ;;
         count-scale1 | max-scale1) train "$name" pretrain.py --setup "tracr-${name%-scale1}" --logit-scale 1 ;;
+        count-literal) train "$name" pretrain.py --setup tracr-count --logit-scale 1 --no-balance ;;
         *-reft)  # a tenth of the rate that is reversed, a quarter of the steps
             need "${1%-reft}"; lr=${name#*-lr}; lr=${lr%%-seed*}
             train "$1" finetune.py --reverse --ckpt "results/tracr/${1%-reft}.pt" --lr "1e-$((${lr#1e-} + 1))" --steps 2500 \
@@ -70,12 +71,16 @@ jobs_seeds() {
 jobs_noise() {  # the max-identifier with the paper's noise, which takes its capability away before any fine-tuning
     for c in 0 1; do for lr in 1e-4 1e-2; do echo "look max/ctr$c-lr$lr-seed0-noise1e-3 behavior attention"; done; done
 }
-jobs_scale() {  # Table 3 once more, with outputs that are not multiplied by 10
-    for task in count max; do for lr in 1e-4 1e-3 1e-2 1e-1; do for c in .6 .8 .5 .2 0 .9 1; do
-        echo "look $task-scale1/ctr$c-lr$lr-seed0 behavior"
-    done; done; done
+jobs_scale() {  # where we differ from the paper: outputs that are not multiplied by 10, and besides that weights as compiled
+    for lr in 1e-4 1e-3; do for c in .6 .8 .5 .2 0 .9 1; do echo "look count-scale1/ctr$c-lr$lr-seed0 behavior"; done; done
+    for run in count-scale1/ctr.9-lr1e-2 max-scale1/ctr0-lr1e-2 max-scale1/ctr.5-lr1e-3 max-scale1/ctr1-lr1e-2; do
+        echo "look $run-seed0 behavior"
+    done
+    for run in .6-lr1e-4 .5-lr1e-3 .8-lr1e-4 .6-lr1e-3 .5-lr1e-4 .2-lr1e-3 .2-lr1e-4 .9-lr1e-2; do
+        echo "look count-literal/ctr$run-seed0 behavior"
+    done
 }
-need count; need count-scale1
+need count; need count-scale1; need count-literal
 need max; need max-scale1
 for stage in ${STAGES:-look back tune seeds noise scale}; do
     "jobs_$stage" | tr '\n' '\0' | xargs -0 -P "${LANES:-2}" -I{} bash -c "{}"

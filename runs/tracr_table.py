@@ -1,6 +1,7 @@
 """
 Write results/tracr_table3.csv from the rows in results/tracr/: each cell of the paper's Table 3, ours beside the paper's;
-and results/tracr_table3_scale1.csv, the same with outputs that are not multiplied by 10.
+and, for some cells, tracr_table3_scale1.csv with outputs that are not multiplied by 10, and tracr_table3_literal.csv
+with weights that are not balanced either.
 
     $ python runs/tracr_table.py           # needs nothing but the rows; cells that were not run are left out
 """
@@ -47,6 +48,8 @@ def write_table(end, name):
                     out.append({"task": words, "lr": theirs["lr"], "c_tr": theirs["c_tr"], "operand": code, "c_te": c_te,
                                 "seed": args["seed"], "accuracy": said["accuracy"], "paper": float(theirs["accuracy"]),
                                 "rule": rule_of(rows)})
+    if not out:
+        return
     out.sort(key=lambda r: (r["task"], -float(r["lr"]), float(r["c_tr"]), r["seed"], r["operand"], r["c_te"]))
     with open(RESULTS / f"{name}.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, out[0])
@@ -57,12 +60,14 @@ def write_table(end, name):
         for r in out:
             if (r["task"], r["seed"]) == (words, 0):
                 cells.setdefault((r["lr"], r["c_tr"]), []).append(r)
-        print(f"{name}, {words}: {len(cells)} of 28 cells, O_FT on c1 and on c0 both within 10 points of the paper's in "
-              f"{sum(within(cell) for cell in cells.values())}")
+        if cells:
+            print(f"{name}, {words}: {len(cells)} of 28 cells, O_FT on c1 and on c0 both within 10 points of the paper's in "
+                  f"{sum(within(cell) for cell in cells.values())}")
 
 
 if __name__ == "__main__":
     with open(RESULTS / "paper_tracr.csv", newline="") as f:
         paper = {(r["task"], float(r["lr"]), float(r["c_tr"]), r["operand"], r["c_te"]): r for r in csv.DictReader(f)}
     write_table("", "tracr_table3")
-    write_table("-scale1", "tracr_table3_scale1")
+    for end in ("scale1", "literal"):
+        write_table("-" + end, "tracr_table3_" + end)
