@@ -24,10 +24,6 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-with open(RESULTS / "paper_tracr.csv", newline="") as f:
-    paper = {(r["task"], float(r["lr"]), float(r["c_tr"]), r["operand"], r["c_te"]): r for r in csv.DictReader(f)}
-
-
 def within(cell, points=.1):
     """Whether our O_FT accuracies on c1 and on c0 are both near the paper's. cell: rows of the table."""
     return all(abs(float(r["accuracy"]) - float(r["paper"])) <= points for r in cell if r["operand"] == "OFT")
