@@ -74,6 +74,7 @@ def test_no_word_or_phrase_tells_a_twist(stories):
     """Words, pairs of words and sentences (names and values left out) of twist stories and of others are the same."""
     blank = re.compile("|".join(sorted({*data.NAMES, *data.VIRTUES, *data.ADJECTIVES, *data.SETTINGS, *(
         w for k in data.KINDS for w in (*k.values, *k.objects))}, key=len, reverse=True)))
+    aftermath = re.compile("|".join(re.sub(r"{\w}", r"\\w+", x) for x in data.AFTERMATHS))
     for split in (lambda s: pieces(s), lambda s: list(zip(pieces(s), pieces(s)[1:])),
                   lambda s: re.split(r"(?<=[.?]) ", blank.sub("_", s))):
         seen = [collections.Counter(), collections.Counter()]
@@ -86,6 +87,13 @@ def test_no_word_or_phrase_tells_a_twist(stories):
             if seen[0][x] + seen[1][x] > 1000:
                 odds = seen[1][x] / seen[0][x] / (.23 / .77)
                 assert 1 / most < odds < most, x
+        # all but the aftermaths tell little
+        seen = [collections.Counter(), collections.Counter()]
+        for r in stories:
+            seen[r.mask >> TWIST & 1].update(set(split(aftermath.sub("", r.story))))
+        for x in seen[1]:
+            if seen[0][x] + seen[1][x] > 400:
+                assert 1 / 3 < seen[1][x] / seen[0][x] / (.23 / .77) < 3, x
 
 
 def test_even_stories_tell_a_twist_by_nothing_but_the_comparison():
