@@ -1039,7 +1039,8 @@ NAMES = ("Tim", "Mia", "Ben", "Lily", "Sam", "Anna", "Max", "Sue", "Tom", "Lucy"
 OPENINGS = ("Once upon a time there was a {adj} child named {n}.", "{n} was a {adj} child.", "There once was a {adj} child, {n}.")
 ADJECTIVES = ("little", "happy", "quiet", "young", "curious", "small")
 SETTINGS = ("sea", "forest", "river", "market", "castle", "farm")
-QUESTS = ("They went to see.", "So they set out together.", "They ran there at once.")
+# They name the object once more, close to the reveal, which must be about the same one; the rule does not read it here
+QUESTS = ("They talked about the {o} for a while.", "So they set out to see about the {o}.", "They thought of the {o} all day.")
 OMENS = ("Far away, thunder rolled.", "The old rope looked thin.", "A bee sat on the wall.", "The milk smelled odd.",
          "The ice made a small sound.", "There was a hole in the boat.")
 PAYOFFS = ("Then a storm came down.", "Then the rope broke.", "Then a bee stung {f}.", "Then the milk made {n} sick.",
