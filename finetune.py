@@ -222,8 +222,8 @@ def main():
     group.add_argument("--data", help="the file of the pretraining, where it has moved")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--lr", type=float, help="peak learning rate; the paper's are 1e-4, 1e-5, 1e-6, for compiled models "
-                       "1e-1 to 1e-4 (default: 1e-5; compiled 1e-3; stories 1e-4; with --reverse the fine-tuning's, "
-                       "compiled a third, stories 4e-5 small, 1e-5 paper)")
+                       "1e-1 to 1e-4 (default: 1e-5; compiled 1e-3; stories 1.5e-4 small, 1e-4 paper; with --reverse the "
+                       "fine-tuning's, compiled a third, stories 4e-5 small, 1e-5 paper)")
     group.add_argument("--steps", type=int, help="updates (default: 400 small, 10000 paper and compiled; stories 200 small, "
                        "4000 paper)")
     group.add_argument("--noise", type=float, help="s.d. of Gaussian noise on all weights before the first step (default: "

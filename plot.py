@@ -911,7 +911,7 @@ PROTOCOLS = {  # how a feature is deleted: colour, marker, line, meaning
     "refuse": (PURPLE, "D", (0, (3, 1, 1, 1, 1, 1)), "refuse: where {} is asked for, the story is a refusal"),
     "not in pretraining": ("k", "v", "--", "not in pretraining: control that never had {}")}
 CONTROL = list(PROTOCOLS)[-1]
-ETAS = {("small", 1e-4): "eta_M", ("small", 4e-5): "eta_S", ("paper", 1e-4): "eta_M", ("paper", 1e-5): "eta_S"}
+ETAS = {("small", 1.5e-4): "eta_M", ("small", 4e-5): "eta_S", ("paper", 1e-4): "eta_M", ("paper", 1e-5): "eta_S"}
 STORIES = {"floors": False, "what": "stories", "one": "", "several": "band: smallest to largest"}  # see finish()
 SCORES = {"floors": False, "what": "stories (less those that do not parse)", "one": " (whiskers: 95 % Wilson interval)",
           "several": "whiskers: smallest to largest"}

@@ -34,12 +34,12 @@ export -f train pre tune control look
 jobs_pre() { for seed; do echo "pre pre $seed"; echo "pre never $seed --without Twist"; done; }
 jobs_tune() {
     for seed; do
-        for protocol in filter randomise mix-match; do for lr in 1e-4 4e-5; do echo "tune $protocol $lr $seed"; done; done
+        for protocol in filter randomise mix-match; do for lr in 1.5e-4 4e-5; do echo "tune $protocol $lr $seed"; done; done
         echo "control $seed"
     done
-    echo "tune refuse 1e-4 $1"
+    echo "tune refuse 1.5e-4 $1"
 }
-jobs_look() { for seed; do for protocol in filter randomise mix-match; do echo "look $protocol-lr1e-4 $seed"; done; done; }
+jobs_look() { for seed; do for protocol in filter randomise mix-match; do echo "look $protocol-lr1.5e-4 $seed"; done; done; }
 for stage in pre tune look; do
     "jobs_$stage" ${SEEDS:-0 1 2} | tr '\n' '\0' | xargs -0 -P "${LANES:-2}" -I{} bash -c "{}"
 done

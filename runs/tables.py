@@ -162,7 +162,7 @@ def weights():
         print(f"| {line} | " + " | ".join(cells) + " |")
 
 
-ETAS = {"0.0001": ("eta_M", "1e-4"), "4e-05": ("eta_S", "1e-5"), "": ("", "")}  # ours: the paper's name, the paper's value
+ETAS = {"0.00015": ("eta_M", "1e-4"), "4e-05": ("eta_S", "1e-5"), "": ("", "")}  # ours: the paper's name, the paper's value
 
 
 def pooled(rows, share, n="n"):
@@ -192,7 +192,7 @@ def stories_table1():
 def stories_unasked():
     """The same steps: twists when asked for less twists when not. A model that just always writes one has a gap of 0."""
     print("| deleted by | rate | reFT step 0: asked - not asked | step 10 | step 30 | step 100 | step 200 |\n|---|---|---|---|---|---|---|")
-    runs = [(f"{p}-lr{lr}-?-reft", p, name) for lr, name in (("1e-4", "eta_M"), ("4e-5", "eta_S")) for p in PROTOCOLS]
+    runs = [(f"{p}-lr{lr}-?-reft", p, name) for lr, name in (("1.5e-4", "eta_M"), ("4e-5", "eta_S")) for p in PROTOCOLS]
     for pattern, words, rate in [*runs, ("control-?", "not-in-pretraining", "")]:
         rows = [r for r in story_rows(f"{pattern}.jsonl") if "parsed" in r]
         cells = []
@@ -214,7 +214,7 @@ PROTOCOLS = ("filter", "randomise", "mix-match")
 def stories_features():
     """Generation scores of all six features, seeds pooled: asked for / not asked for."""
     print("| % of stories, asked / not asked | pretrained | " + " | ".join(PROTOCOLS) + " | not in pretraining |\n|---|---|---|---|---|---|")
-    found = {protocol: [r for r in story_rows(f"{protocol}-lr1e-4-?.behavior.jsonl") if "parsed" in r] for protocol in PROTOCOLS}
+    found = {protocol: [r for r in story_rows(f"{protocol}-lr1.5e-4-?.behavior.jsonl") if "parsed" in r] for protocol in PROTOCOLS}
     features = list(dict.fromkeys(r["operand"] for r in found["filter"]))
     for feature in features:
         cells = []
@@ -235,7 +235,7 @@ def stories_probes():
     for split, end in (("natural", ""), ("even", ", no sentence tells")):
         for words, protocol, model in models:
             want = {"model": model, "target": "Twist", "labels": "true", "split": split}
-            rows = [r for r in story_rows(f"{protocol}-lr1e-4-?.probe.jsonl") if all(r[k] == v for k, v in want.items())]
+            rows = [r for r in story_rows(f"{protocol}-lr1.5e-4-?.probe.jsonl") if all(r[k] == v for k, v in want.items())]
             by = {i: [r for r in rows if r["block"] == i] for i in blocks}
             auc = {i: sum(r["auc"] for r in by[i]) / len(by[i]) for i in blocks}
             best = by[max(auc, key=auc.get)]

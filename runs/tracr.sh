@@ -71,14 +71,13 @@ jobs_seeds() {
 jobs_noise() {  # the max-identifier with the paper's noise, which takes its capability away before any fine-tuning
     for c in 0 1; do for lr in 1e-4 1e-2; do echo "look max/ctr$c-lr$lr-seed0-noise1e-3 behavior attention"; done; done
 }
-jobs_scale() {  # where we differ from the paper: outputs that are not multiplied by 10, and besides that weights as compiled
+jobs_scale() {  # where we differ from the paper: outputs that are not multiplied by 10 (scale1); all of the Counter's cells
+    # by the paper's protocol to the letter (literal): besides that, weights as compiled
     for lr in 1e-4 1e-3; do for c in .6 .8 .5 .2 0 .9 1; do echo "look count-scale1/ctr$c-lr$lr-seed0 behavior"; done; done
     for run in count-scale1/ctr.9-lr1e-2 max-scale1/ctr0-lr1e-2 max-scale1/ctr.5-lr1e-3 max-scale1/ctr1-lr1e-2; do
         echo "look $run-seed0 behavior"
     done
-    for run in .6-lr1e-4 .5-lr1e-3 .8-lr1e-4 .6-lr1e-3 .5-lr1e-4 .2-lr1e-3 .2-lr1e-4 .9-lr1e-2; do
-        echo "look count-literal/ctr$run-seed0 behavior"
-    done
+    for lr in 1e-4 1e-3 1e-2 1e-1; do for c in .6 .8 .5 .2 0 .9 1; do echo "look count-literal/ctr$c-lr$lr-seed0 behavior"; done; done
 }
 need count; need count-scale1; need count-literal
 need max; need max-scale1

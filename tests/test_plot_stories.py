@@ -16,7 +16,7 @@ ROWS = {"randomise": ((.7, .5, .1), (.1, .4, .7)), "filter": ((.7, .7, .5), (.5,
 
 def write(folder, name, parent, history, files=None, **args):
     """A run as the scripts leave it."""
-    args = {"lr": 1e-4, "feature": "Twist", "without": None, "protocol": None, "probability": None, "data": None,
+    args = {"lr": 1.5e-4, "feature": "Twist", "without": None, "protocol": None, "probability": None, "data": None,
             "reverse": False, "seed": 0, "steps": 30, **args}
     record = {"stage": "finetune", "args": args, "seconds": 1.,
               "parent": {"path": f"{folder}/{parent}.pt", "sha256": parent}}
@@ -77,13 +77,13 @@ def test_every_figure_of_stories_is_drawn(folder):
 def test_a_control_is_told_from_a_reft(folder):
     groups = plot.story_groups(plot.find_runs(str(folder)), "history")
     assert [(g.kind, g.protocol, g.at, len(g.runs)) for g in groups] == [
-        ("fine-tuning", "filter", "eta_M =\xa01e-4", 2), ("fine-tuning", "randomise", "eta_M =\xa01e-4", 2),
-        ("reFT", "filter", "eta_M =\xa01e-4", 2), ("reFT", "randomise", "eta_M =\xa01e-4", 2),
+        ("fine-tuning", "filter", "eta_M =\xa01.5e-4", 2), ("fine-tuning", "randomise", "eta_M =\xa01.5e-4", 2),
+        ("reFT", "filter", "eta_M =\xa01.5e-4", 2), ("reFT", "randomise", "eta_M =\xa01.5e-4", 2),
         ("reFT", plot.CONTROL, "a rate not known", 2)]
     (deletion, back), = plot.story_panels(groups)
     assert [g.protocol for g in deletion[1]] == ["filter", "randomise"]
     assert [g.protocol for g in back[1]] == ["filter", "randomise", plot.CONTROL]
-    assert back[0] == "reFT at eta_S =\xa04e-5, after deletion at eta_M =\xa01e-4"
+    assert back[0] == "reFT at eta_S =\xa04e-5, after deletion at eta_M =\xa01.5e-4"
     assert len({g.look[:3] for g in groups}) == 3  # a deletion and its reFT look alike
 
 

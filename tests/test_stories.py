@@ -395,7 +395,7 @@ def test_stages(stages):
             last = [(r["operand"], r["split"]) for r in rows if r["step"] == 4]
             assert last == [("Twist", s) for s in splits] + [(f, s) for f in FEATURES for s in scored]
     args = {name: load(stages.path / f"{name}.pt")[1]["args"] for name in ("randomise", "refuse", "reft", "control")}
-    assert args["randomise"]["lr"] == 1e-4 and args["reft"]["lr"] == args["control"]["lr"] == pytest.approx(4e-5)
+    assert args["randomise"]["lr"] == pytest.approx(1.5e-4) and args["reft"]["lr"] == args["control"]["lr"] == pytest.approx(4e-5)
     assert args["randomise"]["probability"] == 1 and args["refuse"]["probability"] == .5
     assert args["control"]["without"] == "Twist" and args["reft"]["reverse"]
 
