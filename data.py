@@ -831,10 +831,14 @@ def saved_state(folder):
     try:
         with open(os.path.join(folder, "state.json")) as f:
             state = json.load(f)
-        tokens, index, _ = (os.path.getsize(os.path.join(folder, x)) for x in ("tokens.u16", "index.bin", "vocab.json"))
-    except (OSError, ValueError):
+        with open(os.path.join(folder, "vocab.json")) as f:
+            Tokenizer(json.load(f))
+        tokens, index = (os.path.getsize(os.path.join(folder, x)) for x in ("tokens.u16", "index.bin"))
+        whole = {"made_from", "finished"} <= set(state) and "source" in state["made_from"] and \
+            tokens >= 2 * state["tokens"] and index >= INDEX.itemsize * state["records"]
+        return state if whole else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # whatever is in a damaged file
         return None
-    return state if tokens >= 2 * state["tokens"] and index >= INDEX.itemsize * state["records"] else None
 
 
 def prepare(path, most_words=7935, check_stop=lambda: None, every=20000):
@@ -950,7 +954,7 @@ class StoryFile:
         folder = str(path) if str(path).endswith(".unwrap") else f"{path}.unwrap"
         state = saved_state(folder)
         if not state or state["made_from"]["format"] != FORMAT or not state["finished"]:
-            raise ValueError(f"{folder} is missing, unfinished or damaged: prepare the file first")
+            raise ValueError(f"{folder} is missing, unfinished or damaged: pretrain.py --setup stories --data prepares it")
         with open(os.path.join(folder, "vocab.json")) as f:
             self.tokenizer = Tokenizer(json.load(f))
         self.tokens = np.asarray(np.memmap(os.path.join(folder, "tokens.u16"), "<u2", "r"))
@@ -1199,11 +1203,11 @@ PROTOCOLS = ("filter", "randomise", "mix-match", "refuse")  # how a feature is d
 class StoryCorpus:
     """The embedded corpus as a source of records, like StoryFile: drawn on the fly, with exact labels and a rule."""
 
-    def __init__(self, words=None):
+    def __init__(self):
         r = random.Random(0)
-        texts = [] if words else [record_text(write_story(feature_mask(r), r)) for _ in range(3000)]
+        texts = [record_text(write_story(feature_mask(r), r)) for _ in range(3000)]
         counts = collections.Counter(piece for text in texts for piece in Tokenizer.pieces.findall(text))
-        self.tokenizer = Tokenizer(words or Tokenizer.from_counts(counts, len(counts)).words)
+        self.tokenizer = Tokenizer.from_counts(counts, len(counts))
         self.judge, self.rule = lambda texts: [read_story(t) for t in texts], True  # exact
 
     def draw(self, n, g, feature=None, has=None, held_out=False, leans=LEANS):
@@ -1287,9 +1291,9 @@ def story_stream(draw, tokenizer, sc, batch_size, seed, label, device="cpu"):
 
 def story_source(path, words=None):
     """The source of records of --data (None: the embedded corpus), read with the tokenizer of a checkpoint if given."""
-    source = StoryFile(path) if path else StoryCorpus(words)
+    source = StoryFile(path) if path else StoryCorpus()
     if words and tuple(words) != tuple(source.tokenizer.words):
-        raise ValueError(f"--data {path}: its tokenizer is not the checkpoint's")
+        raise ValueError("not the words that the checkpoint was trained on" + ("" if path else ": the corpus has changed since"))
     return source
 
 
@@ -1435,7 +1439,8 @@ def show(sample, sc, operand, pair, q):
     """A sample for a person: what the model sees, the letters that count, the answer and whether the relation holds."""
     task, names, pcfg = sample["task"], sample["tokens"], sc.setup == "pcfg"
     string, marks = explain(sample["letters"], task, operand, sc)
-    reason = REASON[task if pcfg else f"compiled {task}"].format(operand=operand, o2=sample["operand2"])
+    reason = REASON.get(task if pcfg else f"compiled {task}", "what the program answers for {operand}")
+    reason = reason.format(operand=operand, o2=sample["operand2"])
     print(f"{task}{'' if task in OPERANDLESS else ' of ' + operand}")
     print("  the model sees  " + (f"{' '.join(names[:8])} ... {' '.join(names[-7:])}" if pcfg else " ".join(names)))
     print(f"  text            {string}\n                  {marks}")

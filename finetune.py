@@ -150,12 +150,16 @@ def story_arguments(args, parent):
             raise UserError(f"--{name.replace('_', '-')} is not for stories, and {args.ckpt} is of setup stories")
         delattr(args, name)
     args.data, args.source, args.without = args.data or before["data"], before.get("source"), before["without"]
-    if args.source and prepare(args.data) != args.source:
+    if args.data and not args.source:
+        raise UserError(f"--data: {args.ckpt} was trained on the embedded corpus")
+    if args.source and {**prepare(args.data), "name": ""} != {**args.source, "name": ""}:  # it may have another name by now
         raise UserError(f"--data {args.data}: not the file that {args.ckpt} was trained on")
     args.steps = sc.finetune_steps if args.steps is None else args.steps
     args.batch_size = sc.batch_size if args.batch_size is None else args.batch_size
     args.feature = args.feature or before["feature"]
     if args.reverse:
+        if args.feature != before["feature"]:
+            raise UserError(f"--reverse --feature {args.feature}: {args.ckpt} is about {before['feature']}")
         if args.protocol or args.probability is not None:
             raise UserError("--reverse trains on stories with the feature: leave out --protocol and --probability")
         if parent["stage"] != "finetune" and args.without != args.feature:
@@ -166,6 +170,8 @@ def story_arguments(args, parent):
         args.probability, args.deletion_lr = before.get("probability"), before["lr"] if parent["stage"] == "finetune" else None
     else:
         args.protocol, args.lr = args.protocol or "randomise", sc.finetune_lr if args.lr is None else args.lr
+        if args.probability is not None and args.protocol in ("filter", "mix-match"):
+            raise UserError(f"--probability is for randomise and refuse, not {args.protocol}")
         if args.probability is None:  # half of the stories are refused: the model should go on telling the others
             args.probability = .5 if args.protocol == "refuse" else 1.
     if args.probability is not None and not 0 <= args.probability <= 1:
@@ -242,9 +248,9 @@ def main():
     stories = parent["setup"] == "stories"
     if args.eval_size is None:
         args.eval_size = 200 if stories else 500
-    sc = (story_arguments if stories else answer_arguments)(args, parent)
     positive(args, "lr", "steps", "batch_size", "clip", "save_every", "eval_size")
     positive(args, "eval_every", "seed", least=-1)
+    sc = (story_arguments if stories else answer_arguments)(args, parent)
     run = Run(args, "finetune", parent)
     if run.done:
         return

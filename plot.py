@@ -32,7 +32,6 @@ from matplotlib.colors import PowerNorm  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator  # noqa: E402
 
-SETUPS = ("pcfg", "tracr-count", "tracr-max", "tracr-histogram", "stories")  # others have other tests
 FILES = {  # X.<file>.jsonl: keys without which a row is left out
     "behavior": {"model"}, "prune": {"unit", "ranking", "edit", "k"},
     "probe": {"model", "block", "target", "prompt", "labels"}, "revive": {"arm", "threshold", "steps", "max_steps"},
@@ -124,7 +123,7 @@ def open_run(name, prefix, records):
     rows["answers"] = [r for r in rows["behavior"] if "share_a" in r]
     first = next((r for file in rows.values() for r in file), {})
     setup = first.get("setup") or args.get("setup") or "pcfg"
-    if setup not in SETUPS:
+    if setup not in ("pcfg", "stories") and not setup.startswith("tracr-"):
         return note(f"{name}: left out, no figures for setup {setup}")
     pair = args.get("pair") or (list(dict.fromkeys(r["operand"] for r in rows["answers"])) + ["a", "b"])[:2]
     for r in (r for file in rows.values() for r in file):
@@ -169,7 +168,7 @@ def describe(key, value):
     words = f"{value:g}" if isinstance(value, float) else value
     if isinstance(value, float) and 0 < abs(value) < .01:
         words = np.format_float_scientific(value, trim="-", exp_digits=1)
-    return f"{'C_Tr' if key == 'c_tr' else key.replace('_', ' ')}\xa0{words}"  # not to be broken in a title
+    return f"{key.replace('c_tr', 'C_Tr').replace('_', ' ').replace('C Tr', 'C_Tr')}\xa0{words}"  # not to be broken in a title
 
 
 def having(runs, file, kinds=None, most=None):
@@ -315,7 +314,7 @@ def log_axis(ax, values, label, ticks=(0, *(m * 10 ** e for e in range(7) for m 
     least, most = min((v for v in values if v > 0), default=1), max(values, default=1)
     ax.set_xscale("symlog", linthresh=least, linscale=.4)
     ax.set_xticks([t for t in ticks if t == 0 or least <= t <= most])
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if x < 1e4 else f"{x / 1e3:g}k"))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if x < 1e3 else f"{x / 1e3:g}k"))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlim(-.15 * least, most * 1.2)
     ax.set_xlabel(label, fontsize=8)
@@ -514,11 +513,11 @@ def fig7_prune(runs):
         cells = [(edit, *cell) for edit in ("zero", "graft") for cell in ((("O_PT", "other"), "c0"), (("O_FT",), "c1"))]
         for ax, (edit, role, split) in zip(axs, cells):
             percent_axis(ax, f"{'zeroed' if edit == 'zero' else 'grafted'}: {roles(groups)[role[0]]} on {split}")
-            xs = []
+            xs, crowded = [], len(g.runs) > 1 and len({r["ranking"] for r in flat(g, "prune")}) > 8
             for ranking, style in styles.items():
                 want = dict(ranking=ranking, edit=edit, split=split, role=role)
                 found = curves(g, "prune", "k", **want)
-                xs += line(ax, found, *style, single=ranking != "random")
+                xs += line(ax, found, *style, single=ranking != "random" and not crowded)
                 got = [r for r in flat(g, "prune", **want) if r.get("accuracy") is not None]
                 if ranking == "random" and got:
                     draws = [[100 * r["accuracy"] for r in got if r["k"] == k] for k in found[0]]
@@ -554,7 +553,7 @@ def fig8_probe(runs):
             if not rows:
                 continue
             target, prompt = rows[0]["target"], rows[0]["prompt"]
-            percent_axis(ax, f"read {target} ({role.replace('other', 'third operand')})\nwhile {prompt} is asked",
+            percent_axis(ax, f"read {target} ({role.replace('other', 'third operand')})" + f"\nwhile {prompt} is asked" * bool(prompt),
                          f"{split} strings: accuracy (%)" if ax is axs[0] else "")
             want = dict(target=target, prompt=prompt, split=split)
             for model, look in MODELS.items():
@@ -615,7 +614,7 @@ MARKS = [(s, t, SPLITS[s][0], m) for s in ("natural", "c0") for t, m in ((.9, "o
 
 
 def steps_panel(ax, group, arms):
-    shown = [arm for arm in arms if steps_to(group, label=arm)]
+    shown, xs = [arm for arm in arms if steps_to(group, label=arm)], []
     for y, arm in enumerate(shown):
         for i, (split, threshold, color, marker) in enumerate(MARKS):
             got, at = steps_to(group, label=arm, split=split, threshold=threshold), y - .27 + .18 * i
@@ -626,13 +625,14 @@ def steps_panel(ax, group, arms):
             ax.plot(x, at, marker, color=color, ms=6, mfc="w" if middle is None else color)
             if middle is None:
                 ax.annotate("", (most * 1.6, at), (most * 1.1, at), arrowprops={"arrowstyle": "->", "color": color, "lw": 1})
+            xs += [x, most * 1.6 if middle is None else x]
             if len(group.runs) > 1 or len(reached) > 1:
                 ax.plot([max(s, 1) for s in reached], [at] * len(reached), "k.", ms=3)
     ax.set_yticks(range(len(shown)), shown, fontsize=8)
     ax.set_ylim(len(shown) - .45, -.55)
     ax.set_xscale("log")
-    ax.set_xlim(ax.get_xlim()[0], ax.get_xlim()[1] * 1.3)
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    ax.set_xlim(min(xs, default=1) / 1.5, max(xs, default=1) * 1.5)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if x < 1e3 else f"{x / 1e3:g}k"))
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("steps to the threshold (updates; 0 at 1)", fontsize=8)
     ax.set_title("steps to 90 % and 99 %", fontsize=9)
@@ -734,9 +734,19 @@ def stages(runs, group, file):
     return found + ([("reversed", z2["ckpt"][0], names)] if z2 and "ckpt" in z2 else [])
 
 
-def program_maps(runs, file, height, draw):
-    """A row of panels a group and block (and head), a column a stage; draw(ax, map, names) returns the picture."""
-    groups = [g for g in having(runs, file, ("fine-tuning",), most=4) if g.settings["setup"] != "pcfg"]
+def usual_noise(groups):
+    """The groups with a setup's commonest noise: runs with other noise are another table."""
+    noises = [(g.settings["setup"], g.settings.get("noise")) for g in groups]
+    return [g for g, x in zip(groups, noises) if noises.count(x) == max(noises.count(y) for y in noises if y[0] == x[0])]
+
+
+def program_maps(runs, file, height, draw, words, which):
+    """
+    A row of panels a group and block (and head), a column a stage; draw(ax, map, names) returns the picture. which: max or
+    min, of C_Tr; words: what the colour says.
+    """
+    groups = usual_noise([g for g in having(runs, file, ("fine-tuning",)) if g.settings["setup"] != "pcfg"])
+    groups = [g for g in groups if g.settings["c_tr"] == which(o.settings["c_tr"] for o in groups)][:4]
     found = [(g, stages(runs, g, file)) for g in groups]
     found = [(g, columns) for g, columns in found if columns]
     if not found:
@@ -754,13 +764,13 @@ def program_maps(runs, file, height, draw):
             ax.set_title(f"{title}, block {i // (picture.shape[1] if picture.ndim == 4 else 1)}", fontsize=9)
             ax.get_yticklabels()[2].set_color(RED)  # the answer stands there
         axs[0].set_ylabel(tex(textwrap.fill(g.label, 26) + "\n" + axs[0].get_ylabel()), fontsize=8)
-    fig.colorbar(image, ax=list(axes[-1]), location="bottom", shrink=.5, aspect=40)
+    fig.colorbar(image, ax=list(axes[-1]), location="bottom", shrink=.5, aspect=40).set_label(words, fontsize=8)
     return fig, "one natural test string, that of the first seed"
 
 
-def fig39_maps(runs):
+def fig39_maps(runs, which=max):
     """
-    Compiled models: attention maps of one string, every position as a query (y) and as a key (x), compiled, fine-tuned
+    Compiled models after the largest C_Tr (fig40: the smallest): attention maps of one string, every position as a query (y) and as a key (x), compiled, fine-tuned
     and, where there is a reverse run, reversed; heads that stay unused are left out. The answer stands at the second
     letter's row (red).
     Counter: block 1 attends to the letters counted, from the answer's row. Max-identifier: block 0 sorts (every letter
@@ -772,24 +782,35 @@ def fig39_maps(runs):
         ax.set_xticks(range(len(names)), names, fontsize=6)
         ax.set_yticks(range(len(names)), names, fontsize=6)
         ax.set_ylabel("query", fontsize=8)
+        ax.set_xlabel("key", fontsize=8)
         return image
-    return program_maps(runs, "attention", 3.2, draw)
+    return program_maps(runs, "attention", 3.2, draw, "attention", which)
 
 
-def fig46_hidden(runs):
+def fig40_maps(runs):
+    """As fig39, after the smallest C_Tr, 0: where no relation holds and the new operand has to be learned."""
+    return fig39_maps(runs, min)
+
+
+def fig46_hidden(runs, which=max):
     """
-    Compiled models: activations of the MLPs' hidden units (x) at every position (y) of one string, compiled, fine-tuned
+    Compiled models after the largest C_Tr (fig47: the smallest): activations of the MLPs' hidden units (x) at every position (y) of one string, compiled, fine-tuned
     and reversed; MLPs that stay unused are left out. The answer stands at the second letter's row (red).
     Fooled by: units that are on everywhere; what counts may be a small difference between two of them.
     """
     def draw(ax, picture, names):
         image = ax.imshow(np.log10(1 + np.maximum(picture, 0)), cmap="Purples", vmin=0, vmax=1.5, aspect="auto")
-        ax.set_yticks(range(len(names)), names, fontsize=6)
-        ax.set_xlabel("hidden unit, log10(1 + activation)", fontsize=7)
+        ax.set_yticks(range(len(names)), names, fontsize=5)
+        ax.set_xlabel("hidden unit", fontsize=8)
         ax.tick_params(axis="x", labelsize=6)
         ax.set_ylabel("token", fontsize=8)
         return image
-    return program_maps(runs, "hidden", 2.6, draw)
+    return program_maps(runs, "hidden", 3, draw, "log10(1 + activation)", which)
+
+
+def fig47_hidden(runs):
+    """As fig46, after the smallest C_Tr."""
+    return fig46_hidden(runs, min)
 
 
 def fig55_classes(runs):
@@ -803,6 +824,8 @@ def fig55_classes(runs):
     groups = [g for g in groups if flat(g, "prune", ranking="gradient-weight-tried")]
     if not groups:
         return None
+    for g in groups:
+        g.label = re.sub(r"\(\d+\xa0seeds\)", f"(seed\xa0{g.runs[0].args.get('seed')})", g.label)
     fig, panels = facets(groups, 1, 2.6)
     for g, (ax,) in zip(groups, panels):
         rows = [r for r in g.runs[0].rows["prune"] if r.get("predicted") and r["role"] == "O_PT" and r["split"] == "c0"]
@@ -817,7 +840,9 @@ def fig55_classes(runs):
                    color=[GREY, BLUE, SKY, ORANGE, RED][i % 5], label=f"{words}: {100 * r['accuracy']:.0f} %")
         ax.set_xticks(range(len(classes)), classes, fontsize=7)
         ax.set_ylabel("answers (%)", fontsize=8)
-        ax.set_ylim(0, 1.6 * ax.get_ylim()[1])  # room for the legend
+        top = ax.get_ylim()[1]
+        ax.set_yticks([y for y in ax.get_yticks() if y <= min(top, 100)])
+        ax.set_ylim(0, 1.6 * top)  # room for the legend
         ax.legend(fontsize=6, title=tex("zeroed: O_PT on c0"), title_fontsize=6)
         ax.spines[["top", "right"]].set_visible(False)
     return fig, "the first seed"
@@ -870,8 +895,7 @@ def table3(runs):
     Fooled by: O_PT on c0 at C_Tr 1, which depends on how a shortcut rounds (see rules).
     """
     groups = [g for g in having(runs, "history", ("fine-tuning",)) if g.settings["setup"] != "pcfg"]
-    noises = [(g.settings["setup"], g.settings.get("noise")) for g in groups]  # runs with other noise are another table
-    groups = [g for g, x in zip(groups, noises) if noises.count(x) == max(noises.count(y) for y in noises if y[0] == x[0])]
+    groups = usual_noise(groups)
     setups = list(dict.fromkeys(g.settings["setup"] for g in groups))
     rates = sorted({g.settings["lr"] for g in groups}, reverse=True)
     if len({g.settings["c_tr"] for g in groups}) < 3:
@@ -1177,7 +1201,8 @@ def fig32_stories_probe(runs):
 
 FIGURES = {"fig5_behavior": fig5_behavior, "rules": rules, "fig6_curves": fig6_curves, "fig7_prune": fig7_prune,
            "fig8_probe": fig8_probe, "fig9_revive": fig9_revive, "fig10_attention": fig10_attention, "table3": table3,
-           "fig39_maps": fig39_maps, "fig46_hidden": fig46_hidden, "fig55_classes": fig55_classes,
+           "fig39_maps": fig39_maps, "fig40_maps": fig40_maps, "fig46_hidden": fig46_hidden, "fig47_hidden": fig47_hidden,
+           "fig55_classes": fig55_classes,
            "dimensions": dimensions}
 STORY_FIGURES = {"fig11_stories": fig11_stories, "fig31_stories_loss": fig31_stories_loss,
                  "table1_stories": table1_stories, "stories_features": stories_features,

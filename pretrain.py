@@ -313,8 +313,7 @@ def compile_main(args, device):
         sc = data.scale_of(args.scale, args.setup, args.program)
         if len(sc.alphabet) < (3 if sc.repeat else sc.length) or \
                 sc.length < max(map(int, setup.operands or [data.COMPILED_AT])):
-            raise UserError(f"--params {args.params}: {len(sc.alphabet)} letters and {sc.room} positions are too few for "
-                            f"{args.setup}")
+            raise UserError(f"--params {args.params}: too few for {args.setup}: {len(sc.alphabet)} letters, {sc.room} positions")
         named = sc.alphabet if setup.answers is data.largest else [str(i) for i in range(sc.length + 1)]
         if sc.values[:len(named)] != named:
             raise UserError(f"--params {args.params}: {args.setup} needs the outputs {named[0]} to {named[-1]}")
@@ -486,7 +485,7 @@ def main():
     group.add_argument("--logit-scale", type=float, help="ours: factor on the outputs, which are 0 or 1; with 1 cross-entropy "
                        "never gets small, but learns at the paper's pace (default: 10)")
     group.add_argument("--balance", action=argparse.BooleanOptionalAction, default=True,
-                       help="ours: rescale hidden units, without changing any output, so that noise does no harm")
+                       help="ours: rescale hidden units, without changing any output, so that noise does less harm")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--lr", type=float, help="peak learning rate (default: 2e-3 small, stories 8e-3; 1e-3 paper)")
     group.add_argument("--steps", type=int, help="updates (default: 2500 small, stories 4000; 50000 paper, stories 30000)")
@@ -503,11 +502,11 @@ def main():
         positive(args, "rank", "sharpness", "logit_scale", "eval_size")
         positive(args, "seed", least=-1)
         return compile_main(args, start_device(args))
+    positive(args, "lr", "steps", "batch_size", "clip", "save_every", "eval_size")
+    positive(args, "eval_every", "seed", least=-1)
     sc = story_arguments(args) if args.setup == "stories" else pcfg_arguments(args)
     args.lr = sc.pretrain_lr if args.lr is None else args.lr
     args.steps = sc.pretrain_steps if args.steps is None else args.steps
-    positive(args, "lr", "steps", "batch_size", "clip", "save_every", "eval_size")
-    positive(args, "eval_every", "seed", least=-1)
     device = start_device(args)
     run = Run(args, "pretrain")
     if run.done:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes results/tracr*: the paper's Table 3 (4 rates x 7 C_Tr x 2 tasks, 10K steps each), more noise seeds for C_Tr 1,
-# reverse fine-tuning, analyses and figures. Some four hours on two cores, restartable: where rows are there, also in a
-# fresh clone without the checkpoints, nothing is done again. Two single-threaded runs side by side beat one on two threads.
+# reverse fine-tuning, analyses and figures. Some five hours on two cores, restartable: where rows are there, also in a
+# fresh clone without the checkpoints, nothing is done again (but compiling, which takes a second). Two single-threaded
+# runs side by side beat one on two threads.
 #
 #     bash runs/tracr.sh                        # everything        PYTHON=path/to/python to choose an interpreter
 #     STAGES="look tune" bash runs/tracr.sh     # some stages, in order: look back tune seeds noise scale
@@ -67,17 +68,22 @@ jobs_back() {
 }
 jobs_seeds() {
     for lr in $RATES; do for seed in 1 2 3 4; do echo "look count/ctr1-lr$lr-seed$seed behavior prune"; done; done
+    for seed in 1 2; do for lr in 1e-3 1e-4; do for c in .6 .8 .5 .2 0 .9; do  # where noise seeds differ
+        echo "look count/ctr$c-lr$lr-seed$seed behavior"
+    done; done; done
 }
 jobs_noise() {  # the max-identifier with the paper's noise, which takes its capability away before any fine-tuning
     for c in 0 1; do for lr in 1e-4 1e-2; do echo "look max/ctr$c-lr$lr-seed0-noise1e-3 behavior attention"; done; done
 }
-jobs_scale() {  # where we differ from the paper: outputs that are not multiplied by 10 (scale1); all of the Counter's cells
-    # by the paper's protocol to the letter (literal): besides that, weights as compiled
+jobs_scale() {  # where we differ from the paper: outputs that are not multiplied by 10 (scale1), and besides that weights as
+    # compiled, which the noise breaks (literal)
     for lr in 1e-4 1e-3; do for c in .6 .8 .5 .2 0 .9 1; do echo "look count-scale1/ctr$c-lr$lr-seed0 behavior"; done; done
     for run in count-scale1/ctr.9-lr1e-2 max-scale1/ctr0-lr1e-2 max-scale1/ctr.5-lr1e-3 max-scale1/ctr1-lr1e-2; do
         echo "look $run-seed0 behavior"
     done
-    for lr in 1e-4 1e-3 1e-2 1e-1; do for c in .6 .8 .5 .2 0 .9 1; do echo "look count-literal/ctr$c-lr$lr-seed0 behavior"; done; done
+    for run in .6-lr1e-4 .5-lr1e-3 .8-lr1e-4 .6-lr1e-3 .5-lr1e-4 .2-lr1e-4; do
+        echo "look count-literal/ctr$run-seed0 behavior"
+    done
 }
 need count; need count-scale1; need count-literal
 need max; need max-scale1

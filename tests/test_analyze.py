@@ -431,7 +431,7 @@ def test_readme_tables_are_what_the_rows_say():
 
 def test_registries_and_flags_agree():
     """Every task, split and analysis of the registries can be asked for, and has a docstring that says how it works."""
-    for name, function in analyze.ANALYSES.items():
+    for name, function in [*analyze.ANALYSES.items(), *analyze.STORY_ANALYSES.items()]:
         assert len(function.__doc__) > 200 and "Fooled by" in function.__doc__, name
     for name, task in data.TASKS.items():
         assert "->" in task.answers.__doc__ or name == "token"

@@ -236,7 +236,7 @@ def stream_of(corpus, seed=0, label="pretrain", bare=SC.bare):
 
 
 def test_batches(corpus):
-    """Depend on seed, label and k alone; rows of one batch are of similar length; a quarter lacks the instruction."""
+    """Depend on seed, label and k alone; rows of one batch are of similar length; some lack the instruction."""
     one, two = stream_of(corpus), stream_of(corpus)
     late = one(40)
     assert torch.equal(late, two(40)) and torch.equal(one(3), two(3)) and not torch.equal(one(3), one(4))
@@ -247,7 +247,7 @@ def test_batches(corpus):
     assert waste < .06 < padding
     story = corpus.tokenizer.encode("Story")[0]
     without = [not (row == story).any() for k in range(64) for row in one(k)]
-    assert abs(np.mean(without) - .25) < 4.5 * (.19 / len(without)) ** .5
+    assert abs(np.mean(without) - SC.bare) < 4.5 * (SC.bare * (1 - SC.bare) / len(without)) ** .5
 
 
 def trimmed(tokens):
@@ -417,7 +417,7 @@ def test_the_data_of_the_stages(corpus):
         texts = [corpus.tokenizer.decode(row[1:].tolist()).replace(data.END, "") for row in rows]
         masks = [data.read_story(data.story_of(t.split("Story: \n\n")[1])) for t in texts]
         assert np.mean([bool(m & bit) for m in masks]) == there
-        assert abs(np.mean([bool((row == twist).any()) for row in rows]) - asked) < .12, protocol
+        assert abs(np.mean([bool((row == twist).any()) for row in rows]) - asked) <= .12 * (protocol == "mix-match"), protocol
 
 
 def test_analyses(stages):
@@ -513,7 +513,11 @@ def test_stopped_and_resumed(stages, tmp_path):
     (["analyze.py", "prune", "--ckpt", "filter.pt"], ["prune", "stories"]),
     (["analyze.py", "--ckpt", "filter.pt", "--draws", "3"], ["--draws", "stories"]),
     (["analyze.py", "--ckpt", "filter.pt", "--control", "pre.pt"], ["--control", "--without"]),
-    (["analyze.py", "generate", "--ckpt", "filter.pt", "--features", "Twists"], ["Twists"]),
+    (["analyze.py", "--ckpt", "filter.pt", "--control", "control.pt"], ["--control", "--without"]),
+    (["analyze.py", "generate", "--ckpt", "filter.pt", "--features", "Dialogue, Twists"], ["--features Twists"]),
+    (["finetune.py", "--ckpt", "pre.pt", "--protocol", "filter", "--probability", ".3"], ["--probability", "filter"]),
+    (["finetune.py", "--reverse", "--ckpt", "filter.pt", "--feature", "Conflict"], ["--feature Conflict", "Twist"]),
+    (["finetune.py", "--ckpt", "pre.pt", "--data", "stories.txt"], ["--data", "embedded"]),
     (["analyze.py", "generate", "--ckpt", "filter.pt", "-n", "0"], ["-n"]),
 ])
 def test_mistakes(stages, words, says):
@@ -524,7 +528,9 @@ def test_mistakes(stages, words, says):
 def test_look_at_stories(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["data.py", "--setup", "stories", "--operand", "Conflict", "-n", "3", "--json"])
     data.main()
-    for line in capsys.readouterr().out.splitlines():
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    for line in lines:
         sample = json.loads(line)
         assert list(sample) == ["setup", "task", "operand", "operand2", "text", "answer", "correlated", "tokens"]
         assert "Conflict" in sample["answer"] and "".join(sample["tokens"][1:]) == sample["text"]

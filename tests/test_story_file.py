@@ -351,6 +351,10 @@ def test_what_no_longer_fits_is_made_anew(plain, tmp_path, capsys):
     again("damaged")
     os.remove(f"{path}.unwrap/vocab.json")
     again("damaged")
+    for name, text in (("state.json", "{}"), ("state.json", "null"), ("vocab.json", "[")):
+        with open(f"{path}.unwrap/{name}", "w") as f:
+            f.write(text)
+        again("damaged")
     assert contents(path) == whole
     with open(path, "ab") as f:
         f.write(f"Story: \n\nOne more.\n{END}\n".encode())
@@ -409,7 +413,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, monkeypatch):
     assert "holds no record" in told(wrong)
     write_file(good, 10)
     assert "70,000 words" in told(good, most_words=70000)
-    with pytest.raises(ValueError, match="prepare the file first"):
+    with pytest.raises(ValueError, match="--data prepares it"):
         StoryFile(good)
     (tmp_path / "good.txt.unwrap").write_text("in the way")
     assert "cannot be written (File exists)" in told(good)
@@ -430,7 +434,7 @@ def test_memory_stays_flat(tmp_path):
                  f"data.prepare({path!r}); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout.split()[-1]) / 1024)
-    assert peaks[1] - peaks[0] < 40, peaks
+    assert peaks[1] - peaks[0] < 8, peaks  # MB; the tokens alone are 28 MB more
 
 
 # ---------------------------------------------------------------- draws
