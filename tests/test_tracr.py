@@ -9,6 +9,8 @@ import operator
 import os
 import pathlib
 import signal
+import subprocess
+import sys
 import time
 import types
 import warnings
@@ -651,3 +653,29 @@ def test_numbers_too_small_to_matter_are_zero():
         assert (torch.tensor([1e-39]) * 1.).item() == 0.
     finally:
         torch.set_flush_denormal(False)
+
+
+@pytest.mark.slow
+def test_a_program_of_your_own_is_a_line_in_each_table(tmp_path):
+    """The README's exercise: is my letter the only one of its kind? It passes through every script."""
+    for name in ("data", "model", "pretrain", "finetune", "analyze", "plot"):
+        text = (pathlib.Path(ROOT) / f"{name}.py").read_text()
+        if name == "model":
+            text = text.replace('PROGRAMS = {', 'PROGRAMS = {"tracr-unique": lambda place: [Width("n", "tokens", "tokens", '
+                                'operator.eq), Map("answer", "n", lambda n: n == 1)],\n', 1)
+        if name == "data":
+            line = ('"tracr-unique": SimpleNamespace(task="unique", answers=lambda text, sc: (histogram(text, sc) == 1).long(), '
+                    'alphabet="abcdefghi", letters=(8, 8), repeat=True, room=(9, 9), operands=("2", "3", "4"), noise=0.),\n')
+            text = text.replace("COMPILED = {", "COMPILED = {" + line, 1)
+        (tmp_path / f"{name}.py").write_text(text)
+
+    def run(*words):
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+    assert "unique of 2" in run("data.py", "--setup", "tracr-unique")
+    assert "100.0%" in run("pretrain.py", "--setup", "tracr-unique", "--eval-size", "50")
+    run("finetune.py", "--c-tr", "0", "--steps", "2", "--eval-size", "50")
+    run("analyze.py", "behavior", "--eval-size", "50")
+    assert "right" in run("analyze.py", "ask", "--ckpt", "out/pre.pt", "--operand", "2", "--text", "abaaaaaa")
+    assert "fig5_behavior.png" in run("plot.py")
