@@ -68,9 +68,9 @@ jobs_back() {
 }
 jobs_seeds() {
     for lr in $RATES; do for seed in 1 2 3 4; do echo "look count/ctr1-lr$lr-seed$seed behavior prune"; done; done
-    for seed in 1 2; do for lr in 1e-3 1e-4; do for c in .6 .8 .5 .2 0 .9; do  # where noise seeds differ
-        echo "look count/ctr$c-lr$lr-seed$seed behavior"
-    done; done; done
+    for lr in 1e-3 1e-4; do for c in .6 .8 .5 .2 0 .9; do  # where we differ from the paper: is it the noise seed?
+        echo "look count/ctr$c-lr$lr-seed1 behavior; look count-scale1/ctr$c-lr$lr-seed1 behavior"
+    done; done
 }
 jobs_noise() {  # the max-identifier with the paper's noise, which takes its capability away before any fine-tuning
     for c in 0 1; do for lr in 1e-4 1e-2; do echo "look max/ctr$c-lr$lr-seed0-noise1e-3 behavior attention"; done; done
