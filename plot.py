@@ -799,7 +799,7 @@ def fig46_hidden(runs, which=max):
     Fooled by: units that are on everywhere; what counts may be a small difference between two of them.
     """
     def draw(ax, picture, names):
-        image = ax.imshow(np.log10(1 + np.maximum(picture, 0)), cmap="Purples", vmin=0, vmax=1.5, aspect="auto")
+        image = ax.imshow(np.log10(1 + np.maximum(picture, 0)), cmap="Purples", norm=PowerNorm(.5, 0, 2), aspect="auto")
         ax.set_yticks(range(len(names)), names, fontsize=5)
         ax.set_xlabel("hidden unit", fontsize=8)
         ax.tick_params(axis="x", labelsize=6)
