@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes results/stories: the paper's Table 1 and Figs. 11, 31-38 on the embedded corpus. For each seed a model pretrained
 # with and one without twists, three deletions at two rates, their reverse fine-tunings and the control's, scores, probes.
-# About 20 minutes a seed on two cores; restartable: what is done already is passed over.
+# About 25 minutes a seed on two cores; restartable: what is done already is passed over.
 #
 #     bash runs/stories.sh               # three seeds       PYTHON=path/to/python to choose an interpreter
 #     SEEDS=0 bash runs/stories.sh       # one

@@ -81,20 +81,23 @@ def differing():
     Cells of Table 3 that differ from the paper's, and what our own choices do there. O_FT on c1, c0; O_PT on c1, c0.
     A star: both O_FT accuracies are within 10 points of the paper's.
     """
-    names, cells = ("tracr_table3", "tracr_table3_scale1", "tracr_table3_literal"), {}
-    for name in (x for x in names if (RESULTS / f"{x}.csv").exists()):
+    columns, cells = {("tracr_table3", "0"): "ours", ("tracr_table3", "1"): "seed 1",
+                      ("tracr_table3_scale1", "0"): "outputs x 1", ("tracr_table3_scale1", "1"): "x 1, seed 1",
+                      ("tracr_table3_literal", "0"): "x 1, not balanced"}, {}
+    for name in dict.fromkeys(name for name, _ in columns):
         with open(RESULTS / f"{name}.csv", newline="") as f:
             for r in csv.DictReader(f):
-                if r["seed"] == "0":
-                    cells.setdefault((r["task"], r["lr"], r["c_tr"]), {}).setdefault(name, {})[r["operand"], r["c_te"]] = r
+                found = cells.setdefault((r["task"], r["lr"], r["c_tr"]), {})
+                found.setdefault((name, r["seed"]), {})[r["operand"], r["c_te"]] = r
 
     def four(rows, column):
         return ", ".join(f"{100 * float(rows[operand, c][column]):.0f}" for operand in ("OFT", "OPT") for c in "10")
-    print("| task | lr | C_Tr | ours | outputs x 1 | and not balanced | the paper |\n|---|---|---|---|---|---|---|")
+    print(f"| task | lr | C_Tr | {' | '.join(columns.values())} | the paper |\n|" + "---|" * (len(columns) + 4))
     for cell, found in cells.items():
-        if len(found) > 1 and not all(within(rows.values()) for rows in found.values()):
-            said = [four(found[x], "accuracy") + " *" * within(found[x].values()) if x in found else "" for x in names]
-            print(f"| {' | '.join((*cell, *said))} | {four(found[names[0]], 'paper')} |")
+        found = {x: found[x] for x in columns if x in found}
+        if len({name for name, _ in found}) > 1 and not all(within(rows.values()) for rows in found.values()):
+            said = [four(found[x], "accuracy") + " *" * within(found[x].values()) if x in found else "" for x in columns]
+            print(f"| {' | '.join((*cell, *said))} | {four(found['tracr_table3', '0'], 'paper')} |")
 
 
 def inside():
