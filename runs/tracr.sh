@@ -69,7 +69,7 @@ jobs_back() {
 jobs_seeds() {
     for lr in $RATES; do for seed in 1 2 3 4; do echo "look count/ctr1-lr$lr-seed$seed behavior prune"; done; done
     for lr in 1e-3 1e-4; do for c in .6 .8 .5 .2 0 .9; do  # where we differ from the paper: is it the noise seed?
-        echo "look count/ctr$c-lr$lr-seed1 behavior; look count-scale1/ctr$c-lr$lr-seed1 behavior"
+        echo "look count/ctr$c-lr$lr-seed1 behavior"
     done; done
 }
 jobs_noise() {  # the max-identifier with the paper's noise, which takes its capability away before any fine-tuning
@@ -78,6 +78,7 @@ jobs_noise() {  # the max-identifier with the paper's noise, which takes its cap
 jobs_scale() {  # where we differ from the paper: outputs that are not multiplied by 10 (scale1), and besides that weights as
     # compiled, which the noise breaks (literal)
     for lr in 1e-4 1e-3; do for c in .6 .8 .5 .2 0 .9 1; do echo "look count-scale1/ctr$c-lr$lr-seed0 behavior"; done; done
+    for lr in $RATES; do for c in .6 .8 .5 .2 0 .9 1; do echo "look count-scale1/ctr$c-lr$lr-seed1 behavior"; done; done
     for run in count-scale1/ctr.9-lr1e-2 max-scale1/ctr0-lr1e-2 max-scale1/ctr.5-lr1e-3 max-scale1/ctr1-lr1e-2; do
         echo "look $run-seed0 behavior"
     done
