@@ -1,7 +1,7 @@
 """
 Write results/tracr_table3.csv from the rows in results/tracr/: each cell of the paper's Table 3, ours beside the paper's;
-and, for some cells, tracr_table3_scale1.csv with outputs that are not multiplied by 10, and tracr_table3_literal.csv
-with weights that are not balanced either.
+tracr_table3_scale1.csv with outputs that are not multiplied by 10 (seed 1; some cells of seed 0); tracr_table3_literal.csv
+for some cells, with weights that are not balanced either.
 
     $ python runs/tracr_table.py           # needs nothing but the rows; cells that were not run are left out
 """
