@@ -956,9 +956,10 @@ def evidence(study, found):
         bounds = [r["max_steps"] if r["steps"] is None else r["steps"] for r in rows]
         return (float(np.mean(bounds)), all(r["steps"] is not None for r in rows)) if rows else (None, None)
     arms = {"reft": "reft", "control": f"teach-{study.third}", "pretraining": "pretraining"}
-    for v["threshold"] in reversed(THRESHOLDS):  # 99 %, or 90 where neither gets there: two that do not cannot be compared
+    for threshold in reversed(THRESHOLDS):  # 99 %, or 90 where neither gets there: two that do not cannot be compared
+        v["threshold"] = threshold
         for who, arm in arms.items():
-            v[f"{who}_steps"], v[f"{who}_reached"] = steps(arm, v["threshold"])
+            v[f"{who}_steps"], v[f"{who}_reached"] = steps(arm, threshold)
         if v["reft_reached"] or v["control_reached"]:
             break
 
@@ -1049,10 +1050,11 @@ def ask(study):
     alphabet = sc.alphabet if study.compiled else data.LETTERS
     if operand not in sc.operands:
         raise UserError(f"--operand {operand}: there are {', '.join(sc.operands)}")
-    if set(text) - set(alphabet) or len(text) != sc.length:
-        other = "".join(sorted(set(text) - set(alphabet)))
+    other = "".join(sorted(set(text) - set(alphabet)))
+    if other or len(text) != sc.length:
         raise UserError(f"--text takes {sc.length} letters {alphabet[0]} to {alphabet[-1]}, as this model was trained on, "
-                        f"and got {len(text)}{', with ' + repr(other) if other else ''}; for one: python data.py --setup {sc.setup} --scale {sc.name} --json")
+                        f"and got {len(text)}{', with ' + repr(other) if other else ''}; for one: python data.py --setup "
+                        f"{sc.setup} --scale {sc.name} --json")
     letters = torch.tensor([[alphabet.index(x) for x in text]], device=study.device)
     if study.compiled and not sc.repeat and len(set(text)) < len(text):
         raise UserError(f"--text {text}: no letter may occur twice")
