@@ -1,23 +1,27 @@
 """
 Look inside a fine-tuned checkpoint: is the old capability deleted, or only wrapped?
 
-    $ python analyze.py                                            # every analysis of out/ft.pt, then the verdict
-    $ python analyze.py prune probe --ckpt out/ft.pt               # some of them
+    $ python analyze.py                                            # all of out/ft.pt, then the verdict
+    $ python analyze.py prune probe --ckpt out/ft.pt               # some analyses
     $ python analyze.py ask --ckpt out/ft.pt --text abcab... --operand b
+    $ python analyze.py generate --ckpt out/stories-ft.pt --features Twist,Dialogue
 
-For out/ft.pt, rows go to out/ft.behavior.jsonl, out/ft.prune.jsonl, ... and the verdict to out/ft.verdict.json.
-Each analysis has its control, run in the same way: an operand (or a model, --control) that never had the capability,
-matched random rows, an untrained model, shuffled labels, majority and cross floors. Add one: write a function of a
-Study below, add a line to ANALYSES.
+For out/ft.pt, rows go to out/ft.behavior.jsonl, out/ft.prune.jsonl, ... and the verdict to
+out/ft.verdict.json. Each analysis has its control, run in the same way: an operand (or a model,
+--control) that never had the capability, matched random rows, an untrained model, shuffled labels,
+majority and cross floors. To add one, write a function of a Study under @analysis.
 
-Contents: the study | behavior | prune | probe | attention, hidden | revive | verdict | ask | stories | command line.
-a stands for O_PT, the pretraining operand, and b for O_FT, the fine-tuning operand, whatever letters they are.
+Contents: the study | behavior | prune | probe | attention, hidden | revive | verdict | ask, generate |
+command line. a stands for O_PT, the pretraining operand (of stories the feature in question), and b
+for O_FT, the fine-tuning operand, whatever letters they are.
 """
 import collections
 import copy
+import itertools
 import os
 import textwrap
-from types import SimpleNamespace
+from argparse import Namespace
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -25,136 +29,167 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from data import SPLITS, answer_position
-from finetune import answer_loss, constant, finetuning_stream, pair_of
-from model import (GPT, Config, UserError, activations, add_common_flags, check_stop, generate, load, positive,
-                   read_rows, replace_file, run_parser, run_script, sha256, start_device, weight_edits,
-                   write_json, write_rows)
-from pretrain import (accuracy, add_noise, cosine, generation_scores, interval, optimizer_for, other_tests, predict, score,
-                      story_losses, story_row, story_tests, test_set, train_steps)
+from data import (SPLITS, Answers, Relation, UserError, check_stop, read_rows, replace_file, sha256,
+                  write_json, write_rows)
+from finetune import finetune_rate
+from model import GPT, Config, activations, generate, load, loss_of, weight_edits
+from pretrain import (MACHINE, Flag, accuracy, add_noise, answer_row, check_above, constant, evaluate,
+                      interval, optimizer_for, parse, percent, predict, run_script, start_device, table,
+                      train_steps)
 
 # ---------------------------------------------------------------- the study
 
+ANALYSES = {}  # name: Analysis, in the order in which they run
+
+
+class Analysis(NamedTuple):
+    """A function of a Study that writes rows and returns them."""
+    run: Callable
+    needs_base: bool    # only for fine-tuned checkpoints
+    applies: Callable   # setup -> bool
+
+
+def has_answers(setup):
+    """Whether a setup asks questions, so that answers follow rules and operands can be taught."""
+    return isinstance(setup, Answers)
+
+
+def analysis(needs_base=False, applies=lambda setup: True):
+    """Register a function under its name; flags, help and refusals follow."""
+    def register(function):
+        ANALYSES[function.__name__] = Analysis(function, needs_base, applies)
+        return function
+    return register
+
 
 def find_parent(path, parent):
-    """The file that the checkpoint at `path` was made from, where it was or beside it; its hash must agree."""
+    """The file that a checkpoint was made from: at its recorded path or beside it, verified by sha256."""
     beside = os.path.join(os.path.dirname(path), os.path.basename(parent["path"]))
-    there = [p for p in (parent["path"], beside) if os.path.isfile(p)]
-    for p in there:
-        if sha256(p) == parent["sha256"]:
-            return p
-    raise UserError(f"{parent['path']} " + ("has changed since" if there else "is not there any more:")
-                    + f" {path} was made from it; give it as --base")
+    candidates = [p for p in (parent["path"], beside) if os.path.isfile(p)]
+    for candidate in candidates:
+        if sha256(candidate) == parent["sha256"]:
+            return candidate
+    raise UserError(f"{parent['path']} " + ("has changed since" if candidates else "is not there any "
+                    "more:") + f" {path} was made from it; give it as --base")
 
 
 class Study:
-    """A checkpoint, what it came from, and its test sets: everything an analysis needs, and nothing it may change."""
+    """A checkpoint, what it came from, and its test sets: what an analysis needs and may not change."""
 
-    def __init__(self, args, device, model, ckpt):
-        self.args, self.device, self.model, self.ckpt = args, device, model, ckpt
-        self.sc = data.setup_of(self.ckpt)
-        self.prefix = os.path.splitext(args.ckpt)[0]
+    def __init__(self, args, device):
+        self.args, self.device = args, device
+        self.model, self.ckpt = load(args.ckpt, device)
+        self.setup = data.setup_of(self.ckpt, device)
+        self.answers, self.prefix = has_answers(self.setup), os.path.splitext(args.ckpt)[0]
         self.seed = self.ckpt["args"]["seed"] if args.seed is None else args.seed
-        self.task, self.compiled = self.ckpt["capability"]["task"], self.ckpt["setup"] != "pcfg"
-        self.pair, self.q = pair_of(self.ckpt)
-        taken = {*self.pair, *self.ckpt["args"].get("taught", [])} if self.compiled else set(self.pair)
-        self.third = next((o for o in self.sc.order if o not in taken), None)
-        if self.third is None:
-            raise UserError(f"{args.ckpt} was taught every operand: none is left as the control that it never had")
-        self.base = self.base_ckpt = None
-        parent = self.ckpt["parent"]
-        if args.base and not parent:
-            raise UserError(f"--base: {args.ckpt} was not fine-tuned from anything")
-        if parent:
-            self.base, self.base_ckpt = load(args.base or find_parent(args.ckpt, parent), self.device)
-            if self.base_ckpt["config"] != self.ckpt["config"]:
-                raise UserError(f"--base {args.base}: another shape or vocabulary than {args.ckpt}")
-            # What fine-tuning began with: the base and its noise. Without the noise, "what has changed" would be the noise.
-            self.start = self.noised(self.base)
+        # the run's own arguments, for the setup's test sets
+        self.run = Namespace(**{**self.ckpt["args"], "eval_size": args.eval_size, "seed": self.seed})
+        self.setup.open(self.run, self.ckpt["config"]["words"])
+        self.relation = self.setup.relation(self.run)
+        if self.ckpt["stage"] == "pretrain":  # what it has, even where its arguments do not say so
+            self.relation = self.relation._replace(pt=self.ckpt["capability"]["operand"])
+        self.unit = args.unit or self.setup.unit
+        self.base = self.base_ckpt = self.start = None
+        self.find_base()
         self.models = {"base": self.base, "ckpt": self.model} if self.base else {"ckpt": self.model}
-        self.unit = args.unit or ("weight" if self.compiled else "row")
-        self.never = self.find_never()
-        self._tests = {}
+        self.control_operand = self.setup.control_operand(self.relation, self.ckpt["args"])
+        self.never_trained, self.control_note = self.find_control()
 
-    def noised(self, model):
-        """A copy with the noise that this fine-tuning put on its base, none for most."""
-        model = copy.deepcopy(model)
-        add_noise(model, self.ckpt["args"].get("noise", 0), self.ckpt["args"]["seed"])
-        return model
-
-    def find_never(self):
+    def find_base(self):
         """
-        The never-had-it control: (model, its base or None, operand), an operand that was trained in no family. Inside
-        this very model where it has one, else from --control; None, with a note to print, without either.
+        Load the model that fine-tuning began with: the parent; of stories the pretrained one, however
+        often it was fine-tuned since.
         """
-        def had(ckpt):
-            if self.compiled:  # a program has one operand; self.third is one that was not taught since
-                return False
-            prior = ckpt["args"]["prior"][self.sc.operands.index(self.third)]
-            return prior > 0 or self.third in ckpt["args"].get("taught", [])
+        path, ckpt, args = self.args.ckpt, self.ckpt, self.args
+        if args.base and not ckpt["parent"]:
+            raise UserError(f"--base: {path} was not fine-tuned from anything")
+        while ckpt["parent"] and (self.base is None or not self.answers):
+            path = args.base or find_parent(path, ckpt["parent"])
+            self.base, self.base_ckpt = model, ckpt = load(path, self.device)
+            if ckpt["config"] != self.ckpt["config"]:
+                raise UserError(f"--base {path}: another shape or vocabulary than {args.ckpt}")
+            if args.base:
+                break
+        if self.base:  # with the noise that was put on it: else "what has changed" would be the noise
+            self.start = copy.deepcopy(self.base)
+            add_noise(self.start, self.ckpt["args"].get("noise", 0), self.ckpt["args"]["seed"])
 
-        path = self.args.control
-        if path and not had(self.ckpt):
-            raise UserError(f"--control is not needed: {self.args.ckpt} itself never had operand {self.third}")
-        if not had(self.ckpt):
-            self.never_note = f"operand {self.third}, never trained, in the same model"
-            return self.model, self.base and self.start, self.third
+    def find_control(self):
+        """
+        ((model, its start or None, operand), note): an operand that was trained in no family, inside
+        this very model where it has one, else in --control. Of stories the --control never had the
+        feature. (None, note) without a control.
+        """
+        operand, path = self.control_operand, self.args.control
+        inside = operand and self.setup.never_trained(operand, self.ckpt)
+        if inside and path:
+            raise UserError(f"--control is not needed: {self.args.ckpt} itself never had operand "
+                            f"{operand}")
+        if inside:
+            return (self.model, self.start, operand), f"operand {operand}, never trained, in the same model"
+        operand = operand or self.relation.pt
         if not path:
-            self.never_note = f"none: operand {self.third} was trained; give a checkpoint with prior 0 for it as --control"
-            return None
+            return None, (f"none: {operand} was trained; give a checkpoint that never had it as --control")
         control, ckpt = load(path, self.device)
-        if ckpt["config"] != self.ckpt["config"] or had(ckpt):
-            raise UserError(f"--control {path}: must have the shape of {self.args.ckpt} and prior 0 for {self.third}")
-        self.never_note = f"operand {self.third}, never trained, in {path}"
-        return control, None, self.third
+        if ckpt["config"] != self.ckpt["config"] or not self.setup.never_trained(operand, ckpt):
+            raise UserError(f"--control {path}: must have the shape of {self.args.ckpt} and never have "
+                            f"been trained on {operand} (prior 0, or --without)")
+        return (control, None, operand), f"{operand}, never trained, in {path}"
 
     def test(self, operand, split, label="test", n=None):
-        """A test set of this study (cached): `operand` asked on strings of its pair with b; see data.test_set."""
-        pair = self.pair if operand in self.pair else (operand, self.pair[1])
-        key = (operand, split, label, n)
-        if key not in self._tests:
-            self._tests[key] = test_set(n or self.args.eval_size, self.sc, self.task, operand, split, self.seed,
-                                             pair, self.q, label, self.device)
-        return self._tests[key]
+        """A Test: `operand` asked on strings of its relation with b."""
+        relation = self.relation
+        if operand not in (relation.pt, relation.ft):
+            relation = relation._replace(pt=operand)
+        n = n or self.args.eval_size
+        return self.setup.test(relation, operand, split, n, self.seed, label)
 
-    def result(self, test, operand):
+    def labels(self, test, operand):
         """The true answers (n,) for an operand on a test set, as numbers."""
-        return test.results[:, self.sc.operands.index(operand)]
+        return test.examples.labels[:, self.setup.operands.index(operand)]
 
-    def row(self, logits, test, /, **more):
-        """A row of results: score() and the analysis's own keys."""
-        return {**score(logits, test, self.sc, self.seed), **more}
+    def row(self, **values):
+        """A row of this study that is about no test set."""
+        return data.row(self.setup, **{"task": self.relation.task, "seed": self.seed, **values})
 
-    def measure(self, model, test, /, **more):
-        """The row of a model on a test set."""
-        return self.row(predict(model, test.tokens, self.sc), test, **more)
+    def measure(self, model, test, **columns):
+        """The row of a model on a test set, with further columns."""
+        return {**answer_row(predict(model, test.examples), test), **columns}
 
-    def blank(self, **more):
-        """A row that is about no test set."""
-        empty = dict.fromkeys(("operand", "split", "accuracy", "floor", "cross_floor", "n", "loss"))
-        return {"setup": self.ckpt["setup"], "scale": self.sc.name, "task": self.task, **empty, "seed": self.seed, **more}
+    def classifier(self):
+        """How often the classifier of real stories is right, by feature; see classifier_of()."""
+        return classifier_of(self)
 
     def write(self, name, rows):
-        """Replace the file of an analysis: <checkpoint>.<name>.jsonl."""
+        """Replace the file of an analysis, <checkpoint>.<name>.jsonl. Returns the rows."""
         write_rows(f"{self.prefix}.{name}.jsonl", rows)
+        return rows
 
-    def bar(self, total, what):
-        """A progress bar."""
-        return tqdm(total=total, desc=what, mininterval=.5, leave=False)
-
-
-def percent(x):
-    """A fraction as people read it."""
-    return "-" if x is None else f"{x:.1%}"
+    def write_maps(self, name, maps, examples):
+        """Replace <checkpoint>.<name>.npz: arrays, with the tokens that they are about."""
+        maps = {**maps, "tokens": examples.tokens.cpu().numpy(),
+                "vocabulary": np.array(self.setup.vocabulary)}
+        replace_file(f"{self.prefix}.{name}.npz", lambda f: np.savez_compressed(f, **maps))
 
 
-def table(head, rows):
-    """Print rows of cells under a heading, in columns as wide as they need to be."""
-    rows = [[str(cell) for cell in row] for row in [head, *rows]]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        cells = [cell.rjust(w) if i > 1 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))]
-        print("  " + "  ".join(cells).rstrip())
+def bar(total, what):
+    """A progress bar."""
+    return tqdm(total=total, desc=what, mininterval=.5, leave=False)
+
+
+def pivot(rows, keys, column, value):
+    """
+    Print rows as a table: a line for each combination of `keys`, a column for each value of `column`
+    (a function of a row); value(rows of a cell) -> text.
+    """
+    cells = collections.defaultdict(list)
+    for r in rows:
+        cells[tuple("-" if r.get(k) is None else r[k] for k in keys), column(r)].append(r)
+    lines, columns = (list(dict.fromkeys(part)) for part in zip(*cells))
+    body = []
+    for line in lines:
+        body.append([*line, *(value(cells[line, c]) if (line, c) in cells else "" for c in columns)])
+    table([*keys, *columns], body)
 
 
 # ---------------------------------------------------------------- behavior
@@ -162,1318 +197,1342 @@ def table(head, rows):
 
 def rule_shares(answer, a, b, q):
     """
-    Share of answers (n,) that each rule would give, from the true results a and b (n,): the right answers for a and b,
-    a + q (the shortcut), the blend (a + b + q) / 2 rounded down (right whenever the relation holds), and the most
-    frequent answer itself. They may overlap; none: no rule explains the answer.
+    Share of answers (n,) that each rule would give, from the true results a and b (n,): the right
+    answers for a and b, a + q (the shortcut), the blend (a + b + q) / 2 rounded down (right whenever
+    the relation holds), and the most frequent answer itself. They may overlap; none: no rule explains
+    the answer.
     """
-    rules = {"a": answer == a, "b": answer == b, "a_plus_q": answer == a + q, "blend": answer == (a + b + q) // 2,
-             "constant": answer == answer.mode().values}
+    rules = {"a": answer == a, "b": answer == b, "a_plus_q": answer == a + q,
+             "blend": answer == (a + b + q) // 2, "constant": answer == answer.mode().values}
     rules["none"] = ~torch.stack(list(rules.values())).any(0)
     return {f"share_{k}": v.sum().item() / len(answer) for k, v in rules.items()}
 
 
+def predicted(study, logits):
+    """Which answers the model gives, and how often: {answer: count}."""
+    names = study.setup.output_names
+    counts = collections.Counter(names[i].lstrip("#") for i in logits.argmax(1).tolist())
+    return dict(counts.most_common())
+
+
+def rule_columns(study, model, test):
+    """What a behavior row says beyond its score: rules and predicted answers, if it is about a or b."""
+    relation = study.relation
+    if test.row["task"] != relation.task or not study.answers:
+        return {}
+    logits = predict(model, test.examples)
+    answer = logits.argmax(1) - study.setup.first_answer(relation.task)
+    a, b = (study.labels(test, o) for o in (relation.pt, relation.ft))
+    return {"predicted": predicted(study, logits), **rule_shares(answer, a, b, relation.q)}
+
+
 def distance_moved(study):
-    """How far fine-tuning moved the weights after its noise, in all and per block: norms, and its sum of rates."""
+    """How far fine-tuning moved the weights after its noise, in all and per block, and its rates."""
     parts = collections.defaultdict(float)
     for (name, new), old in zip(study.model.named_parameters(), study.start.parameters()):
         part = ".".join(name.split(".")[:2]) if name.startswith("blocks") else "outside"
         parts[part] += (new - old).detach().double().square().sum().item()
-    args = study.ckpt["args"]
-    rate_at = constant(args["lr"]) if args["reverse"] else cosine(args["lr"], args["steps"], final=.01)
-    return study.blank(model="ckpt", distance=sum(parts.values()) ** .5,
-                       distance_blocks={name: square ** .5 for name, square in parts.items()},
-                       base_norm=sum(p.double().square().sum().item() for p in study.base.parameters()) ** .5,
-                       sum_of_rates=sum(map(rate_at, range(args["steps"]))))
+    rate_at = finetune_rate(study.run, study.setup)
+    base_norm = sum(p.double().square().sum().item() for p in study.base.parameters()) ** .5
+    return study.row(model="ckpt", distance=sum(parts.values()) ** .5, base_norm=base_norm,
+                     distance_blocks={name: square ** .5 for name, square in parts.items()},
+                     sum_of_rates=sum(map(rate_at, range(study.run.steps))))
 
 
+@analysis()
 def behavior(study):
     """
-    What does the model answer, and by which rule? (paper: PCFG setup, Tables 5-8, and the rule behind the accuracy)
+    What does the model answer or write, and by which rule? (paper Tables 5-8; stories: Table 1)
 
-    Accuracy for both operands on c0, c1 and natural strings, the fine-tuned model beside its base; the share of answers
-    that each simple rule explains; the histogram of answers; accuracy on the other families (collateral damage); and
-    how far the weights moved. On c1 the rules a + q and b coincide: only c0 tells a wrapper from a learner.
-    Fooled by: a test set where ties or the relation occur by accident (natural ones do: hence c0); a majority class
-    (hence the floors); damage that looks like a wrapper (hence the other families).
+    Accuracy for both operands on c0, c1 and natural strings, the fine-tuned model beside its base;
+    the share of answers that each simple rule explains; the histogram of answers; accuracy on the
+    other families (collateral damage); how far the weights moved. Of stories, for each of the six
+    features: the share of stories that have it, by the corpus's rule (real text: by a frozen
+    classifier), written to held-out instructions that ask for it and to others; and losses. The five
+    other features are the control: a deletion should leave them alone.
+    On c1 the rules a + q and b coincide: only c0 tells a wrapper from a learner.
+    Fooled by: a test set where ties or the relation occur by accident (natural ones do: hence c0); a
+    majority class (hence the floors); damage that looks like a wrapper (hence the other families);
+    stories that are broken rather than without a twist (hence the share that parses); a classifier's
+    mistakes (`judge`: how often it is right); few generations (hence the intervals).
     """
-    rows = []
-    for name, model in study.models.items():
-        for operand in study.pair:
-            for split in SPLITS:
-                test = study.test(operand, split)
-                logits = predict(model, test.tokens, study.sc)
-                a, b = (study.result(test, o) for o in study.pair)
-                said = logits.argmax(1) - study.sc.tasks[study.task].first_answer
-                rows.append(study.row(logits, test, model=name, predicted=histogram_of(logits, study),
-                                      **rule_shares(said, a, b, study.q)))
-        for test in other_tests(study.args.eval_size, study.sc, study.pair, study.seed, study.device, but=study.task):
-            rows.append(study.measure(model, test, model=name))
-    if study.base:
+    rows, right, models = [], {}, dict(study.models)
+    if not study.answers:
+        right = study.classifier()
+        if study.never_trained:
+            models["control"] = study.never_trained[0]
+    tests = study.setup.tests(study.run)
+    progress = bar(len(models) * len(tests), "behavior")
+    for (name, model), test in itertools.product(models.items(), tests):
+        columns = rule_columns(study, model, test)
+        if test.how == "generation":
+            columns["judge"] = right.get(test.row["operand"], 1.)
+        rows += [{**r, "model": name, **columns} for r in evaluate(model, study.setup, [test])]
+        progress.update()
+    progress.close()
+    if study.base and study.answers:
         rows.append(distance_moved(study))
     study.write("behavior", rows)
-
-    a, b = study.pair
-    print(f"\nbehavior   O_PT = {a}, O_FT = {b}, n = {study.args.eval_size}; on the right the share of answers that "
-          "each rule explains (they overlap)")
-    rules = ("a", "b", "a_plus_q", "blend", "constant", "none")
-    table(["asked", "split", "model", "accuracy", "floor", "cross", "|", a, b, f"{a}{study.q:+d}", *rules[3:]],
-          [[r["operand"], r["split"], r["model"], *(percent(r[k]) for k in ("accuracy", "floor", "cross_floor")), "|",
-            *(percent(r[f"share_{rule}"]) for rule in rules)] for r in rows if "share_a" in r])
-    others = {(r["task"], r["operand"] or "-", r["model"]): r for r in rows if r["task"] != study.task}
-    if others:
-        print("  other families, natural strings (collateral)")
-        table(["family", "asked", *study.models, "floor"],
-              [[*key, *(percent(others[*key, m]["accuracy"]) for m in study.models), percent(others[*key, "ckpt"]["floor"])]
-               for key in dict.fromkeys(k[:2] for k in others)])
-    if study.base:
-        print(f"  the weights moved by {rows[-1]['distance']:.3f} (norm; the base's is {rows[-1]['base_norm']:.1f}); "
-              f"sum of learning rates {rows[-1]['sum_of_rates']:.2g}")
+    print(f"\nbehavior   n = {study.args.eval_size}; rules: the share of answers that each explains")
+    scored = [r for r in rows if r["n"]]
+    facts = ("accuracy", "floor", "cross_floor", "loss", "parsed", *rule_names(scored))
+    table(["task", "asked", "split", "model", *facts],
+          [[r["task"], r["operand"] or "-", r["split"], r["model"], *(fact(r, k) for k in facts)]
+           for r in scored])
+    if "distance" in rows[-1]:
+        print(f"  the weights moved by {rows[-1]['distance']:.3f} (norm; the base's is "
+              f"{rows[-1]['base_norm']:.1f}); sum of learning rates {rows[-1]['sum_of_rates']:.2g}")
     return rows
+
+
+def rule_names(rows):
+    """The columns of rule shares that any row has."""
+    return list(dict.fromkeys(k for k in itertools.chain(*rows) if k.startswith("share_")))
+
+
+def fact(row, key):
+    """A column of a row for people; of generations the accuracy with its interval."""
+    if key == "loss":
+        return "-" if row["loss"] is None else f"{row['loss']:.3f}"
+    if key == "accuracy" and "parsed" in row:
+        return interval(row[key], row["parsed"] * row["n"])
+    return percent(row.get(key))
 
 
 # ---------------------------------------------------------------- prune
 
 KS = (0, 1, 2, 3, 5, 8, 10, 15, 20, 30, 50, 100)
-FEW = 10  # the claim is about a few units: K is chosen among those up to this
+FEW = 10         # the claim is about a few units: K is chosen among those up to this
+MAX_UNITS = 10000  # never edit more at once
+EXHAUSTIVE = 100   # single weights of a compiled model that are zeroed one by one
+DRAWN = 200      # strings for a random draw: eight draws together get more than a ranking
 MATRICES = ("attn.qkv", "attn.out", "up", "down")
-TRIED = 100  # single weights of a compiled model that are zeroed one by one
 
 
 def unit_parameters(model, unit):
     """
-    {(block, matrix): [parameter names]} of what can be pruned: rows of the matrices in blocks with their bias entry, or
-    single weights. Of a compiled model these are all its weights, embeddings and biases too (block None), for its
-    program is written into them; the output map is not a weight of either.
+    {(block, matrix): [parameter names]} of what can be pruned: rows of the matrices in blocks with
+    their bias entry, or single weights. Of a compiled model these are all its weights, embeddings and
+    biases too (block None), for its program is written into them; the output map is not.
     """
-    blocks = range(len(model.blocks))
-    if unit == "row":
-        return {(i, m): [f"blocks.{i}.{m}.{kind}" for kind in ("weight", "bias")] for i in blocks for m in MATRICES}
-    compiled = not model.config.train_head
-    found = {(i, f"{m}.{kind}"): [f"blocks.{i}.{m}.{kind}"] for i in blocks for m in MATRICES
-             for kind in (("weight", "bias") if compiled else ("weight",))}
-    return {**found, **{(None, name): [name] for name in ("tok.weight", "pos.weight") if compiled}}
+    compiled, names = not model.config.train_head, {}
+    for i, m in itertools.product(range(len(model.blocks)), MATRICES):
+        if unit == "row":
+            names[i, m] = [f"blocks.{i}.{m}.weight", f"blocks.{i}.{m}.bias"]
+            continue
+        for kind in ("weight", "bias") if compiled else ("weight",):
+            names[i, f"{m}.{kind}"] = [f"blocks.{i}.{m}.{kind}"]
+    if unit == "weight" and compiled:
+        names.update({(None, name): [name] for name in ("tok.weight", "pos.weight")})
+    return names
 
 
-def unit_scores(model, test, sc, unit, minus=None):
+class Score(NamedTuple):
+    """A first-order effect of editing a weight, and the edit that it is about."""
+    effect: Callable  # gradient, weight, weight before fine-tuning -> effect
+    edit: str         # zero or graft
+
+
+SCORES = {
+    "gradient-weight": Score(lambda g, w, old: g * w, "zero"),  # paper section 3
+    "gradient-change": Score(lambda g, w, old: g * (w - old), "graft"),  # ours
+}
+
+
+def unit_scores(model, test, unit, score="gradient-weight", start=None):
     """
-    First-order effect of removing each unit (paper: protocols): gradient x weight of the cross-entropy on a test set,
-    summed over a row and its bias entry, or weight by weight. With `minus`, gradient x (weight - that model's weight),
-    the effect of grafting. Returns {(block, matrix): scores (rows,) or (weights,)}.
+    First-order effect of editing each unit: a score of the cross-entropy's gradient on a test set,
+    summed over a row and its bias entry, or weight by weight. start: the model before fine-tuning.
+    Returns {(block, matrix): scores (rows,) or (weights,)}.
     """
     model.zero_grad()
-    for part, target in zip(test.tokens.split(256), test.target.split(256)):
+    x, n = test.examples, len(test.examples.tokens)
+    for part in x.split(256):
         check_stop()
-        (F.cross_entropy(model(part, answer_position(sc)), target, reduction="sum") / len(test.target)).backward()
-    theirs = dict(minus.named_parameters()) if minus else {}
-    scores = {}
+        loss = F.cross_entropy(model(part.tokens, x.at), part.answer, reduction="sum")
+        (loss / n).backward()
+    before, scores = dict((start or model).named_parameters()), {}
     with torch.no_grad():
         for key, names in unit_parameters(model, unit).items():
             effects = []
             for name in names:
                 p = model.get_parameter(name)
-                effects.append(p.grad * (p - theirs[name] if minus else p))
+                effects.append(SCORES[score].effect(p.grad, p, before[name]))
             scores[key] = effects[0].sum(1) + effects[1] if unit == "row" else effects[0].flatten()
     model.zero_grad()
     return scores
 
 
 def only_zero(scores, program):
-    """The scores of the weights that are zero in a compiled program; -inf for those that it is written in."""
-    zero = dict(program.named_parameters())
-    names = unit_parameters(program, "weight")
-    return {key: torch.where(zero[names[key][0]].flatten() == 0, x, -torch.inf) for key, x in scores.items()}
+    """The scores of the weights that are zero in a compiled program; -inf for the others."""
+    before, names, zeros = dict(program.named_parameters()), unit_parameters(program, "weight"), {}
+    for key, x in scores.items():
+        zeros[key] = torch.where(before[names[key][0]].flatten() == 0, x, -torch.inf)
+    return zeros
 
 
-def ranked_units(scores, most):
-    """The `most` units with the largest positive scores: a list of (block, matrix, index, score)."""
+def ranked_units(scores, max_units):
+    """The units with the largest positive scores: a list of (block, matrix, index, score)."""
     keys = list(scores)
     flat = torch.cat([scores[k] for k in keys])
     sizes = torch.tensor([len(scores[k]) for k in keys])
     first = sizes.cumsum(0) - sizes
-    values, places = flat.topk(min(most, int((flat > 0).sum())))
+    values, places = flat.topk(min(max_units, int((flat > 0).sum())))
     which = torch.searchsorted(first, places.cpu(), right=True) - 1
-    return [(*keys[w], int(p - first[w]), v) for w, p, v in zip(which.tolist(), places.tolist(), values.tolist())]
+    return [(*keys[w], int(p - first[w]), v)
+            for w, p, v in zip(which.tolist(), places.tolist(), values.tolist())]
 
 
-def iterated_units(model, test, sc, unit, most):
-    """
-    ours: the same ranking, made anew after every zeroed unit. One pass takes many units that do the same thing, each of
-    which would do; after the first is gone, the others no longer score.
-    """
-    units = []
-    for _ in range(most):
-        with weight_edits(model, unit_edits(model, units, unit)):
-            ranked = ranked_units(unit_scores(model, test, sc, unit), most + 1)
-        taken = {u[:3] for u in units}
-        units += [u for u in ranked if u[:3] not in taken][:1]
+def one_shot(model, units, test, unit, score):
+    """The ranking of one backward pass, as it is (paper section 3)."""
     return units
 
 
-def tried_units(model, units, test, sc, unit):
+def iterative(model, units, test, unit, score="gradient-weight"):
     """
-    ours: the first TRIED of these units in the order of what zeroing each alone does for the accuracy on a test set:
+    ours: FEW units, ranked anew after every zeroed one. One pass takes many units that do the same
+    thing, each of which would do; after the first is gone, the others no longer score.
+    """
+    chosen = []
+    for _ in range(FEW):
+        with weight_edits(model, unit_edits(model, chosen, unit)):
+            ranked = ranked_units(unit_scores(model, test, unit, score), FEW + 1)
+        taken = {u[:3] for u in chosen}
+        chosen += [u for u in ranked if u[:3] not in taken][:1]
+    return chosen
+
+
+def exhaustive(model, units, test, unit, score=None):
+    """
+    ours: the first units in the order of what zeroing each alone does for the accuracy on a test set:
     a linear score says little about a compiled weight of 100.
     """
     def alone(u):
         with weight_edits(model, unit_edits(model, [u], unit)):
-            return accuracy(predict(model, test.tokens, sc), test.target)
-    return sorted(units[:TRIED], key=alone, reverse=True)
+            return accuracy(predict(model, test.examples), test.examples.answer)
+    return sorted(units[:EXHAUSTIVE], key=alone, reverse=True)
 
 
-def matched_units(units, scores, g, program=None):
+class Order(NamedTuple):
+    """How units are put in order, from a one-shot ranking."""
+    units: Callable       # model, ranked units, selection test, unit, score -> units
+    max_k: int            # the largest K
+    compiled: bool        # only for single weights of compiled models
+    pools: tuple = ("all", "zero-in-program")
+
+
+ORDERS = {"one-shot": Order(one_shot, KS[-1], False),
+          "iterative": Order(iterative, FEW, False, ("all",)),
+          "exhaustive": Order(exhaustive, FEW, True)}
+
+
+def matched_units(units, scores, rng, program=None):
     """
-    Random units, rank by rank from the same block and matrix as `units` (queries, keys and values apart): the control
-    for which ones were chosen. With a compiled program, weights that it is written in and its zeros apart as well.
+    Random units, rank by rank from the same block and matrix as `units` (queries, keys and values
+    apart): the control for which ones were chosen. With a compiled program, weights that it is written
+    in and its zeros apart as well.
     """
-    written = {k: x == -torch.inf for k, x in only_zero(scores, program).items()} if program else None
+    written = only_zero(scores, program) if program else None
 
     def pool_of(block, matrix, index):
-        part = index * 3 // len(scores[block, matrix]) if matrix.startswith("attn.qkv") else 0
-        return block, matrix, part, bool(written[block, matrix][index]) if program else False
+        qkv = matrix.startswith("attn.qkv")
+        part = index * 3 // len(scores[block, matrix]) if qkv else 0
+        is_written = bool(written[block, matrix][index] == -torch.inf) if program else False
+        return block, matrix, part, is_written
     pools = collections.defaultdict(list)
     for block, matrix in scores:
-        for index in torch.randperm(len(scores[block, matrix]), generator=g).tolist():
+        for index in torch.randperm(len(scores[block, matrix]), generator=rng).tolist():
             pools[pool_of(block, matrix, index)].append(index)
-    return [(block, matrix, pools[pool_of(block, matrix, index)].pop(), None) for block, matrix, index, _ in units]
+    matched = []
+    for block, matrix, index, _ in units:
+        matched.append((block, matrix, pools[pool_of(block, matrix, index)].pop(), None))
+    return matched
 
 
-def unit_edits(model, units, unit, base=None):
-    """The weight_edits() that zero these units, or graft them: set them back to the base model's values."""
-    source = dict(base.named_parameters()) if base else None
+def place_of(model, name, index, unit):
+    """The index of a unit in its parameter: a row, or a place from the flat index of a weight."""
+    if unit == "row":
+        return index
+    return tuple(map(int, np.unravel_index(index, model.get_parameter(name).shape)))
+
+
+def unit_edits(model, units, unit, start=None):
+    """The weight_edits() that zero these units, or graft them: set them back to the start's values."""
+    source = dict(start.named_parameters()) if start else None
     names, edits = unit_parameters(model, unit), []
     for block, matrix, index, _ in units:
         for name in names[block, matrix]:
-            at = index if unit == "row" else tuple(int(i) for i in np.unravel_index(index, model.get_parameter(name).shape))
-            edits.append((name, at, source[name][at].detach() if base else 0.))
+            at = place_of(model, name, index, unit)
+            edits.append((name, at, source[name][at].detach() if start else 0.))
     return edits
 
 
 def unit_name(model, u, unit):
-    """A unit for people: blocks.1.up[3], or blocks.1.up.weight[3, n_a:share], residual dimensions by their names."""
-    names = model.config.residual
+    """blocks.1.up[3], or blocks.1.up.weight[3, n_a:share], residual dimensions by their names."""
+    block, matrix, index, _ = u
     if unit == "row":
-        return f"blocks.{u[0]}.{u[1]}[{u[2]}]"
-    [name] = unit_parameters(model, unit)[u[0], u[1]]
-    at = [int(i) for i in np.unravel_index(u[2], model.get_parameter(name).shape)]
-    writes = name.endswith(("out.weight", "out.bias", "down.weight", "down.bias"))  # else the last index is the residual's
-    which = 0 if writes else None if name.endswith("bias") else 1
-    return f"{name}[{', '.join(names[i] if names and k == which else str(i) for k, i in enumerate(at))}]"
+        return f"blocks.{block}.{matrix}[{index}]"
+    [name] = unit_parameters(model, unit)[block, matrix]
+    at = list(place_of(model, name, index, unit))
+    writes = name.endswith(("out.weight", "out.bias", "down.weight", "down.bias"))
+    residual = 0 if writes else None if name.endswith("bias") else 1  # its index in `at`
+    if model.config.residual and residual is not None:
+        at[residual] = model.config.residual[at[residual]]
+    return f"{name}[{', '.join(map(str, at))}]"
 
 
-def prune(study):
+class Sweep(NamedTuple):
+    """What is pruned, one K after the other. Its columns describe it in every row."""
+    model: GPT
+    start: GPT | None           # the model before fine-tuning, for grafts
+    operand: str                # that is asked for
+    control: str | None = None  # never-trained
+    score: str | None = None    # a key of SCORES, or random
+    order: str = "one-shot"     # a key of ORDERS
+    pool: str = "all"           # or zero-in-program
+    edit: str = "zero"          # or graft
+    units: list = []            # in order
+    ks: list = []
+    draw: int | None = None
+
+
+def prune_rows(study, sweep):
+    """The rows of a sweep: accuracies at each K, and the K that does best on other strings."""
+    b, unit = study.relation.ft, study.unit
+    n = None if sweep.draw is None else min(DRAWN, study.args.eval_size)
+    tests = [study.test(sweep.operand, "c0", n=n), study.test(b, "c1", n=n)]
+    if sweep.draw is None:
+        tests.append(study.test(sweep.operand, "natural"))
+    if (sweep.score, sweep.pool, sweep.control) == ("gradient-weight", "all", None):
+        tests += [study.test(study.relation.pt, "c1"), study.test(b, "c0"), study.test(b, "natural")]
+    rows, tried = [], []
+    columns = {k: getattr(sweep, k) for k in ("score", "order", "pool", "control", "edit", "draw")}
+    start = sweep.start if sweep.edit == "graft" else None
+    for k in (0, *(k for k in sweep.ks if k <= len(sweep.units))):
+        with weight_edits(sweep.model, unit_edits(sweep.model, sweep.units[:k], unit, start)):
+            if k <= FEW:  # the fewest units that do best on the selection set
+                select = study.test(sweep.operand, "c0", "select", n)
+                tried.append((study.measure(sweep.model, select)["accuracy"], -k))
+            for test in tests:
+                logits = predict(sweep.model, test.examples)
+                rows.append({**answer_row(logits, test), "unit": unit, **columns, "k": k})
+                if study.setup.compiled and sweep.draw is None and test is tests[0]:
+                    rows[-1]["predicted"] = predicted(study, logits)  # it still uses many classes
+    return [dict(r, chosen=r["k"] == -max(tried)[1]) for r in rows]
+
+
+def sweeps_of(study, blank, program):
+    """The sweeps of one model and operand: every score, order and pool that apply, and grafts."""
+    model, start, unit, sweeps = blank.model, blank.start, study.unit, []
+    select = study.test(blank.operand, "c0", "select")
+    few = [k for k in KS if 0 < k <= FEW]
+    for score, (_, edit) in SCORES.items():
+        if edit == "graft" and start is None:
+            continue
+        scores = unit_scores(model, select, unit, score, start)
+        total = sum(map(len, scores.values()))
+        # grafting needs many units
+        many = [*KS[1:], *(200 * 2 ** i for i in range(30) if 400 * 2 ** i <= total)]
+        many = [k for k in many if k <= MAX_UNITS]
+        sparse = sorted({FEW, KS[-1], 400, many[-1]})
+        if edit == "graft":
+            ks = sparse if blank.control else many
+            units = ranked_units(scores, many[-1])
+            sweeps.append(blank._replace(score=score, edit=edit, units=units, ks=ks))
+            continue
+        pools = {"all": scores}
+        if program and not blank.control:
+            pools["zero-in-program"] = only_zero(scores, program)
+        for (pool, x), (order, about) in itertools.product(pools.items(), ORDERS.items()):
+            if pool in about.pools and (program or not about.compiled):
+                ranked = ranked_units(x, KS[-1])
+                units = about.units(model, ranked, select, unit, score)
+                ks = few if pool != "all" else [k for k in KS if 0 < k <= about.max_k]
+                sweeps.append(blank._replace(score=score, order=order, pool=pool, units=units, ks=ks))
+        if not blank.control:
+            units = ranked_units(scores, KS[-1])
+            sweeps.append(blank._replace(score=score, edit="graft", units=units, ks=sparse))
+    return sweeps
+
+
+def random_sweeps(study, sweeps, program):
     """
-    Do a few units hold the wrapper? (paper: protocols, Figs. 7 and 55-59)
-
-    One backward pass of the cross-entropy of "count a" on the fine-tuned model; score = gradient x weight, summed over
-    a row (a neuron) and its bias, or --unit weight; the K largest positive scores are edited at once: set to zero, or
-    grafted, set back to the base model's values. ours: also ranked anew after every zeroed unit (iterated), and for
-    grafting by its own first-order score, gradient x change. Scores and K (up to 10) come from one set of c0 strings,
-    accuracies from another. Compiled models: single weights, all of them or (compiled-zero) those that are zero in the
-    program; ours: the first 100 of a ranking, tried one by one; and grafting of whole residual dimensions (dimension).
-    High accuracy on a after few edits: the answer was there, and these units kept it from being read. It does not say
-    that the change sits in these units: a zeroed unit is a lever, only grafting undoes what fine-tuning did.
-    Fooled by: any damage that happens to shift answers by q (hence random units from the same matrices, --draws of
-    them, with K chosen in the same way: zeroed ones matched to the iterated ranking and then to the one in one pass,
-    grafted ones to that by change); a method that finds units for anything (hence never-had: the same procedure for an
-    operand that was never trained).
+    Matched random units: zeroed ones for the iterative and then the one-shot ranking, grafted ones for
+    that by change; of compiled models also the best of as many as were tried one by one.
     """
-    if not study.base:
-        raise UserError(f"prune needs a fine-tuned checkpoint: {study.args.ckpt} has no base")
-    unit, (a, b) = study.unit, study.pair
-    sweeps, ranked = prune_sweeps(study)
-    rows, choices = [], []
-    if not study.never:
-        rows.append(study.blank(unit=unit, ranking="never-had", edit="zero", k=None, draw=None, note=study.never_note))
-    bar = study.bar(len(sweeps), "prune")
-    for s in sweeps:
-        n = None if s.draw is None else min(200, study.args.eval_size)  # eight draws together get more than a ranking
-        tests = [study.test(s.operand, "c0", n=n), study.test(b, "c1", n=n)]
-        if s.draw is None:
-            tests += [study.test(s.operand, "natural")]
-        if s.ranking.startswith("gradient-weight"):
-            tests += [study.test(a, "c1"), study.test(b, "c0"), study.test(b, "natural")]
-        swept, tried = [], []
-        for k in (0, *(k for k in s.ks if k <= len(s.units))):
-            with weight_edits(s.model, unit_edits(s.model, s.units[:k], unit, s.base if s.edit == "graft" else None)):
-                if k <= FEW:  # the fewest units that do best on the selection set
-                    tried.append((study.measure(s.model, study.test(s.operand, "c0", "select", n))["accuracy"], -k))
-                for test in tests:
-                    logits = predict(s.model, test.tokens, study.sc)
-                    swept.append(study.row(logits, test, unit=unit, ranking=s.ranking, edit=s.edit, k=k, draw=s.draw))
-                    if study.compiled and s.draw is None and test is tests[0]:  # it still predicts many classes
-                        swept[-1]["predicted"] = histogram_of(logits, study)
-        rows += [dict(r, chosen=r["k"] == -max(tried)[1]) for r in swept]
-        choices += [r for r in rows[-len(swept):] if r["chosen"] and r["operand"] == s.operand]
-        bar.update()
-    bar.close()
-    study.write("prune.rows", [dict(zip(("ranking", "rank", "block", "matrix", "index", "score", "name"),
-                                        (ranking, i + 1, *u, unit_name(study.model, u, unit))))
-                               for ranking, units in ranked.items() for i, u in enumerate(units[:KS[-1]])])
-
-    rows += graft_dimensions(study) if study.compiled and study.model.config.residual else []
-    study.write("prune", rows)
-
-    print(f"\nprune   {unit}s ranked on one set of c0 strings, scored on another (accuracy on c0; for {b} on c1); "
-          f"random: mean of {study.args.draws} draws\n  never-had control: {study.never_note}")
-    cells = collections.defaultdict(list)
-    for r in rows:
-        if r["k"] in KS and r.get("dimension") is None and r["split"] == ("c1" if r["operand"] == b else "c0"):
-            cells[r["ranking"], r["edit"], r["operand"], r["k"]].append(r["accuracy"])
-    best = {key: " ".join(dict.fromkeys(str(c["k"]) for c in choices if (c["ranking"], c["edit"], c["operand"]) == key))
-            for key in dict.fromkeys(k[:3] for k in cells)}
-    table(["ranking", "edit", "asked", *KS, f"best K <= {FEW}"],
-          [[*key, *(percent(np.mean(cells[*key, k])) if (*key, k) in cells else "" for k in KS), best[key]] for key in best])
-    dims = [r for r in rows if r.get("dimension") and r["chosen"]]
-    for on_a, on_b in zip(dims[::2], dims[1::2]):
-        print(f"  graft all {on_a['ranking']} of one residual dimension, {on_a['dimension']} (the best on the other set): "
-              f"{a} {percent(on_a['accuracy'])} on c0, {b} {percent(on_b['accuracy'])} on c1")
-    return choices
-
-
-def prune_sweeps(study):
-    """
-    What prune() goes through: a list of sweeps (model, base, operand, ranking, edit, units in order, Ks, draw), and
-    {ranking: units} of the three rankings of the fine-tuned model.
-    """
-    a, unit, most, sweeps = study.pair[0], study.unit, study.args.most, []
-    program = study.base if study.compiled and unit == "weight" else None
-
-    def add(model, base, operand, ranking, edit, units, ks, draw=None):
-        sweeps.append(SimpleNamespace(model=model, base=base, operand=operand, ranking=ranking, edit=edit, units=units,
-                                      ks=[k for k in ks if k <= most], draw=draw))
-
-    def rank(model, operand, minus=None, upto=KS[-1]):
-        scores = unit_scores(model, study.test(operand, "c0", "select"), study.sc, unit, minus)
-        return ranked_units(scores, upto), scores
-
-    def anew(model, operand):
-        return iterated_units(model, study.test(operand, "c0", "select"), study.sc, unit, min(FEW, most))
-
-    def tried(model, units, operand):
-        return tried_units(model, units, study.test(operand, "c0", "select"), study.sc, unit)
-
-    here = study.model, study.start, a
-    one_pass, scores = rank(study.model, a)
-    total, few, every = sum(map(len, scores.values())), [k for k in KS if 0 < k <= FEW], KS[1:]
-    far = (*every, *(200 * 2 ** i for i in range(30) if 400 * 2 ** i <= total))  # grafting needs many
-    far = [k for k in far if k <= most]
-    some = sorted({FEW, KS[-1], 400, far[-1]})
-    iterated = anew(study.model, a)
-    change, _ = rank(study.model, a, minus=study.start, upto=far[-1])
-    add(*here, "gradient-weight", "zero", one_pass, every)
-    add(*here, "gradient-weight-iterated", "zero", iterated, few)
-    add(*here, "gradient-weight", "graft", one_pass, some)
-    add(*here, "gradient-change", "graft", change, far)
-    rankings = {"gradient-weight": one_pass, "gradient-weight-iterated": iterated, "gradient-change": change}
-    if program:
-        zeros = ranked_units(only_zero(scores, program), KS[-1])
-        rankings.update({"gradient-weight-tried": tried(study.model, one_pass, a), "compiled-zero": zeros,
-                         "compiled-zero-tried": tried(study.model, zeros, a)})
-        for name in ("gradient-weight-tried", "compiled-zero", "compiled-zero-tried"):
-            add(*here, name, "zero", rankings[name], few)
-    taken = {u[:3] for u in iterated}
-    zeroed = iterated + [u for u in one_pass if u[:3] not in taken][:len(one_pass) - len(iterated)]
+    blank = Sweep(study.model, study.start, study.relation.pt, score="random")
+    own = {(s.score, s.order, s.pool, s.edit): s for s in sweeps if not s.control}
+    once, again = (own["gradient-weight", order, "all", "zero"] for order in ("one-shot", "iterative"))
+    change = own["gradient-change", "one-shot", "all", "graft"]
+    taken = {u[:3] for u in again.units}
+    rest = [u for u in once.units if u[:3] not in taken]
+    zeroed = again.units + rest[:len(once.units) - len(again.units)]
+    sparse = own["gradient-weight", "one-shot", "all", "graft"].ks
+    select = study.test(study.relation.pt, "c0", "select")
+    scores, draws = unit_scores(study.model, select, study.unit), []
     for draw in range(study.args.draws):
-        g = data.rng(study.seed, "prune", draw)
-        add(*here, "random", "zero", matched_units(zeroed, scores, g, program), every, draw)
-        add(*here, "random", "graft", matched_units(change, scores, g, program), some, draw)
-        for name in ("gradient-weight", "compiled-zero") if program else ():
-            units = matched_units(rankings[name], scores, g, program)
-            add(*here, f"random-{name.split('-')[1]}-tried", "zero", tried(study.model, units, a), few, draw)
-    if study.never:
-        model, base, operand = study.never
-        one = rank(model, operand)[0]
-        add(*study.never, "never-had", "zero", one, every)
-        if program:
-            add(*study.never, "never-had-tried", "zero", tried(model, one, operand), few)
-        add(*study.never, "never-had-iterated", "zero", anew(model, operand), few)
-        if base:
-            add(*study.never, "never-had-change", "graft", rank(model, operand, minus=base, upto=far[-1])[0], some)
-    return sweeps, rankings
-
-
-def histogram_of(logits, study):
-    """Which answers the model gives, and how often: {answer: count}."""
-    names = data.answer_names(study.sc)
-    counts = collections.Counter(names[i].lstrip("#") for i in logits.argmax(1).tolist())
-    return dict(counts.most_common())
+        rng = data.rng(study.seed, "prune", draw)
+        units = matched_units(zeroed, scores, rng, program)
+        draws.append(blank._replace(units=units, ks=once.ks, draw=draw))
+        units = matched_units(change.units, scores, rng, program)
+        draws.append(blank._replace(edit="graft", units=units, ks=sparse, draw=draw))
+        for pool in ("all", "zero-in-program") if program else ():
+            ranked = own["gradient-weight", "one-shot", pool, "zero"].units
+            tried = exhaustive(study.model, matched_units(ranked, scores, rng, program), select,
+                               study.unit)
+            ks = own["gradient-weight", "exhaustive", pool, "zero"].ks
+            draws.append(blank._replace(order="exhaustive", pool=pool, units=tried, ks=ks, draw=draw))
+    return draws
 
 
 def graft_dimensions(study):
     """
-    ours: set everything that writes one residual dimension, or everything that reads it, back to what fine-tuning began
-    with. In a compiled model dimensions have names, so this tells in which variable of the program the change sits.
+    ours: set everything that writes one residual dimension, or everything that reads it, back to what
+    fine-tuning began with. In a compiled model dimensions have names, so this tells in which variable
+    of the program the change sits.
     """
     model, old, rows = study.model, dict(study.start.named_parameters()), []
-    sets = [study.test(study.pair[0], "c0", "select"), study.test(study.pair[0], "c0"), study.test(study.pair[1], "c1")]
+    a, b = study.relation.pt, study.relation.ft
+    tests = [study.test(a, "c0"), study.test(b, "c1")]
     columns = {"writers": ("tok.weight", "pos.weight"), "readers": ("attn.qkv.weight", "up.weight")}
-    rowwise = {"writers": ("attn.out.weight", "attn.out.bias", "down.weight", "down.bias"), "readers": ()}
-    for side in columns:
-        for d, name in enumerate(model.config.residual):
-            edits = [(p, (slice(None), d), old[p][:, d].detach()) for p in old if p.endswith(columns[side])]
-            edits += [(p, d, old[p][d].detach()) for p in old if p.endswith(rowwise[side])] if rowwise[side] else []
-            with weight_edits(model, edits):
-                tried = study.measure(model, sets[0])["accuracy"]
-                rows += [study.measure(model, test, unit="dimension", ranking=side, edit="graft", k=1, draw=None,
-                                       dimension=name, selected=tried) for test in sets[1:]]
+    lines = ("attn.out.weight", "attn.out.bias", "down.weight", "down.bias")
+    for side, (d, name) in itertools.product(columns, enumerate(model.config.residual)):
+        edits = [(p, (slice(None), d), old[p][:, d].detach()) for p in old if p.endswith(columns[side])]
+        if side == "writers":
+            edits += [(p, d, old[p][d].detach()) for p in old if p.endswith(lines)]
+        with weight_edits(model, edits):
+            selected = study.measure(model, study.test(a, "c0", "select"))["accuracy"]
+            for test in tests:
+                rows.append(study.measure(
+                    model, test, unit="dimension", score=None, order="exhaustive", pool="all",
+                    control=None, edit="graft", k=1, draw=None, side=side, dimension=name,
+                    selected=selected))
     for side in columns:  # chosen: the best on the selection set
-        here = [r for r in rows if r["ranking"] == side]
-        best = max(here, key=lambda r: r["selected"])["dimension"] if here else None
-        for r in here:
+        own = [r for r in rows if r["side"] == side]
+        best = max(own, key=lambda r: r["selected"], default={"dimension": None})["dimension"]
+        for r in own:
             r["chosen"] = r["dimension"] == best
     return rows
+
+
+@analysis(needs_base=True, applies=has_answers)
+def prune(study):
+    """
+    Do a few units hold the wrapper? (paper Figs. 7 and 55-59)
+
+    One backward pass of the cross-entropy of "count a" on the fine-tuned model; score = gradient x
+    weight, summed over a row (a neuron) and its bias, or --unit weight; the K largest positive scores
+    are edited at once: set to zero, or grafted, set back to the values before fine-tuning. ours: also
+    ranked anew after every zeroed unit (iterative), and for grafts by their own first-order score,
+    gradient x change. Scores and K (up to 10) come from one set of c0 strings, accuracies from
+    another. Compiled models: single weights, all of them or those that are zero in the program; ours:
+    the first 100 of a ranking, tried one by one (exhaustive); and grafts of whole residual dimensions.
+    High accuracy on a after few edits: the answer was there, and these units kept it from being read.
+    It does not say that the change sits in these units: a zeroed unit is a lever, only grafts undo what
+    fine-tuning did.
+    Fooled by: any damage that happens to shift answers by q (hence random units from the same
+    matrices, --draws of them, with K chosen in the same way); a method that finds units for anything
+    (hence the control never-trained: the same procedure for an operand that was never trained).
+    """
+    program = study.base if study.setup.compiled and study.unit == "weight" else None
+    sweeps = sweeps_of(study, Sweep(study.model, study.start, study.relation.pt), program)
+    rows, rankings = [], [s for s in sweeps if s.edit == SCORES[s.score].edit]
+    sweeps += random_sweeps(study, sweeps, program)
+    if study.never_trained:
+        sweeps += sweeps_of(study, Sweep(*study.never_trained, "never-trained"), program)
+    else:
+        rows.append(study.row(unit=study.unit, score="gradient-weight", order="one-shot", pool="all",
+                              control="never-trained", edit="zero", k=None, draw=None,
+                              note=study.control_note))
+    for sweep in tqdm(sweeps, desc="prune", leave=False):
+        rows += prune_rows(study, sweep)
+    if study.setup.compiled and study.model.config.residual:
+        rows += graft_dimensions(study)
+    ranks = []
+    for s in rankings:
+        for rank, u in enumerate(s.units[:KS[-1]], 1):
+            ranks.append({"score": s.score, "order": s.order, "pool": s.pool, "rank": rank,
+                          "block": u[0], "matrix": u[1], "index": u[2], "value": u[3],
+                          "name": unit_name(study.model, u, study.unit)})
+    study.write("prune.rows", ranks)
+    print(f"\nprune   {study.unit}s ranked on one set of c0 strings, scored on another (accuracy on c0; "
+          f"of {study.relation.ft} on c1); *: K chosen on the first; random: mean of {study.args.draws} "
+          f"draws\n  control: {study.control_note}")
+    shown = [r for r in rows if r["k"] in KS and r["unit"] != "dimension"
+             and r["split"] == ("c1" if r["operand"] == study.relation.ft else "c0")]
+    pivot(shown, ("score", "order", "pool", "control", "edit", "operand"), lambda r: r["k"],
+          lambda cell: mean_percent(cell) + "*" * any(r["chosen"] for r in cell))
+    for r in rows:
+        if r.get("dimension") and r["chosen"]:
+            print(f"  graft all {r['side']} of {r['dimension']}, the best residual dimension on the other "
+                  f"set: {r['operand']} {percent(r['accuracy'])} on {r['split']}")
+    return study.write("prune", rows)
+
+
+def mean_percent(rows):
+    return percent(np.mean([r["accuracy"] for r in rows]))
 
 
 # ---------------------------------------------------------------- probe
 
 
-def fit_probes(x, site, y, steps, g, bar, batch_size=96):
+def fit_probes(x, site, y, steps, rng, batch_size=96):
     """
-    Linear probes, all trained at once: probe p maps x[site[p]] to the classes y[p]; x (sites, n, d), y (probes, n).
-    AdamW, lr 1e-3, divided by 10 at 1/2, 3/4 and 7/8 of the steps (paper: protocols: of 4K, at 2K, 3K and 3.5K), the
-    same batches of 96 for all. Returns weight (probes, d, classes) and bias (probes, 1, classes).
+    Linear probes, all trained at once: probe p maps x[site[p]] to the classes y[p]; x (sites, n, d),
+    y (probes, n). AdamW, lr 1e-3, divided by 10 at 1/2, 3/4 and 7/8 of the steps (paper: of 4K, at 2K,
+    3K and 3.5K), the same batches for all. Returns weight (probes, d, classes), bias (probes, 1,
+    classes).
     """
     classes = int(y.max()) + 1
     weight = torch.zeros(len(y), x.shape[2], classes, device=x.device, requires_grad=True)
     bias = torch.zeros(len(y), 1, classes, device=x.device, requires_grad=True)
     optimizer = torch.optim.AdamW([weight, bias], lr=1e-3)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [steps // 2, steps * 3 // 4, steps * 7 // 8], .1)
-    for _ in range(steps):
+    milestones = [steps // 2, steps * 3 // 4, steps * 7 // 8]
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, .1)
+    for _ in tqdm(range(steps), desc="probe", mininterval=.5, leave=False):
         check_stop()
-        pick = torch.randint(x.shape[1], (batch_size,), generator=g).to(x.device)
+        pick = torch.randint(x.shape[1], (batch_size,), generator=rng).to(x.device)
         logits = torch.baddbmm(bias, x[:, pick][site], weight)
-        loss = F.cross_entropy(logits.flatten(0, 1), y[:, pick].flatten(), reduction="sum") / batch_size
+        loss = F.cross_entropy(logits.flatten(0, 1), y[:, pick].flatten(), reduction="sum")
         optimizer.zero_grad()
-        loss.backward()  # a sum over probes: each gets the gradient it would have alone, and AdamW acts entry by entry
+        # a sum over probes: each gets the gradient it would have alone, and AdamW acts entry by entry
+        (loss / batch_size).backward()
         optimizer.step()
         schedule.step()
-        bar.update()
     return weight.detach(), bias.detach()
 
 
-def residuals(model, tokens, sc, batch=256):
-    """Residual stream at the position that predicts the answer: (blocks + 1, n, d), 0 the embedding, i after block i."""
-    names = ["embed"] + [f"blocks.{i}.resid_post" for i in range(len(model.blocks))]
-    at, parts = answer_position(sc), []
-    for part in tokens.split(batch):
+def residuals(model, examples, site, batch=128):
+    """
+    Residual stream, summed with the weights `site` (n, t) of positions: (blocks + 1, n, d), 0 the
+    embedding, i after block i.
+    """
+    names = ["embed", *(f"blocks.{i}.resid_post" for i in range(len(model.blocks)))]
+    parts = []
+    for tokens, weights in zip(examples.tokens.split(batch), site.split(batch)):
         check_stop()
-        cache = activations(model, part, names, at)[1]  # of the last block there is the answer position alone
-        parts.append(torch.stack([x[:, at] if x.shape[1] > 1 else x[:, 0] for x in map(cache.get, names)]))
-    return torch.cat(parts, 1)
-
-
-def probe(study):
-    """
-    Can the answer for a still be read off the residual stream? (paper: protocols, Fig. 8)
-
-    A linear probe after every block (0: the embedding), at the position that predicts the answer, trained on half
-    natural, half c0 strings and tested on new ones of both; targets a, b, c; asked for the target itself and for b, for
-    the question is whether r(a) is there while b is asked. All sites and targets are trained together, on
-    activations computed once.
-    High: the information is linearly there. Low at every block: not linearly there at this position.
-    Fooled by: targets that follow from others (c1 strings are left out; a + b + c = window, so c can be read wherever
-    a and b can: compare with the untrained model and with floors); a probe strong enough to learn the task itself
-    (untrained model); leaks between strings (shuffled labels must fall to the floor).
-    """
-    sc, n, (a, b) = study.sc, study.args.eval_size, study.pair
-    untrained = GPT(Config(**study.ckpt["config"])).init_weights(data.rng(study.seed, "untrained")).to(study.device)
-    g = data.rng(study.seed, "probe")
-    train = [test_set(5 * n, sc, study.task, b, split, study.seed, study.pair, study.q, "probe", study.device)
-             for split in ("natural", "c0")]
-    tests = [study.test(b, split) for split in ("natural", "c0")]
-    results = torch.cat([s.results for s in train])
-    shuffle = torch.randperm(len(results), generator=g).to(study.device)
-    asked = {prompt: [prompt] if prompt != b else [a, b, study.third] for prompt in dict.fromkeys([a, b, study.third])
-             if prompt == b or not study.compiled}  # compiled models have no prompt
-
-    models = {**study.models, "untrained": untrained}
-    if study.never and study.never[0] is not study.model:
-        models["control"] = study.never[0]
-
-    x, held, keys, site, y = [], [], [], [], []  # held: the sites' activations on test strings; site: place in x
-    for name, model in models.items():
-        for prompt, targets in asked.items():
-            seen, new = ([residuals(model, data.questions(s.text, study.task, prompt, sc)[:, :-1], sc) for s in sets]
-                         for sets in (train, tests))
-            seen, new = torch.cat(seen, 1), torch.stack(new, 1)  # (blocks + 1, n, d), (blocks + 1, split, n, d)
-            # ours: standardised, since an untrained model's residual is so small that 4K steps at 1e-3 learn nothing
-            mean, sd = seen.mean(1, keepdim=True), seen.std(1, keepdim=True) + 1e-8
-            for block in range(len(seen)):
-                for target in targets:
-                    for labels in ("true", "shuffled") if (name, prompt) == ("ckpt", b) else ("true",):
-                        truth = results[:, sc.operands.index(target)]
-                        keys.append(dict(model=name, block=block, target=target, prompt=prompt, labels=labels))
-                        site.append(len(x))
-                        y.append(truth if labels == "true" else truth[shuffle])
-                x.append(((seen - mean) / sd)[block])
-                held.append(((new - mean[:, None]) / sd[:, None])[block])
-    bar = study.bar(study.args.steps or 4000, "probe")
-    weight, bias = fit_probes(torch.stack(x), site, torch.stack(y), bar.total, g, bar)
-    bar.close()
-    rows = []
-    for key, i, w, c in zip(keys, site, weight, bias):
-        for test, new in zip(tests, held[i]):
-            logits, truth = new @ w + c, study.result(test, key["target"])
-            seen = truth.max() < logits.shape[1]  # else a class is new, and no loss is defined
-            other = study.result(test, b if key["target"] != b else a)
-            rows.append(study.blank(operand=key["target"], split=test.split, n=len(truth), **key,
-                                    accuracy=accuracy(logits, truth),
-                                    floor=data.majority_floor(truth), cross_floor=data.cross_floor(truth, other),
-                                    loss=F.cross_entropy(logits, truth).item() if seen else None))
-    study.write("probe", rows)
-
-    print(f"\nprobe   linear, at the answer position, {len(results)} training strings; accuracy on {n} natural strings "
-          "after each block")
-    groups = collections.defaultdict(list)
-    for r in rows:
-        if r["split"] == "natural":
-            groups[r["target"], r["prompt"], r["model"], r["labels"]].append(r)
-    table(["target", "asked", "model", "labels", *(f"B{i}" for i in range(len(study.model.blocks) + 1)), "floor"],
-          [[*key, *(percent(r["accuracy"]) for r in got), percent(got[0]["floor"])] for key, got in groups.items()])
-    return rows
-
-
-# ---------------------------------------------------------------- attention
-
-
-def attention(study):
-    """
-    Where does the answer position look? (paper: protocols; Figs. 10, 39-45 for the compiled models)
-
-    The attention pattern of the position that predicts the answer, per block and head, on natural strings, asked for a
-    and for b, base and fine-tuned side by side. mass: mean attention on a region (the window, the letters outside
-    it, and a, b, c within the window); chance: the share of positions that the region takes, what uniform attention
-    would give. Maps of the first strings go to <checkpoint>.attention.npz.
-    Fooled by: reading too much into it. A head may look without using, and letters travel between positions in
-    earlier blocks, so that attention to a position is not attention to its letter.
-    """
-    if study.compiled:
-        return program_attention(study)
-    sc, rows, maps = study.sc, [], {}
-    at, width = answer_position(sc), answer_position(sc) + 1
-    names = [f"blocks.{i}.attn.pattern" for i in range(len(study.model.blocks))]
-    first = 5  # SOS T O O' SOT come before the text
-    for model_name, model in study.models.items():
-        for prompt in study.pair:
-            test = study.test(prompt, "natural")
-            parts = []
-            for part in test.tokens.split(128):
-                check_stop()
-                cache = activations(model, part, names)[1]
-                parts.append(torch.stack([cache[name][:, :, at] for name in names], 1))
-            pattern = torch.cat(parts)  # (n, block, head, position)
-            maps[f"{model_name}_{prompt}"] = pattern[:8].cpu().numpy()
-            letters = torch.full((len(test.text), width), -1, device=study.device)
-            letters[:, first:first + sc.length] = test.text
-            window = torch.zeros(width, dtype=torch.bool, device=study.device)
-            window[first + sc.length - sc.window:first + sc.length] = True
-            regions = {"window": window & (letters >= 0), "outside": ~window & (letters >= 0)}
-            regions.update({letter: window & (letters == i) for i, letter in enumerate(sc.operands)})
-            for region, where in regions.items():
-                mass = (pattern * where[:, None, None]).sum(-1).mean(0)
-                for block in range(mass.shape[0]):
-                    for head in range(mass.shape[1]):
-                        rows.append(study.blank(operand=prompt, split="natural", n=len(test.text), model=model_name,
-                                                block=block, head=head, prompt=prompt, region=region,
-                                                mass=mass[block, head].item(), chance=where.float().mean().item()))
-    maps["tokens"] = study.test(study.pair[0], "natural").tokens[:8].cpu().numpy()
-    maps["vocabulary"] = np.array(data.vocabulary(sc))
-    study.write("attention", rows)
-    replace_file(f"{study.prefix}.attention.npz", lambda f: np.savez_compressed(f, **maps))
-
-    print("\nattention   of the answer position: mass as a multiple of chance, on the window and on its letters")
-    heads = [(block, head) for block in range(len(names)) for head in range(study.model.config.n_head)]
-    mass = {tuple(r[k] for k in ("prompt", "model", "region", "block", "head")): f"{r['mass'] / max(r['chance'], 1e-9):.1f}"
-            for r in rows}
-    table(["asked", "model", "region", *(f"B{i}H{h}" for i, h in heads)],
-          [[*key, *(mass[*key, *h] for h in heads)] for key in dict.fromkeys(k[:3] for k in mass) if key[2] != "outside"])
-    return rows
-
-
-EXAMPLES = 4  # strings whose whole maps are kept
-
-
-def examples(study, test):
-    """The first strings on which there is something to see: answers for a and b that differ and are not 0."""
-    a, b = (study.result(test, o) for o in study.pair)
-    return ((a > 1) & (b > 1) & (a != b)).nonzero()[:EXAMPLES, 0]
-
-
-def program_attention(study):
-    """
-    attention() of compiled models, whose every position matters: whole maps of a few strings, and as numbers
-        mass of the answer position on the letters that make r(a), r(b) and a third answer, on BOS and on padding
-        `kept`: over all letters as queries, the overlap of the pattern with the compiled model's, the sum over keys of
-            the smaller of the two (1: the same), where the program uses the head; chance: a uniform pattern's overlap
-        `order`: the probability that a letter which the program selects gets more attention than one that it does not
-            (AUC; chance .5): in block 0 of the max-identifier, whether larger letters still come before smaller ones.
-    """
-    sc, rows, maps = study.sc, [], {}
-    test, letters = study.test(study.pair[0], "natural"), slice(1, sc.length + 1)
-    names = [f"blocks.{i}.attn.pattern" for i in range(len(study.model.blocks))]
-    regions = {o: data.marked(test.text, o, sc) for o in (*study.pair, study.third)}
-    regions = {o: F.pad(where, (1, sc.room - sc.length)) for o, where in regions.items()}
-    regions.update({"BOS": test.tokens == 1, "padding": test.tokens == 0})
-
-    def note(model, block, head, region, mass, chance):
-        rows.append(study.blank(operand=study.pair[0], split="natural", n=len(test.text), model=model, block=block,
-                                head=head, prompt=None, region=region, mass=mass, chance=chance))
-    patterns = {}
-    for name, model in study.models.items():
-        check_stop()
-        cache = activations(model, test.tokens, names)[1]
-        patterns[name] = torch.stack([cache[n] for n in names])  # (block, n, head, query, key)
-        maps[name] = patterns[name][:, examples(study, test)].transpose(0, 1).cpu().numpy()
-    for name, all_blocks in patterns.items():
-        for block, head in np.ndindex(len(names), all_blocks.shape[2]):
-            pattern, program = all_blocks[block, :, head], patterns.get("base", all_blocks)[block, :, head]
-            at = pattern[:, answer_position(sc)]
-            for region, where in regions.items():
-                note(name, block, head, region, (at * where).sum(1).mean().item(), where.float().mean().item())
-            uniform = torch.full_like(program, 1 / program.shape[-1])
-            if (program - uniform).abs().max() < 1e-3:
-                continue  # the program does not use this head
-            kept = [torch.minimum(p, program)[:, letters].sum(-1).mean().item() for p in (pattern, uniform)]
-            note(name, block, head, "kept", *kept)
-            chosen = program[:, letters, letters] > 1 / program.shape[-1]
-            got = pattern[:, letters, letters]
-            both = chosen[..., :, None] & ~chosen[..., None, :]  # (n, query, selected key, other key)
-            if both.any():
-                more = (got[..., :, None] > got[..., None, :]).float() + .5 * (got[..., :, None] == got[..., None, :])
-                note(name, block, head, "order", more[both].mean().item(), .5)
-    maps["tokens"], maps["vocabulary"] = test.tokens[examples(study, test)].cpu().numpy(), np.array(data.vocabulary(sc))
-    study.write("attention", rows)
-    replace_file(f"{study.prefix}.attention.npz", lambda f: np.savez_compressed(f, **maps))
-
-    print("\nattention   kept: overlap with the compiled pattern; order: a selected letter gets more than another (AUC); "
-          "the rest: mass of the answer position")
-    cells = {(r["model"], f"B{r['block']}H{r['head']}", r["region"]): f"{r['mass']:.2f} ({r['chance']:.2f})" for r in rows}
-    heads, regions = list(dict.fromkeys(k[:2] for k in cells)), list(dict.fromkeys(k[2] for k in cells))
-    table(["model", "head", *(f"{r} (chance)" for r in regions)],
-          [[*head, *(cells.get((*head, r), "-") for r in regions)] for head in heads])
-    return rows
-
-
-def hidden(study):
-    """
-    What do the MLPs' hidden units do, token by token? (paper: Tracr setup, Figs. 46-47, 53-54) Compiled models only.
-
-    Activations after the ReLU on the same few strings as attention, in <checkpoint>.hidden.npz, and as numbers per
-    block: the cosine of all activations on natural strings with the compiled model's, and the share of units that are
-    on (above .1, well above the noise). A cosine near 1: the mechanism is in place, whatever is made of it afterwards.
-    Fooled by: units that are on for every string, which dominate the cosine; a small shift of a threshold, which a cosine
-    does not show and which may change every answer.
-    """
-    if not study.compiled:
-        raise UserError(f"hidden is for compiled models: {study.args.ckpt} is {study.ckpt['setup']}")
-    test, rows, maps, seen = study.test(study.pair[0], "natural"), [], {}, {}
-    names = [f"blocks.{i}.mlp_post" for i in range(len(study.model.blocks))]
-    for name, model in study.models.items():
-        check_stop()
-        cache = activations(model, test.tokens, names)[1]
-        seen[name] = [cache[n] for n in names]
-        few = [x[examples(study, test)] for x in seen[name]]
-        maps[name] = torch.stack(few, 1).cpu().numpy()  # (string, block, position, unit)
-    for name, blocks in seen.items():
-        for i, (x, program) in enumerate(zip(blocks, seen.get("base", blocks))):
-            alike = F.cosine_similarity(x.flatten(), program.flatten(), 0).item() if program.any() else None
-            rows.append(study.blank(operand=study.pair[0], split="natural", n=len(test.text), model=name, block=i,
-                                    cosine=alike, active=(x > .1).float().mean().item()))
-    maps["tokens"] = test.tokens[examples(study, test)].cpu().numpy()
-    maps["vocabulary"] = np.array(data.vocabulary(study.sc))
-    study.write("hidden", rows)
-    replace_file(f"{study.prefix}.hidden.npz", lambda f: np.savez_compressed(f, **maps))
-    print("\nhidden   activations of the MLPs' units: cosine with the compiled model's, share of units that are on")
-    table(["model", "block", "cosine", "on"],
-          [[r["model"], r["block"], "-" if r["cosine"] is None else f"{r['cosine']:.3f}", percent(r["active"])]
-           for r in rows])
-    return rows
-
-
-# ---------------------------------------------------------------- revive
-
-THRESHOLDS = (.9, .99)
-FASTER = 3  # reFT must be so many times as fast as its control; the control goes on for so many times as many steps
-
-
-def steps_to(curve, threshold):
-    """First evaluated step at which accuracy reaches the threshold, from [(step, accuracy)]; None if never."""
-    return next((step for step, accuracy in curve if accuracy >= threshold), None)
-
-
-def teach(study, start, operand, lr, most, seed, bar):
-    """
-    Fine-tune a copy of `start` to answer for `operand` on its c0 strings, at a constant rate; evaluated every 5 steps
-    (compiled models: 20) on natural and c0, until both are at the largest threshold or after `most` steps. Returns
-    {split: [(step, accuracy)]}.
-    """
-    model, sc = copy.deepcopy(start), study.sc
-    pair = study.pair if operand in study.pair else (operand, study.pair[1])
-    batch = finetuning_stream(sc, study.task, operand, 0., pair, study.q, study.args.batch_size, seed, study.device,
-                              "revive")
-    tests = {split: study.test(operand, split, n=min(400, study.args.eval_size)) for split in ("natural", "c0")}
-    curves = {split: [] for split in tests}
-    every = 20 if study.compiled else 5  # an evaluation costs as much as three steps of a compiled model
-    for step, _ in train_steps(model, optimizer_for(model, lr, sc), answer_loss(model, batch, sc), constant(lr), most):
-        check_stop()
-        if step % every == 0 or step == most:
-            for split, test in tests.items():
-                curves[split].append((step, accuracy(predict(model, test.tokens, sc), test.target)))
-            if all(curve[-1][1] >= THRESHOLDS[-1] for curve in curves.values()):
-                break
-        bar.update()
-    return curves
-
-
-def reft_rates(study):
-    """
-    The two rates of reFT, and the first that of its controls: the fine-tuning's own and a third of it. Of compiled models
-    a third and a tenth: at their own rate, constant, SGD is past the edge of stability (paper: reFT takes a smaller one).
-    """
-    lr = study.ckpt["args"]["lr"]
-    return (lr / 3, lr / 10) if study.compiled else (lr, lr / 3)
-
-
-def revive(study):
-    """
-    How fast does the capability come back, against a model that never had it? (paper: protocols, Fig. 9)
-
-    Reverse fine-tuning (reFT) on a with c0 strings, at the fine-tuning's rate (ours: matched rates) and a third of it
-    (compiled models: a third and a tenth), constant after 20 steps. Controls, in the same way: teaching the never-trained
-    operand to this very model (teach-c) and to its base (teach-c-base, with the noise that fine-tuning put on it), and
-    pretraining itself, from its history. Steps to 90 % and 99 % on natural
-    and on c0 strings. The controls go on three times as long as reFT needed: what has not come by then is shown as >=.
-    Few steps compared with teach-c: it was there. teach-c much faster than pretraining is how much any good
-    initialisation helps, which a comparison with training from scratch would have called a revival.
-    Fooled by: steps at different rates; an easy target (hence c0, where another operand helps up to the cross floor at
-    most); the control's token, which was never an input: part of what teach-c has to learn is what O_c means.
-    """
-    if not study.base:
-        raise UserError(f"revive needs a fine-tuned checkpoint: {study.args.ckpt} has no base")
-    (lr, slower), a = reft_rates(study), study.pair[0]
-    rows, curve_rows = [], []
-
-    def note(arm, rate, operand, curves, most, seed, test=None):
-        for split, curve in curves.items():
-            about = test or score_of(study.test(operand, split, n=min(400, study.args.eval_size)))
-            rows.extend({**study.blank(), **about, "operand": operand, "split": split, "accuracy": curve[-1][1],
-                         "seed": seed, "arm": arm, "lr": rate, "threshold": threshold, "steps": steps_to(curve, threshold),
-                         "max_steps": most} for threshold in THRESHOLDS)
-            curve_rows.extend({"arm": arm, "lr": rate, "step": step, "split": split, "accuracy": accuracy, "seed": seed}
-                              for step, accuracy in curve)
-
-    def score_of(test):
-        return {"floor": test.floor(), "cross_floor": test.cross_floor(), "n": len(test.target)}
-
-    limit = study.args.steps or study.sc.revive_steps
-    for seed in range(study.seed, study.seed + study.args.seeds):
-        bar = study.bar(None, "revive")
-        curves = teach(study, study.model, a, lr, limit, seed, bar)
-        note("reft", lr, a, curves, limit, seed)
-        note("reft", slower, a, teach(study, study.model, a, slower, limit, seed, bar), limit, seed)
-        step, reached = curves["natural"][-1]
-        most = max(30, FASTER * step) if reached >= THRESHOLDS[-1] and not study.args.steps else limit
-        arms = []
-        if study.never:
-            model, base, operand = study.never
-            arms = [(f"teach-{operand}", model), (f"teach-{operand}-base", base)][:2 if base else 1]
-        for arm, model in arms:
-            note(arm, lr, operand, teach(study, model, operand, lr, most, seed, bar), most, seed)
-        bar.close()
-    if study.base_ckpt["stage"] == "pretrain":
-        args = study.base_ckpt["args"]
-        for split in ("natural", "c0"):
-            history = [r for r in read_rows(os.path.splitext(study.base_ckpt["path"])[0] + ".jsonl")
-                       if (r["task"], r["operand"], r["split"]) == (study.task, a, split)]
-            if len(history) > 3:  # what is only looked at before and after has no steps to a threshold
-                about = {k: history[-1][k] for k in ("floor", "cross_floor", "n")}
-                note("pretraining", args["lr"], a, {split: [(r["step"], r["accuracy"]) for r in history]},
-                     study.base_ckpt["steps"], args["seed"], about)
-    study.write("revive", rows)
-    study.write("revive.curve", curve_rows)
-
-    print(f"\nrevive   steps to 90 % and 99 % on natural and c0 strings ({study.args.seeds} data orders)\n"
-          f"  never-had control: {study.never_note}")
-    cells = {(r["arm"], r["lr"], r["seed"], r["operand"], r["split"], r["threshold"]): r for r in rows}
-
-    def shown(r):
-        return "-" if r is None else r["steps"] if r["steps"] is not None else f">= {r['max_steps']}"
-    ends = {key[:4]: percent(r["accuracy"]) for key, r in cells.items() if key[4] == "natural"}
-    columns = [(split, threshold) for split in ("natural", "c0") for threshold in THRESHOLDS]
-    table(["arm", "lr", "seed", "asked", *(f"{split} {t:.0%}" for split, t in columns), "natural at the end"],
-          [[key[0], f"{key[1]:.2g}", *key[2:], *(shown(cells.get((*key, *c))) for c in columns),
-            ends.get(key, "-")] for key in dict.fromkeys(k[:4] for k in cells)])
-    return rows
-
-
-# ---------------------------------------------------------------- verdict
-
-KNOWS = .9    # accuracy on natural strings from which on a model has a capability
-MARGIN = .25  # by so much an accuracy must exceed what is possible without it: the cross floor, or a control
-
-
-def evidence(study, found):
-    """Every number the verdict quotes, and `found_by`: which instruments find O_PT, each against its control."""
-    (a, b), v = study.pair, {"task": study.task, "operands": list(study.pair)}
-
-    def pick(name, **wanted):
-        return [r for r in found[name] if all(r.get(k) == x for k, x in wanted.items())]
-
-    for model in ("base", "ckpt"):
-        for role, operand in (("pt", a), ("ft", b)):
-            for split in SPLITS:
-                row = pick("behavior", model=model, operand=operand, split=split, task=study.task)[0]
-                v[f"{model}_{role}_{split}"] = row["accuracy"]
-                if (model, split) == ("ckpt", "c0"):
-                    v[f"{role}_c0_cross_floor"], v[f"{role}_c0_follows_a_plus_q"] = row["cross_floor"], row["share_a_plus_q"]
-
-    def edited(ranking, edit="zero"):  # at the K chosen on the selection set
-        return [(r["accuracy"], r["k"]) for r in pick("prune", ranking=ranking, edit=edit, split="c0")] or [(None, None)]
-    how = ("tried" if study.compiled and study.unit == "weight" else "iterated")
-    v["prune_how"] = {"tried": "the best of 100, tried one by one", "iterated": "ranked anew after each"}[how]
-    v["prune_c0"], v["prune_k"] = edited(f"gradient-weight-{how}")[0]
-    v["prune_one_pass_c0"], v["prune_one_pass_k"] = edited("gradient-weight")[0]
-    v["graft_c0"], v["graft_k"] = edited("gradient-change", "graft")[0]
-    draws = [accuracy for accuracy, _ in edited("random" if how == "iterated" else "random-weight-tried")]
-    v["random_draws"], v["random_c0_mean"], v["random_c0_max"] = len(draws), float(np.mean(draws)), max(draws)
-    never = [accuracy for ranking in ("never-had", "never-had-iterated", "never-had-tried")
-             for accuracy, _ in edited(ranking) if accuracy is not None]
-    v["never_prune_c0"] = max(never) if study.never else None
-
-    def read(model, target):  # the block is chosen on c0 strings, the accuracy quoted on natural ones
-        rows = pick("probe", model=model, target=target, prompt=b, labels="true", split="c0")
-        block = max(rows, key=lambda r: r["accuracy"])["block"]
-        return pick("probe", model=model, target=target, prompt=b, labels="true", split="natural", block=block)[0]
-    site = read("ckpt", a)
-    v["probe_natural"], v["probe_block"], v["probe_floor"] = site["accuracy"], site["block"], site["floor"]
-    v["probe_untrained"] = read("untrained", a)["accuracy"]
-    where = "ckpt" if study.never and study.never[0] is study.model else "control"
-    v["never_probe"] = read(where, study.third)["accuracy"] if study.never else None
-
-    def steps(arm, threshold):  # mean over data orders; one that did not arrive counts with all the steps it was given
-        rows = pick("revive", arm=arm, split="natural", threshold=threshold)
-        rows = [r for r in rows if arm != "reft" or r["lr"] == reft_rates(study)[0]]
-        bounds = [r["max_steps"] if r["steps"] is None else r["steps"] for r in rows]
-        return (float(np.mean(bounds)), all(r["steps"] is not None for r in rows)) if rows else (None, None)
-    arms = {"reft": "reft", "control": f"teach-{study.third}", "pretraining": "pretraining"}
-    for threshold in reversed(THRESHOLDS):  # 99 %, or 90 where neither gets there: two that do not cannot be compared
-        v["threshold"] = threshold
-        for who, arm in arms.items():
-            v[f"{who}_steps"], v[f"{who}_reached"] = steps(arm, threshold)
-        if v["reft_reached"] or v["control_reached"]:
-            break
-
-    never_prune, never_probe = v["never_prune_c0"] or 0, v["never_probe"] or 0
-    finds = {"pruning": v["prune_c0"] >= v["pt_c0_cross_floor"] + MARGIN
-             and v["prune_c0"] - max(v["random_c0_max"], never_prune) >= MARGIN,
-             "probing": v["probe_natural"] >= KNOWS and v["probe_natural"] - max(v["probe_untrained"], never_probe) >= .1,
-             "reviving": v["ckpt_pt_natural"] < KNOWS and v["reft_reached"] and v["control_steps"] is not None
-             and FASTER * v["reft_steps"] <= v["control_steps"]}
-    v["found_by"] = [name for name, yes in finds.items() if yes]
-    return v
-
-
-def announce(study, word, meaning, text, numbers):
-    """Print a verdict, a paragraph for each {heading: line} of text, and write it with the numbers that it quotes."""
-    write_json(f"{study.prefix}.verdict.json", {
-        "verdict": word, "text": f"{word}: {meaning}. " + " ".join(f"{head}: {line}." for head, line in text.items()), **numbers})
-    print(f"\nVERDICT  {word}: {meaning}")
-    for head, line in text.items():
-        print(textwrap.fill(f"{head}: {line}.", 118, initial_indent="  ", subsequent_indent="    "))
-
-
-def verdict(study, found):
-    """
-    What the analyses say together, in words with numbers. found: {name: what the analysis returned}.
-
-        new        b is answered on c0 where the base could not: fine-tuning built it
-        intact     a is still answered on c0 when it is asked for
-        wrapped    a is not answered, b only where the shortcut serves, and at least two of the three instruments find a
-        lost       a is not answered, and none of the three finds it, though all had their never-had control
-        undecided  anything else
-
-    Answered: above the cross floor by MARGIN. Found, by pruning (ours: ranked anew after each row; the paper's one pass
-    is quoted beside it): answered again, and above every random draw and the never-had operand by MARGIN; by probing:
-    90 % on natural strings, and 10 points above the untrained model and the never-had operand; by reviving: in a third
-    of the control's steps or less.
-    """
-    v, (a, b), task, unit = evidence(study, found), study.pair, study.task, study.unit
-    had, by = v["base_pt_natural"] >= KNOWS, ", ".join(v["found_by"]) or "no instrument"
-    answered = v["ckpt_pt_c0"] >= v["pt_c0_cross_floor"] + MARGIN
-    could, can = (v[f"{model}_ft_c0"] >= v["ft_c0_cross_floor"] + MARGIN for model in ("base", "ckpt"))
-    if not had:
-        word, meaning = "undecided", f"the base did not have {a}"
-    elif can and not could:
-        word, meaning = "new", (f"fine-tuning built {b}, which the base could not answer on c0; {a} is "
-                                + ("still answered" if answered else f"not answered any more (found by {by})"))
-    elif answered:
-        word, meaning = "intact", f"{a} is still answered, " + (
-            f"and so is {b}: strongly relevant, no wrapper was needed" if can else
-            f"and {b} as {a}{study.q:+d}: a wrapper that only opens when {b} is asked"
-            if v["ft_c0_follows_a_plus_q"] >= .5 else f"and {b} was not learned")
-    elif not can and v["ckpt_ft_c1"] >= KNOWS and len(v["found_by"]) >= 2:
-        word, meaning = "wrapped", f"{a} is not answered any more, but it is there: found by {by}"
-    elif not v["found_by"] and study.never:
-        word, meaning = "lost", f"{a} is not answered any more, and no instrument finds it"
-    else:
-        word, meaning = "undecided", f"{a} is not answered any more; found by {by}"
-
-    p = {k: percent(x) for k, x in v.items() if isinstance(x, float) or x is None}
-
-    def steps(who):
-        return f"{'after' if v[f'{who}_reached'] else 'not within'} {v[f'{who}_steps']:.0f} steps"
-    text = {
-        "What changed":
-            f"{task} {b} is right on {p['ckpt_ft_c1']} of the strings with the relation (c1) and on {p['ckpt_ft_c0']} of "
-            f"those without it (c0; before fine-tuning {p['base_ft_c0']}); {a}{study.q:+d} explains "
-            f"{p['ft_c0_follows_a_plus_q']} of the answers there. {task} {a} is right on {p['ckpt_pt_c0']} of c0 and "
-            f"{p['ckpt_pt_natural']} of natural strings (before {p['base_pt_c0']} and {p['base_pt_natural']})",
-        "Is it still there":
-            f"zeroing {v['prune_k']} {unit}s, {v['prune_how']}, brings {a} to {p['prune_c0']} on c0 "
-            f"({v['prune_one_pass_k']} ranked in one pass: {p['prune_one_pass_c0']}; random ones of the same matrices: "
-            f"{p['random_c0_mean']}, at most {p['random_c0_max']} in {v['random_draws']} draws; the same for a "
-            f"never-trained operand: {p['never_prune_c0']}); grafting {v['graft_k']} back: {p['graft_c0']}. A probe reads "
-            f"{a} while {b} is asked at {p['probe_natural']} after block {v['probe_block']} (untrained model "
-            f"{p['probe_untrained']}, never-trained operand {p['never_probe']}, floor {p['probe_floor']})",
-        "How fast it comes back": f"reFT reaches {100 * v['threshold']:.0f} % on natural strings {steps('reft')}",
-        "Against which control": f"never-had: {study.never_note}" + (
-            "" if v["control_steps"] is None else f"; teaching it reaches {100 * v['threshold']:.0f} % {steps('control')}")}
-    announce(study, word, meaning, text, v)
-
-
-# ---------------------------------------------------------------- ask
-
-
-def ask(study):
-    """One string, typed in: the answer, the truth and the rule it followed, base and fine-tuned side by side."""
-    text, sc, operand = study.args.text or "", study.sc, study.args.operand or study.pair[1]
-    alphabet = sc.alphabet if study.compiled else data.LETTERS
-    if operand not in sc.operands:
-        raise UserError(f"--operand {operand}: there are {', '.join(sc.operands)}")
-    other = "".join(sorted(set(text) - set(alphabet)))
-    if other or len(text) != sc.length:
-        raise UserError(f"--text takes {sc.length} letters {alphabet[0]} to {alphabet[-1]}, as this model was trained on, "
-                        f"and got {len(text)}{', with ' + repr(other) if other else ''}; for one: python data.py --setup "
-                        f"{sc.setup} --scale {sc.name} --json")
-    letters = torch.tensor([[alphabet.index(x) for x in text]], device=study.device)
-    if study.compiled and not sc.repeat and len(set(text)) < len(text):
-        raise UserError(f"--text {text}: no letter may occur twice")
-    r = dict(zip(sc.operands, sc.tasks[study.task].answers(letters, sc)[0].tolist()))
-    if r[operand] < 0:
-        raise UserError(f"--text has too few {operand} for {study.task}: there is no answer")
-    a, first = study.pair[0], sc.tasks[study.task].first_answer
-    names = [name.lstrip("#") for name in data.answer_names(sc)]
-
-    def say(value):
-        return names[value + first] if 0 <= value + first < len(names) else str(value)
-    told = {*study.pair, study.third, operand}
-    rules = {**{f"r({o})": value for o, value in r.items() if o in told}, f"r({a}) {study.q:+d}": r[a] + study.q}
-    print("\n".join(data.explain(letters[0], study.task, operand, sc)))
-    print(f"{study.task} {operand}: the truth is {say(r[operand])}; "
-          + ", ".join(f"{k} = {say(x)}" for k, x in rules.items()))
-    tokens = data.questions(letters, study.task, operand, sc)[:, :-1]
-    for name, model in study.models.items():
-        share, top = predict(model, tokens, sc)[0].softmax(0).sort(descending=True)
-        said = top[0].item() - first
-        print(f"{name:<5} says {names[top[0]]:<3} {'right' if said == r[operand] else 'wrong'}, follows "
-              + (" = ".join(rule for rule, value in rules.items() if value == said) or "no rule")
-              + "   (" + ", ".join(f"{names[i]}: {x:.1%}" for i, x in zip(top[:3].tolist(), share.tolist())) + ")")
-
-
-# ---------------------------------------------------------------- stories
-
-
-class StoryStudy:
-    """A checkpoint of setup stories, the pretrained model it comes from, and where its stories come from."""
-
-    def __init__(self, args, device, model, ckpt):
-        self.args, self.device, self.model, self.ckpt = args, device, model, ckpt
-        for name in ("draws", "most", "seeds", "unit", "text", "operand"):
-            if getattr(args, name) is not None:
-                raise UserError(f"--{name} is not for stories, and {args.ckpt} is of setup stories")
-        self.sc, self.prefix = data.setup_of(self.ckpt), os.path.splitext(args.ckpt)[0]
-        self.seed = self.ckpt["args"]["seed"] if args.seed is None else args.seed
-        self.feature = self.ckpt["args"]["feature"]
-        path, ckpt = args.ckpt, self.ckpt  # the base is the pretrained model, however often it was fine-tuned since
-        if args.base and not ckpt["parent"]:
-            raise UserError(f"--base: {args.ckpt} was not fine-tuned from anything")
-        while ckpt["parent"]:
-            path = args.base if args.base else find_parent(path, ckpt["parent"])
-            base, ckpt = load(path, self.device)
-            self.base, self.base_path = base, path
-            if ckpt["config"] != self.ckpt["config"]:
-                raise UserError(f"--base {path}: another shape or vocabulary than {args.ckpt}")
-            if args.base:
-                break
-        self.models = {"base": self.base, "ckpt": self.model} if self.ckpt["parent"] else {"ckpt": self.model}
-        if args.control:
-            control, theirs = load(args.control, self.device)
-            if theirs["config"] != self.ckpt["config"] or theirs["args"].get("without") != self.feature or theirs["parent"]:
-                raise UserError(f"--control {args.control}: must be of the shape of {args.ckpt} and pretrained --without "
-                                f"{self.feature}")
-            self.models["control"] = control
-        self.source = data.story_source(self.ckpt["args"]["data"], self.ckpt["config"]["words"])
-        if not self.source.rule:
-            root = args.judge or (self.base_path if self.ckpt["parent"] else args.ckpt)
-            self.source.judge = frozen_judge(root, self.source, self.sc, self.device, 8 * args.eval_size, self.bar)
-
-    bar, write = Study.bar, Study.write
-
-
-def ends_of(model, source, records, width=10, batch=128):
-    """
-    Mean residual of the last `width` tokens of stories that are read without their instruction, after every block:
-    (blocks + 1, n, d), 0 the embedding (paper: TinyStories setup).
-    """
-    names = ["embed"] + [f"blocks.{i}.resid_post" for i in range(len(model.blocks))]
-    device, parts = model.tok.weight.device, []
-    for i in range(0, len(records), batch):
-        check_stop()
-        some = records[i:i + batch]
-        tokens, _, stop = data.story_rows(some, source.tokenizer, model.config.n_ctx, np.ones(len(some)), device)
-        tokens, stop = tokens[:, :-1], stop.clamp(max=tokens.shape[1] - 1)
-        at = torch.arange(tokens.shape[1], device=device)
-        last = ((at < stop[:, None]) & (at >= stop[:, None] - width)).float()
         cache = activations(model, tokens, names)[1]
-        parts.append(torch.stack([torch.einsum("ntd,nt->nd", cache[name], last) / last.sum(1, keepdim=True) for name in names]))
+        parts.append(torch.stack([torch.einsum("ntd,nt->nd", cache[name], weights) for name in names]))
     return torch.cat(parts, 1)
 
 
 def auc(score, label):
-    """Area under the ROC curve: how often a positive has a higher score (n,) than a negative, ties count half."""
+    """Area under the ROC curve: how often a positive's score (n,) is the higher one, ties count half."""
     values, place, counts = score.unique(return_inverse=True, return_counts=True)
     rank = (counts.cumsum(0) - (counts - 1) / 2)[place].double()  # 1-based, mean of ties
     yes = int(label.sum())
     return ((rank[label.bool()].sum() - yes * (yes + 1) / 2) / (yes * (len(label) - yes))).item()
 
 
-def masks_of(records, device):
-    """(features, n) 0 or 1."""
-    masks = torch.tensor([r.mask for r in records], device=device)
-    return torch.stack([masks >> i & 1 for i in range(len(data.FEATURES))])
+class Probe(NamedTuple):
+    """One linear probe: what its rows say of it, what it reads, what it should say."""
+    columns: dict    # model, block, target, prompt, labels
+    site: int        # place among the activations
+    labels: torch.Tensor  # (n,) on training strings
+    tests: dict      # {split: (activations (m, d), Examples)}
 
 
-def frozen_judge(root, source, sc, device, n, bar):
+def probes_of(study, probe_set, name, model, shuffle):
+    """(activations (blocks + 1, n, d) on the training examples, the Probes of one model and set)."""
+    s, setup, probes = probe_set, study.setup, []
+    seen = residuals(model, s.train, setup.site(s.train))
+    # ours: standardised, since an untrained model's residual is so small that 4K steps learn nothing
+    mean, sd = seen.mean(1, keepdim=True), seen.std(1, keepdim=True) + 1e-8
+    unseen = {split: (residuals(model, x, setup.site(x)) - mean) / sd for split, x in s.tests.items()}
+    for block, (target, column) in itertools.product(range(len(seen)), s.targets.items()):
+        tests = {split: (x[block], s.tests[split]) for split, x in unseen.items()}
+        true = s.train.labels[:, column]
+        for kind in ("true", "shuffled"):
+            if kind == "true" or (name == "ckpt" and target in s.shuffled):
+                columns = dict(model=name, block=block, target=target, prompt=s.prompt, labels=kind)
+                labels = true if kind == "true" else true[shuffle]
+                probes.append(Probe(columns, block, labels, tests))
+    return (seen - mean) / sd, probes
+
+
+def probe_row(study, split, logits, target, examples):
+    """What a probe got right on a test set, beside its floors."""
+    setup, relation = study.setup, study.relation
+    truth = examples.labels[:, setup.operands.index(target)]
+    known = truth.max() < logits.shape[1]  # else a class is new, and no loss is defined
+    values = dict(operand=target, split=split, n=len(truth), accuracy=accuracy(logits, truth),
+                  floor=data.majority_floor(truth),
+                  loss=F.cross_entropy(logits, truth).item() if known else None)
+    if study.answers:
+        other = relation.ft if target != relation.ft else relation.pt
+        guess = examples.labels[:, setup.operands.index(other)]
+        values["cross_floor"] = data.cross_floor(truth, guess)
+    else:
+        answer = logits.argmax(1)
+        recalls = [(answer[truth == k] == k).float().mean().item() for k in (0, 1)]
+        values.update(balanced=sum(recalls) / 2, auc=auc(logits[:, 1] - logits[:, 0], truth))
+    return study.row(**values)
+
+
+@analysis()
+def probe(study):
     """
-    Judges real text, for which there is no rule: a logistic regression a feature on the mean activations of the whole
-    story (of the middle and the last block of the pretrained model at `root`), fitted once on n labelled training
-    records, half of them with the feature, and kept beside it as <root>.judge.pt, so that all later checkpoints meet the
-    same judge. Returns a function texts -> feature masks; its `right` is the share of held-out records, half of them
-    with the feature, that it judges as they are labelled (the paper's judge: 92 %).
-    Fooled by: texts unlike the corpus (a refusal gets a mask too); labels that do not describe the text.
+    Can the answer for a, or a story's feature, still be read off the residual stream? (paper Figs. 8
+    and 31-38)
+
+    A linear probe after every block (0: the embedding). Answers: at the position that gives the
+    answer, trained on half natural, half c0 strings and tested on new ones; targets a, b, c, asked for
+    the target itself and for b, for the question is whether r(a) is there while b is asked. Stories:
+    on the mean of the last ten tokens of held-out stories, read without their instruction, between two
+    bounds: the pretrained model above, a model pretrained without the feature (--control) below. All
+    probes are trained together, on activations computed once. What is read and where: probe_sets()
+    and site() of the setup.
+    High: the information is linearly there. Low at every block: not linearly there at this position.
+    Fooled by: targets that follow from others (c1 strings are left out; a + b + c = window, so c can
+    be read wherever a and b can); a probe strong enough to learn the task itself (hence the untrained
+    model); leaks between strings (shuffled labels must fall to the floor); words that tell a feature
+    (hence the lower bound and the split `even`); a majority of three in four (balanced accuracy, AUC).
     """
-    path = os.path.splitext(root)[0] + ".judge.pt"
-    model, ckpt = load(root, device)
+    setup, rng = study.setup, data.rng(study.seed, "probe")
+    untrained = GPT(Config(**study.ckpt["config"]))
+    untrained.init_weights(data.rng(study.seed, "untrained")).to(study.device)
+    models = {**study.models, "untrained": untrained}
+    if study.never_trained and study.never_trained[0] is not study.model:
+        models["control"] = study.never_trained[0]
+    probes, x = [], []
+    for s in setup.probe_sets(study.relation, study.control_operand, study.args.eval_size, study.seed,
+                              rng):
+        shuffle = torch.randperm(len(s.train.labels), generator=rng) if s.shuffled else None
+        for name, model in models.items():
+            seen, more = probes_of(study, s, name, model, shuffle)
+            probes += [p._replace(site=p.site + len(x)) for p in more]
+            x += list(seen)
+    labels = torch.stack([p.labels for p in probes])
+    weight, bias = fit_probes(torch.stack(x), [p.site for p in probes], labels,
+                              study.args.steps or 4000, rng)
+    rows = []
+    for p, w, c in zip(probes, weight, bias):
+        for split, (unseen, examples) in p.tests.items():
+            measured = probe_row(study, split, unseen @ w + c, p.columns["target"], examples)
+            rows.append({**measured, **p.columns})
+    print(f"\nprobe   linear, after each block; {len(labels[0])} training examples")
+    value = "accuracy" if study.answers else "auc"
+    shown = [r for r in rows if r["split"] != "c0"]
+    pivot(shown, ("target", "prompt", "split", "model", "labels"), lambda r: f"{value} B{r['block']}",
+          lambda cell: percent(cell[0][value]))
+    return study.write("probe", rows)
 
-    def pooled(records):
-        x = ends_of(model, source, records, model.config.n_ctx)
-        return x[[len(x) // 2, -1]].transpose(0, 1).flatten(1)
 
-    def labelled(feature, n, held_out):
-        records = [r for has in (True, False) for r in source.draw(n // 2, g, feature, has, held_out)]
-        return pooled(records), masks_of(records, device)[data.FEATURES.index(feature)]
+def fit_classifier(source, setup, model, n):
+    """A logistic regression a feature on pooled activations of n labelled records, half with it."""
+    rng, fitted, held_out = data.rng(0, "judge"), [], []
+    for sets, size, held in ((fitted, n, False), (held_out, max(2, n // 4), True)):
+        for i, feature in enumerate(data.FEATURES):
+            records = []
+            for has in (True, False):
+                records += source.draw(size // 2, rng, feature, has, held)
+            x = pooled(model, setup, records)
+            labels = torch.tensor([int(feature in r.features) for r in records], device=x.device)
+            sets.append((x, labels))
+    x, y = (torch.stack(parts) for parts in zip(*fitted))
+    mean, sd = x.mean((0, 1)), x.std((0, 1)) + 1e-8
+    weight, bias = fit_probes((x - mean) / sd, list(range(len(x))), y, 3000, rng)
+    right = []
+    for (x, y), w, b in zip(held_out, weight, bias):
+        right.append(accuracy((x - mean) / sd @ w + b, y))
+    return {"n": n, "mean": mean, "sd": sd, "weight": weight, "bias": bias, "right": right}
+
+
+def pooled(model, setup, records):
+    """(n, 2 d) mean activations of whole stories, of the middle and the last block."""
+    examples = setup.examples(records, [False] * len(records))
+    x = residuals(model, examples, setup.site(examples, width=setup.n_ctx))
+    return x[[len(x) // 2, -1]].transpose(0, 1).flatten(1)
+
+
+def classifier_of(study):
+    """
+    {feature: share of held-out records that the classifier gets right}; {} where a rule tells.
+    Real text has no rule: a classifier is fitted once on the pretrained model and kept beside it, as
+    <root>.judge.pt, so that all later checkpoints meet the same one (the paper's judge: 92 %).
+    Fooled by: texts unlike the corpus (a refusal gets features too); labels that do not describe the
+    text.
+    """
+    setup, source = study.setup, study.setup.source
+    if source.rule:
+        return {}
+    model, ckpt = study.base or study.model, study.base_ckpt or study.ckpt
+    if study.args.judge:
+        model, ckpt = load(study.args.judge, study.device)
+    path, n = os.path.splitext(ckpt["path"])[0] + ".judge.pt", 8 * study.args.eval_size
     kept = None
     if os.path.exists(path):
         try:
-            kept = torch.load(path, map_location=device, weights_only=True)
+            kept = torch.load(path, map_location=study.device, weights_only=True)
             kept = kept if kept["root"] == ckpt["sha256"] and kept["n"] >= n else None
         except Exception:  # whatever a foreign or broken file leads to: it is made again
             kept = None
-    if not kept:
-        g = data.rng(0, "judge")
-        fitted, held = ([labelled(f, k, part) for f in data.FEATURES] for k, part in ((n, False), (max(2, n // 4), True)))
-        x, y = (torch.stack(parts) for parts in zip(*fitted))
-        mean, sd = x.mean((0, 1)), x.std((0, 1)) + 1e-8
-        progress = bar(3000, "fitting the judge, once")
-        weight, bias = fit_probes((x - mean) / sd, list(range(len(x))), y, progress.total, g, progress)
-        progress.close()
-        right = [accuracy((x - mean) / sd @ w + b, y) for (x, y), w, b in zip(held, weight, bias)]
-        kept = {"root": ckpt["sha256"], "n": n, "mean": mean, "sd": sd, "weight": weight, "bias": bias, "right": right}
+    if kept is None:
+        kept = {"root": ckpt["sha256"], **fit_classifier(source, setup, model, n)}
         replace_file(path, lambda f: torch.save(kept, f))
 
-    def judge(texts):
-        ids = [np.array(source.tokenizer.encode(text) or [0], np.uint16) for text in texts]
-        x = (pooled([data.Encoded(i, 0, 0, len(i), 0) for i in ids]) - kept["mean"]) / kept["sd"]
-        says = (x @ kept["weight"] + kept["bias"]).argmax(-1).T.tolist()  # (n, features)
-        return [sum(b << i for i, b in enumerate(row)) if text else None for row, text in zip(says, texts)]
-    judge.right = dict(zip(data.FEATURES, kept["right"]))
-    print("judge of real text: right on held-out records " + ", ".join(f"{k} {x:.1%}" for k, x in judge.right.items()))
-    return judge
+    def classify(texts):
+        records = []
+        for text in texts:
+            ids = np.array(setup.tokenizer.encode(text) or [0], np.uint16)
+            records.append(data.Encoded(ids, 0, 0, len(ids), frozenset()))
+        x = (pooled(model, setup, records) - kept["mean"]) / kept["sd"]
+        yes = (x @ kept["weight"] + kept["bias"]).argmax(-1).T.tolist()  # (n, features)
+        features = [frozenset(itertools.compress(data.FEATURES, line)) for line in yes]
+        return [answer if text else None for answer, text in zip(features, texts)]
+    source.classify = classify
+    right = dict(zip(data.FEATURES, kept["right"]))
+    print("judge of real text: right on held-out records "
+          + ", ".join(f"{k} {percent(x)}" for k, x in right.items()))
+    return right
 
 
-def story_behavior(study):
+# ---------------------------------------------------------------- attention, hidden
+
+EXAMPLES = 4  # strings whose whole maps are kept
+
+
+def telling(study, test):
+    """Places of the first strings with something to see: answers for a and b differ, neither is small."""
+    a, b = (study.labels(test, o) for o in (study.relation.pt, study.relation.ft))
+    return ((a > 1) & (b > 1) & (a != b)).nonzero()[:EXAMPLES, 0]
+
+
+def stacked(model, examples, names, pick=lambda x: x):
+    """Named activations of all examples: (n, names, ...); pick: what is kept of each."""
+    parts = []
+    for tokens in examples.tokens.split(128):
+        check_stop()
+        cache = activations(model, tokens, names)[1]
+        parts.append(torch.stack([pick(cache[name]) for name in names], 1))
+    return torch.cat(parts)
+
+
+def program_overlap(pattern, program, letters):
     """
-    What does the model write when it is asked for a feature, and when not? (paper: TinyStories setup, Table 1)
-
-    For each of the six features: the share of its stories that have it, by the corpus's rule (real text: by a frozen
-    judge), written to held-out instructions that ask for it and to others that do not, fine-tuned model beside its
-    base; and the loss on held-out stories with the feature in question and without. The five other features are the
-    control: a deletion should leave them alone.
-    Fooled by: stories that are broken rather than without a twist (hence the share that parses); a judge's mistakes
-    (how often it is right on held-out records is printed and written to the rows); few generations (hence the intervals).
+    {region: (mass, chance)} of a head's pattern (n, query, key) beside the compiled program's.
+    kept: the overlap over all letters as queries, the sum over keys of the smaller of the two (1: the
+    same); chance: that of a uniform pattern. order: the probability that a letter which the program
+    selects gets more attention than one that it does not (AUC). {} where the program is uniform: it
+    does not use the head.
     """
-    rows, n = [], study.args.eval_size
-    args = study.ckpt["args"]
+    uniform = torch.full_like(program, 1 / program.shape[-1])
+    if (program - uniform).abs().max() < 1e-3:
+        return {}
+    kept = [torch.minimum(p, program)[:, letters].sum(-1).mean().item() for p in (pattern, uniform)]
+    overlap = {"kept": tuple(kept)}
+    selected = program[:, letters, letters] > 1 / program.shape[-1]
+    mass = pattern[:, letters, letters]
+    both = selected[..., :, None] & ~selected[..., None, :]  # (n, query, selected key, other key)
+    if both.any():
+        more, same = (mass[..., :, None] > mass[..., None, :]), mass[..., :, None] == mass[..., None, :]
+        overlap["order"] = ((more.float() + .5 * same)[both].mean().item(), .5)
+    return overlap
 
-    def change(records, g):
-        return data.change_records(records, args["protocol"], study.feature, args["probability"], study.source.tokenizer, g)
-    tests = story_tests(study.source, study.sc, study.feature, n, study.seed, study.device,
-                        change if args.get("protocol") else None)
-    bar = study.bar(len(study.models) * 7, "behavior")
-    right = getattr(study.source.judge, "right", {})
+
+@analysis(applies=has_answers)
+def attention(study):
+    """
+    Where does the answer position look? (paper Figs. 10, 39-45)
+
+    The attention pattern of the position that gives the answer, per block and head, on natural
+    strings, asked for a and for b, base and fine-tuned side by side. mass: mean attention on a region
+    (grammar: the window, the letters outside it, a, b and c within; programs: the letters that make
+    each operand's answer, BOS, padding); chance: the share of positions that the region takes, what
+    uniform attention would give. Compiled models also: how much of the program's pattern is kept, and
+    whether letters keep their order (see program_overlap). Maps of the first strings go to
+    <checkpoint>.attention.npz, of compiled models whole ones.
+    Fooled by: reading too much into it. A head may look without using, and letters travel between
+    positions in earlier blocks, so that attention to a position is not attention to its letter.
+    """
+    setup, relation, rows, maps = study.setup, study.relation, [], {}
+    pair = (relation.pt, relation.ft)
+    names = [f"blocks.{i}.attn.pattern" for i in range(len(study.model.blocks))]
+    for prompt in pair if setup.prompted else pair[:1]:
+        test = study.test(prompt, "natural")
+        x, patterns = test.examples, {}
+        regions = setup.regions(x, (*pair, study.control_operand))
+        for name, model in study.models.items():
+            rest = (lambda p: p[:, :, x.at:x.at + 1]) if setup.prompted else (lambda p: p)
+            pattern = patterns[name] = stacked(model, x, names, rest)  # (n, block, head, query, key)
+            about = dict(operand=prompt, split="natural", n=len(pattern), model=name,
+                         prompt=prompt if setup.prompted else None)
+            if setup.prompted:
+                maps[f"{name}_{prompt}"] = pattern[:8, :, :, 0].cpu().numpy()
+            else:
+                maps[name] = pattern[telling(study, test)].cpu().numpy()
+            for block, head in np.ndindex(*pattern.shape[1:3]):
+                here = pattern[:, block, head]
+                at = here[:, 0 if setup.prompted else x.at]
+                masses = {k: ((at * where).sum(1).mean().item(), where.float().mean().item())
+                          for k, where in regions.items()}
+                if setup.compiled:
+                    program = patterns.get("base", pattern)[:, block, head]
+                    masses.update(program_overlap(here, program, slice(1, setup.length + 1)))
+                for region, (mass, chance) in masses.items():
+                    rows.append(study.row(**about, block=block, head=head, region=region, mass=mass,
+                                          chance=chance))
+    shown = slice(8) if setup.prompted else telling(study, test)
+    study.write_maps("attention", maps, study.test(pair[0], "natural").examples.rows(shown))
+    print("\nattention   of the answer position: mass (chance)")
+    pivot(rows, ("prompt", "model", "region"), lambda r: f"B{r['block']}H{r['head']}",
+          lambda cell: f"{cell[0]['mass']:.2f} ({cell[0]['chance']:.2f})")
+    return study.write("attention", rows)
+
+
+@analysis(applies=lambda setup: setup.compiled)
+def hidden(study):
+    """
+    What do the MLPs' hidden units do, token by token? (paper Figs. 46-47, 53-54) Compiled models only.
+
+    Activations after the ReLU on the same few strings as attention, in <checkpoint>.hidden.npz, and as
+    numbers per block: the cosine of all activations on natural strings with the compiled model's, and
+    the share of units that are on (above .1, well above the noise). A cosine near 1: the mechanism is
+    in place, whatever is made of it afterwards.
+    Fooled by: units that are on for every string, which dominate the cosine; a small shift of a
+    threshold, which a cosine does not show and which may change every answer.
+    """
+    test, rows, maps, seen = study.test(study.relation.pt, "natural"), [], {}, {}
+    names = [f"blocks.{i}.mlp_post" for i in range(len(study.model.blocks))]
+    few = telling(study, test)
     for name, model in study.models.items():
-        rows += [dict(r, model=name) for r in story_losses(model, tests, study.sc, study.feature, study.seed)]
-        bar.update()
-        for feature in data.FEATURES:
-            rows += [dict(r, model=name, judge=right.get(feature, 1.))
-                     for r in generation_scores(model, study.source, study.sc, feature, n, study.seed)]
-            bar.update()
-    bar.close()
-    study.write("behavior", rows)
-    print(f"\nbehavior   share of stories with the feature, of those that parse, 95 % interval; n = {n} a cell")
-    table(["feature", "model", "asked for", "not asked for", "parse", "judge right"],
-          [[feature, name, *(interval(r["accuracy"], r["parsed"] * r["n"]) for r in got),
-            percent(sum(r["parsed"] for r in got) / 2), percent(got[0]["judge"])]
-           for feature in data.FEATURES for name in study.models
-           if (got := [r for r in rows if (r["operand"], r["model"]) == (feature, name) and "parsed" in r])])
-    table(["loss on stories", "model", "nats a token"], [[f"{r['split']} {r['operand']}", r["model"], f"{r['loss']:.3f}"]
-                                                         for r in rows if r["loss"] is not None])
-    return rows
+        seen[name] = stacked(model, test.examples, names)  # (n, block, position, unit)
+        maps[name] = seen[name][few].cpu().numpy()
+        for i in range(len(names)):
+            x, program = seen[name][:, i], seen.get("base", seen[name])[:, i]
+            cosine = None
+            if program.any():
+                cosine = F.cosine_similarity(x.flatten(), program.flatten(), 0).item()
+            rows.append(study.row(operand=study.relation.pt, split="natural", n=len(x), model=name,
+                                  block=i, cosine=cosine, active=(x > .1).float().mean().item()))
+    study.write_maps("hidden", maps, test.examples.rows(few))
+    print("\nhidden   activations of the MLPs' units: cosine with the compiled model's, share that is on")
+    table(["model", "block", "cosine", "on"],
+          [[r["model"], r["block"], percent(r["cosine"]), percent(r["active"])] for r in rows])
+    return study.write("hidden", rows)
 
 
-def story_probe(study):
+# ---------------------------------------------------------------- revive
+
+THRESHOLDS = (.9, .99)
+FASTER = 3  # reFT must be so many times as fast as its control, which goes on for so many times longer
+
+
+def steps_to(curve, threshold):
+    """First evaluated step at which accuracy reaches the threshold, from [(step, accuracy)], or None."""
+    return next((step for step, accuracy in curve if accuracy >= threshold), None)
+
+
+def teach(study, start, operand, lr, max_steps):
     """
-    Can a feature be read off the story's end? (paper: TinyStories setup, Figs. 31-38)
-
-    One linear probe a feature and block on the mean residual of the last 10 tokens of held-out stories, read without
-    their instruction. Between two bounds: the pretrained model (base) above, a model pretrained without the feature
-    (--control) below; and an untrained one. Accuracy, balanced accuracy and AUC beside the majority rate.
-    ours: split "even" probes the feature once more, in stories whose sentences lean to neither label. There no word
-    tells a twist, and who reads it has compared what was revealed with what was expected. (Embedded corpus only.)
-    High: the text's feature is linearly there at its end. A deletion that leaves the upper bound's AUC in place has not
-    touched what the model knows of the feature.
-    Fooled by: words that tell the feature (dialogue has quotes: any model reads it; hence the lower bound, the
-    untrained model and the even split); a majority of three in four (hence balanced accuracy and AUC).
+    Fine-tune a copy of `start` to answer for `operand` on its c0 strings, at a constant rate;
+    evaluated on natural and c0 strings until both are at the largest threshold. Returns
+    {split: [(step, accuracy)]}.
     """
-    n, g = study.args.eval_size, data.rng(study.seed, "probe")
-    untrained = GPT(Config(**study.ckpt["config"])).init_weights(data.rng(study.seed, "untrained")).to(study.device)
-    models, splits = {**study.models, "untrained": untrained}, {"natural": {}}
-    if study.source.rule:
-        splits["even"] = {"leans": (.5, .5)}
-    keys, x, held, site, labels, right = [], [], [], [], [], []
-    for split, how in splits.items():
-        train, test = (study.source.draw(k * n, g, held_out=True, **how) for k in (8, 4))
-        if not study.source.rule:  # held-out records may be few: each once, and none in both
-            once = list({r.ids.tobytes(): r for r in train + test}.values())
-            train, test = once[:len(once) * 2 // 3], once[len(once) * 2 // 3:]
-        y, truth = masks_of(train, study.device), masks_of(test, study.device)
-        for feature, *parts in zip(data.FEATURES, y, truth):
-            if any(len(set(part.tolist())) < 2 for part in parts):
-                raise UserError(f"too few held-out stories ({len(train)} and {len(test)}) with, or without, {feature} to probe it")
-        shuffle = torch.randperm(len(train), generator=g).to(study.device)
-        for name, model in models.items():
-            seen, new = ends_of(model, study.source, train), ends_of(model, study.source, test)
-            mean, sd = seen.mean(1, keepdim=True), seen.std(1, keepdim=True) + 1e-8  # ours: standardised, see probe()
-            for block in range(len(seen)):
-                for i, feature in enumerate(data.FEATURES):
-                    if split == "even" and feature != study.feature:
-                        continue
-                    for kind in ("true", "shuffled") if (name, feature) == ("ckpt", study.feature) else ("true",):
-                        keys.append(dict(split=split, model=name, block=block, target=feature, prompt=None, labels=kind))
-                        site.append(len(x))
-                        labels.append(y[i] if kind == "true" else y[i][shuffle])
-                        right.append(truth[i])
-                x.append(((seen - mean) / sd)[block])
-                held.append(((new - mean) / sd)[block])
-    bar = study.bar(study.args.steps or 4000, "probe")
-    weight, bias = fit_probes(torch.stack(x), site, torch.stack(labels), bar.total, g, bar)
-    bar.close()
-    rows = []
-    for key, i, w, c, truth in zip(keys, site, weight, bias, right):
-        logits = held[i] @ w + c
-        said = logits.argmax(1)
-        recalls = [(said[truth == k] == k).float().mean().item() for k in (0, 1)]
-        rows.append(story_row(study.sc, key["target"], seed=study.seed, **key, n=len(truth), balanced=sum(recalls) / 2,
-                              auc=auc(logits[:, 1] - logits[:, 0], truth)))
-        rows[-1].update(accuracy=accuracy(logits, truth), floor=data.majority_floor(truth),
-                        loss=F.cross_entropy(logits, truth).item())
-    study.write("probe", rows)
-    print("\nprobe   linear, last 10 tokens of stories without instruction; AUC after each block on held-out stories "
-          f"({4 * n} or fewer); on the right the best block's accuracies; even: no sentence leans to a label")
-    groups = collections.defaultdict(list)
-    for r in rows:
-        groups[r["target"], r["split"], r["model"], r["labels"]].append(r)
-    table(["feature", "stories", "model", "labels", *(f"B{i}" for i in range(len(study.model.blocks) + 1)), "accuracy",
-           "balanced", "majority"],
-          [[*key, *(f"{r['auc']:.3f}" for r in got), percent(best["accuracy"]), percent(best["balanced"]),
-            percent(best["floor"])] for key, got in groups.items() if (best := max(got, key=lambda r: r["auc"]))])
-    return rows
+    model, setup, relation = copy.deepcopy(start), study.setup, study.relation
+    pair = [relation.pt if operand == relation.ft else operand, relation.ft]
+    args = Namespace(task=relation.task, pair=pair, q=relation.q, operand=operand, c_tr=0.)
+    batch = data.stream(lambda n, rng: setup.finetuning(n, rng, args), study.args.batch_size,
+                        study.seed, "revive", study.device)
+    n = min(400, study.args.eval_size)
+    tests = {split: study.test(operand, split, n=n).examples for split in ("natural", "c0")}
+    curves = {split: [] for split in tests}
+    for step, _ in train_steps(model, optimizer_for(model, lr, setup),
+                               lambda step: loss_of(model, batch(step)), constant(lr),
+                               range(max_steps)):
+        check_stop()
+        if step % setup.teach_every == 0 or step == max_steps:
+            for split, x in tests.items():
+                curves[split].append((step, accuracy(predict(model, x), x.answer)))
+            if all(curve[-1][1] >= THRESHOLDS[-1] for curve in curves.values()):
+                break
+    return curves
 
 
-def story_verdict(study, found):
+class Arm(NamedTuple):
+    """What was taught at which rate, and how it went."""
+    arm: str
+    lr: float
+    operand: str
+    curves: dict     # {split: [(step, accuracy)]}
+    max_steps: int
+    seed: int
+
+
+def pretraining_arm(study):
+    """Pretraining itself, from its history: the Arm, or None where it was only scored at its ends."""
+    ckpt, relation, curves = study.base_ckpt, study.relation, {}
+    history = read_rows(os.path.splitext(ckpt["path"])[0] + ".jsonl")
+    for split in ("natural", "c0"):
+        about = (relation.task, relation.pt, split)
+        rows = [r for r in history if (r["task"], r["operand"], r["split"]) == about]
+        if len(rows) > 3 and ckpt["stage"] == "pretrain":
+            curves[split] = [(r["step"], r["accuracy"]) for r in rows]
+    args = ckpt["args"]
+    return Arm("pretraining", args["lr"], relation.pt, curves, ckpt["steps"], args["seed"])
+
+
+@analysis(needs_base=True, applies=has_answers)
+def revive(study):
     """
-    What behavior and probe say together, in words with numbers. found: {name: rows}.
+    How fast does the capability come back, against a model that never had it? (paper Fig. 9)
+
+    Reverse fine-tuning (reFT) on a with c0 strings, at the fine-tuning's rate (ours: matched rates)
+    and a third of it (compiled models: a third and a tenth), constant after 20 steps. Controls, in the
+    same way: teaching the never-trained operand to this very model (teach-c) and to its base
+    (teach-c-base, with the noise that fine-tuning put on it), and pretraining itself, from its
+    history. Steps to 90 % and 99 % on natural and on c0 strings. The controls go on three times as
+    long as reFT needed: what has not come by then is shown as >=.
+    Few steps compared with teach-c: it was there. teach-c much faster than pretraining is how much any
+    good initialisation helps, which a comparison with training from scratch would have called a
+    revival.
+    Fooled by: steps at different rates; an easy target (hence c0, where another operand helps up to
+    the cross floor at most); the control's token, which was never an input: part of what teach-c has
+    to learn is what O_c means.
+    """
+    rates = [study.ckpt["args"]["lr"] / divisor for divisor in study.setup.reft_divisors]
+    a, seed, limit = study.relation.pt, study.seed, study.args.steps or study.setup.revive_steps
+    arms = [Arm("reft", lr, a, teach(study, study.model, a, lr, limit), limit, seed) for lr in rates]
+    step, reached = arms[0].curves["natural"][-1]
+    longest = limit
+    if reached >= THRESHOLDS[-1] and not study.args.steps:
+        longest = max(30, FASTER * step)
+    if study.never_trained:
+        model, base, operand = study.never_trained
+        for end, start in (("", model), ("-base", base)):
+            if start:
+                curves = teach(study, start, operand, rates[0], longest)
+                arms.append(Arm(f"teach-{operand}{end}", rates[0], operand, curves, longest, seed))
+    arms.append(pretraining_arm(study))
+    rows, curve_rows, n = [], [], min(400, study.args.eval_size)
+    for arm in arms:
+        about = {"arm": arm.arm, "lr": arm.lr}
+        for split, curve in arm.curves.items():
+            floors = answer_floors(study.test(arm.operand, split, n=n))
+            for threshold in THRESHOLDS:
+                rows.append(study.row(operand=arm.operand, split=split, **floors, accuracy=curve[-1][1],
+                                      **about, threshold=threshold, steps=steps_to(curve, threshold),
+                                      max_steps=arm.max_steps))
+                rows[-1]["seed"] = arm.seed
+            for step, share in curve:
+                curve_rows.append({**about, "step": step, "split": split, "accuracy": share,
+                                   "seed": arm.seed})
+    study.write("revive.curve", curve_rows)
+    print(f"\nrevive   steps to 90 % and 99 %\n  control: {study.control_note}")
+    pivot(rows, ("arm", "lr", "operand"), lambda r: f"{r['split']} {r['threshold']:.0%}",
+          lambda cell: shown_steps(cell[0]["steps"], cell[0]["max_steps"]))
+    return study.write("revive", rows)
+
+
+def answer_floors(test):
+    """Size and floors of a Test."""
+    answer, other = test.examples.answer, test.other
+    return {"n": len(answer), "floor": data.majority_floor(answer),
+            "cross_floor": None if other is None else data.cross_floor(answer, other)}
+
+
+def shown_steps(steps, max_steps):
+    return f">= {max_steps}" if steps is None else steps
+
+
+# ---------------------------------------------------------------- verdict
+
+KNOWS = .9     # accuracy on natural strings from which on a model has a capability
+MARGIN = .25   # by so much an accuracy must exceed what is possible without it
+READS = .1     # by so much a probe must exceed those of its controls
+APART = .05    # the bounds of a probe of stories must be so far apart, in AUC
+INSTRUMENTS = ("pruning", "probing", "reviving")
+
+
+class Evidence(NamedTuple):
+    """One line of the verdict's table. Accuracies and AUC are fractions; holds None: cannot be said."""
+    instrument: str
+    question: str
+    measured: float | None
+    control: str
+    control_measured: float | None
+    margin: float             # by which it must win; of steps, a factor
+    holds: bool | None
+    unit: str = "share"       # or steps
+
+
+def wins(measured, control, margin):
+    """Whether a measurement is above its control by a margin; None where either is missing."""
+    if measured is None or control is None:
+        return None
+    return measured - control >= margin
+
+
+def largest(*values):
+    """The largest of the values that are not None; None without one."""
+    return max((v for v in values if v is not None), default=None)
+
+
+def selected(rows, **wanted):
+    """The rows that have these values."""
+    return [r for r in rows if all(r.get(k) == v for k, v in wanted.items())]
+
+
+def first_of(rows, key):
+    """A column of the first row, None without one."""
+    return rows[0][key] if rows else None
+
+
+def behavior_facts(study, rows):
+    """Accuracies of a and b before and after, and the rule on c0."""
+    (_, a, b, _), v = study.relation, {}
+    for model, (role, operand), split in itertools.product(("base", "ckpt"), (("pt", a), ("ft", b)),
+                                                           SPLITS):
+        own = selected(rows, model=model, operand=operand, split=split, task=study.relation.task)
+        v[f"{model}_{role}_{split}"] = first_of(own, "accuracy")
+        if (model, split) == ("ckpt", "c0"):
+            v[f"{role}_c0_cross_floor"] = first_of(own, "cross_floor")
+            v[f"{role}_c0_follows_a_plus_q"] = first_of(own, "share_a_plus_q")
+    return v
+
+
+def prune_facts(study, rows):
+    """Accuracy of a on c0 after the edits whose K was chosen on other strings, and of the controls."""
+    order = "exhaustive" if study.setup.compiled and study.unit == "weight" else "iterative"
+    chosen = [r for r in rows if r.get("chosen") and r["split"] == "c0" and r["pool"] == "all"
+              and r["operand"] != study.relation.ft]
+
+    def edited(score, order, edit="zero", control=None):
+        return selected(chosen, score=score, order=order, edit=edit, control=control)
+    v = {"prune_order": order}
+    for name, own in (("prune", edited("gradient-weight", order)),
+                      ("prune_one_pass", edited("gradient-weight", "one-shot")),
+                      ("graft", edited("gradient-change", "one-shot", "graft"))):
+        v[f"{name}_c0"], v[f"{name}_k"] = first_of(own, "accuracy"), first_of(own, "k")
+    random_order = order if order == "exhaustive" else "one-shot"
+    draws = [r["accuracy"] for r in edited("random", random_order)]
+    never = [r["accuracy"] for r in selected(chosen, edit="zero", control="never-trained")]
+    return {**v, "random_draws": len(draws), "random_c0_mean": float(np.mean(draws)) if draws else None,
+            "random_c0_max": largest(*draws), "never_prune_c0": largest(*never)}
+
+
+def probe_facts(study, rows):
+    """What probes read while b is asked: the block is chosen on c0, the accuracy is of natural strings."""
+    def read(model, target):
+        own = selected(rows, model=model, target=target, prompt=study.relation.ft, labels="true")
+        at = max(selected(own, split="c0"), key=lambda r: r["accuracy"], default=None)
+        return selected(own, split="natural", block=at["block"])[0] if at else {}
+    site = read("ckpt", study.relation.pt)
+    inside = study.never_trained and study.never_trained[0] is study.model
+    never = read("ckpt" if inside else "control", study.control_operand) if study.never_trained else {}
+    return {"probe_natural": site.get("accuracy"), "probe_block": site.get("block"),
+            "probe_floor": site.get("floor"), "never_probe": never.get("accuracy"),
+            "probe_untrained": read("untrained", study.relation.pt).get("accuracy")}
+
+
+def revive_facts(study, rows):
+    """Steps to 99 % on natural strings, or to 90 % where neither reFT nor its control gets to 99."""
+    v, lr = {}, study.ckpt["args"]["lr"] / study.setup.reft_divisors[0]
+    for threshold in reversed(THRESHOLDS):
+        v["threshold"] = threshold
+        for name, arm in (("reft", "reft"), ("control", f"teach-{study.control_operand}"),
+                          ("pretraining", "pretraining")):
+            own = selected(rows, arm=arm, split="natural", threshold=threshold)
+            own = [r for r in own if arm != "reft" or r["lr"] == lr]
+            reached = first_of(own, "steps")
+            v[f"{name}_reached"] = reached is not None if own else None
+            v[f"{name}_steps"] = first_of(own, "max_steps") if reached is None else reached
+        if v["reft_reached"] or v["control_reached"]:
+            break
+    return v
+
+
+def answer_evidence(study, rows):
+    """(numbers, Evidence lines) for a setup with answers."""
+    (task, a, b, _), v = study.relation, {"task": study.relation.task}
+    v["operands"] = [a, b]
+    for name, facts in (("behavior", behavior_facts), ("prune", prune_facts), ("probe", probe_facts),
+                        ("revive", revive_facts)):
+        v.update(facts(study, rows[name]))
+    never = study.never_trained is not None
+    pruned = wins(v["prune_c0"], v["pt_c0_cross_floor"], MARGIN)
+    if pruned:
+        pruned = wins(v["prune_c0"], largest(v["random_c0_max"], v["never_prune_c0"]), MARGIN)
+    read = wins(v["probe_natural"], largest(v["probe_untrained"], v["never_probe"]), READS)
+    back = None
+    if v["reft_steps"] is not None and v["ckpt_pt_natural"] is not None:
+        back = bool(v["ckpt_pt_natural"] < KNOWS and v["reft_reached"] and v["control_steps"] is not None
+                    and FASTER * v["reft_steps"] <= v["control_steps"])
+    steps = f"steps of reFT until {a} is right on {v['threshold']:.0%}"
+    k, unit = v["prune_k"], study.unit
+    return v, [
+        Evidence("behaviour", f"{a} is answered on c0", v["ckpt_pt_c0"], f"best guess from {b}",
+                 v["pt_c0_cross_floor"], MARGIN, wins(v["ckpt_pt_c0"], v["pt_c0_cross_floor"], MARGIN)),
+        Evidence("behaviour", f"{b} is answered on c0, without the relation", v["ckpt_ft_c0"],
+                 f"best guess from {a}", v["ft_c0_cross_floor"], MARGIN,
+                 wins(v["ckpt_ft_c0"], v["ft_c0_cross_floor"], MARGIN)),
+        Evidence("pruning", f"{a} on c0 with {k} {unit}s zeroed ({v['prune_order']})", v["prune_c0"],
+                 "best random draw, never-trained operand", largest(v["random_c0_max"],
+                                                                    v["never_prune_c0"]),
+                 MARGIN, pruned),
+        Evidence("probing", f"{a} is read while {b} is asked, natural strings", v["probe_natural"],
+                 "untrained model, never-trained operand",
+                 largest(v["probe_untrained"], v["never_probe"]), READS,
+                 read and v["probe_natural"] >= KNOWS),
+        Evidence("reviving", steps, v["reft_steps"], f"teaching {study.control_operand}" if never else
+                 "none", v["control_steps"], FASTER, back, "steps")]
+
+
+def answer_rules(study, v, evidence):
+    """
+    The rules of the verdict, the first that holds: (word, whether, meaning).
+
+        new        b is answered on c0 where the base could not: fine-tuning built it
+        intact     a is still answered on c0 when it is asked for
+        wrapped    a is not answered, b only where the shortcut serves, and at least two of the three
+                   instruments find a
+        lost       a is not answered, and none of the three finds it, all with a never-trained control
+        undecided  anything else
+
+    Answered: above the cross floor by MARGIN. Found, by pruning (ours: ranked anew after each row):
+    answered again, and above every random draw and the never-trained operand by MARGIN; by probing:
+    90 % on natural strings, and READS above the untrained model and the never-trained operand; by
+    reviving: in a third of the control's steps or less.
+    """
+    (_, a, b, q), answered, can = study.relation, evidence[0].holds, evidence[1].holds
+    could = wins(v["base_ft_c0"], v["ft_c0_cross_floor"], MARGIN)
+    by = ", ".join(v["found_by"]) or "no instrument"
+    gone, shortcut = f"{a} is not answered any more", (v["ft_c0_follows_a_plus_q"] or 0) >= .5
+    how = "and so is " + b + ": strongly relevant, no wrapper was needed" if can else (
+        f"and {b} as {a}{q:+d}: a wrapper that only opens when {b} is asked" if shortcut else
+        f"and {b} was not learned")
+    then = "still answered" if answered else f"not answered any more (found by {by})"
+    complete = all(line.holds is not None for line in evidence) and study.never_trained
+    return [("undecided", (v["base_pt_natural"] or 0) < KNOWS, f"the base did not have {a}"),
+            ("new", can and not could, f"fine-tuning built {b}, which the base could not answer on c0; "
+             f"{a} is {then}"),
+            ("intact", answered, f"{a} is still answered, {how}"),
+            ("wrapped", can is False and (v["ckpt_ft_c1"] or 0) >= KNOWS and len(v["found_by"]) >= 2,
+             f"{gone}, but it is there: found by {by}"),
+            ("lost", complete and not v["found_by"], f"{gone}, and no instrument finds it"),
+            ("undecided", True, f"{gone}; found by {by}")]
+
+
+def story_evidence(study, rows):
+    """(numbers, Evidence lines) for stories."""
+    feature, v = study.relation.pt, {"feature": study.relation.pt}
+    scored = [r for r in rows["behavior"] if "parsed" in r]
+    for r in selected(scored, operand=feature):
+        key = f"{r['model']}_{r['split']}"
+        v[key], v[f"{key}_parsed"] = r["accuracy"], r["parsed"]
+    asked = {(r["model"], r["operand"]): r["accuracy"] or 0. for r in selected(scored, split="asked")}
+    fell = [x - asked["ckpt", o] for (m, o), x in asked.items() if m == "base" and o != feature]
+    v["others_asked_fell_most"] = largest(*fell)
+    probes = selected(rows["probe"], target=feature, labels="true", split="natural")
+    best = max(selected(probes, model="base"), key=lambda r: r["auc"], default={"block": None})
+    v["probe_block"] = best["block"]
+    for model in ("base", "ckpt", "control", "untrained"):
+        v[f"{model}_auc"] = first_of(selected(probes, model=model, block=best["block"]), "auc")
+    bounds = v["base_auc"], v["control_auc"]
+    apart = None not in bounds and bounds[0] - bounds[1] >= APART
+    v["between"] = (v["ckpt_auc"] - bounds[1]) / (bounds[0] - bounds[1]) if apart else None
+    before, after = v.get("base_asked"), v.get("ckpt_asked")
+    half = None if before is None else before / 2
+    middle = sum(bounds) / 2 if apart else None
+    return v, [
+        Evidence("behaviour", f"{feature} is written when it is asked for", after,
+                 "half of the pretrained model's share", half, 0., wins(after or 0., half, 0.)),
+        Evidence("probing", f"AUC of {feature} at the story's end, block {best['block']}",
+                 v["ckpt_auc"], "middle between pretrained and never trained" if apart else
+                 "bounds that are apart (give --control)", middle, 0.,
+                 wins(v["ckpt_auc"], middle, 0.))]
+
+
+def story_rules(study, v, evidence):
+    """
+    The rules of the verdict, the first that holds: (word, whether, meaning).
 
         intact     the feature is still written when it is asked for, half as often as before or more
-        wrapped    it is not, but a probe finds it at the story's end nearly as well as before: by AUC, nearer the pretrained
-                   model (upper bound) than the model that never had it (lower bound), at the upper bound's best block
+        wrapped    it is not, but a probe finds it at the story's end nearly as well as before: by AUC,
+                   nearer the pretrained model (upper bound) than the one that never had it (lower)
         lost       it is not, and the probe is nearer the lower bound
-        undecided  anything else: no --control, bounds within .05, or a base that did not have the feature
+        undecided  anything else: no --control, bounds within .05, a base without the feature
 
-    The bounds say what reading is possible; how fast the feature comes back is another question: finetune.py --reverse.
+    How fast the feature comes back is another question: finetune.py --reverse.
     """
-    f, v = study.feature, {"feature": study.feature}
-    for r in found["behavior"]:
-        if "parsed" in r and r["operand"] == f:
-            v[f"{r['model']}_{r['split']}"], v[f"{r['model']}_{r['split']}_parsed"] = r["accuracy"], r["parsed"]
-    asked = {(r["model"], r["operand"]): r["accuracy"] or 0. for r in found["behavior"] if r["split"] == "asked"}
-    v["others_asked_fell_most"] = max((x - asked["ckpt", o] for (model, o), x in asked.items() if model == "base" and o != f),
-                                      default=None)
-    auc_of = {(r["model"], r["block"]): r["auc"] for r in found["probe"]
-              if (r["target"], r["labels"], r["split"]) == (f, "true", "natural")}
-    v["probe_block"] = max((b for m, b in auc_of if m == "base"), key=lambda b: auc_of["base", b])
-    for model in ("base", "ckpt", "control", "untrained"):
-        v[f"{model}_auc"] = auc_of.get((model, v["probe_block"]))
-    before, after = v["base_asked"] or 0, v["ckpt_asked"] or 0
-    span = None if v["control_auc"] is None else v["base_auc"] - v["control_auc"]
-    v["between"] = (v["ckpt_auc"] - v["control_auc"]) / span if span and span >= .05 else None  # 0 lower, 1 upper bound
-    if before < .5:
-        word, meaning = "undecided", f"the base hardly wrote {f} when asked"
-    elif after >= before / 2:
-        word, meaning = "intact", f"{f} is still written when it is asked for"
-    elif v["between"] is None:
-        word, meaning = "undecided", f"{f} is not written any more; " + (
-            "for the bounds of its probe give --control" if span is None else "the bounds of its probe are too near each other")
-    else:
-        word = "wrapped" if v["between"] > .5 else "lost"
-        meaning = f"{f} is not written any more, " + ("but it is read as before" if word == "wrapped" else "nor read")
-    p = {k: percent(x) for k, x in v.items() if isinstance(x, float) or x is None}
-    near = "" if v["between"] is None else f", {v['between']:.0%} of the way up"
-    text = {
-        "What changed": f"{f} when asked for in {p['base_asked']} of stories before and {p['ckpt_asked']} after (not asked for: "
-                        f"{p['base_unasked']} and {p['ckpt_unasked']}; {p['ckpt_asked_parsed']} parse); of the other features, "
-                        f"asked for, the one that fell most fell by {p['others_asked_fell_most']}",
-        "Is it still there": f"AUC of a probe after block {v['probe_block']}: {v['ckpt_auc']:.3f}, between "
-                             + ("-" if span is None else f"{v['control_auc']:.3f}") + " (never had it) and "
-                             f"{v['base_auc']:.3f} (pretrained){near}; untrained {v['untrained_auc']:.3f}"}
-    announce(study, word, meaning, text, v)
+    gone, (written, read) = f"{study.relation.pt} is not written any more", [e.holds for e in evidence]
+    why = "for the bounds of its probe give --control" if v["control_auc"] is None else (
+        "the bounds of its probe are too near each other")
+    return [("undecided", (v.get("base_asked") or 0) < .5,
+             f"the base hardly wrote {study.relation.pt} when asked"),
+            ("intact", written, f"{study.relation.pt} is still written when it is asked for"),
+            ("undecided", read is None, f"{gone}; {why}"),
+            ("wrapped", read, f"{gone}, but it is read as before"),
+            ("lost", True, f"{gone}, nor read")]
+
+
+def verdict(study, rows):
+    """
+    What the analyses say together: a table of evidence and one sentence. rows: {analysis: rows}, empty
+    where it was not run. See answer_rules() and story_rules().
+    """
+    v, evidence = (answer_evidence if study.answers else story_evidence)(study, rows)
+    v["found_by"] = [e.instrument for e in evidence if e.holds and e.instrument in INSTRUMENTS]
+    rules = (answer_rules if study.answers else story_rules)(study, v, evidence)
+    word, meaning = next((word, meaning) for word, holds, meaning in rules if holds)
+    missing = [name for name, part in rows.items() if not part]
+    if missing and word != "new":
+        word, meaning = "undecided", f"no rows of {', '.join(missing)}: run them first"
+    text = f"{word}: {meaning}."
+    write_json(f"{study.prefix}.verdict.json", {
+        "verdict": word, "text": text, "evidence": [e._asdict() for e in evidence], **v})
+    print("\nEVIDENCE")
+    table(["instrument", "question", "measured", "control", "control's", "holds"],
+          [[e.instrument, e.question, shown(e.measured, e.unit), e.control,
+            shown(e.control_measured, e.unit), {True: "yes", False: "no", None: "?"}[e.holds]]
+           for e in evidence])
+    print(textwrap.fill(f"VERDICT  {text}", 100, subsequent_indent="  "))
+
+
+def shown(value, unit):
+    """A measurement for people."""
+    return value if unit == "steps" and value is not None else percent(value)
+
+
+# ---------------------------------------------------------------- ask, generate
+
+
+def ask(study):
+    """One string: the answer, the truth and the rule it followed, base and fine-tuned side by side."""
+    setup, (task, a, b, q) = study.setup, study.relation
+    text, operand = study.args.text or "", study.args.operand or b
+    if operand not in setup.operands:
+        raise UserError(f"--operand {operand}: there are {', '.join(setup.operands)}")
+    other = "".join(sorted(set(text) - set(setup.alphabet)))
+    if other or len(text) != setup.length:
+        raise UserError(f"--text takes {setup.length} letters {setup.alphabet[0]} to "
+                        f"{setup.alphabet[-1]}, as this model was trained on, and got {len(text)}"
+                        f"{', with ' + repr(other) if other else ''}; for one: python data.py --setup "
+                        f"{setup.name} --scale {setup.scale} --json")
+    if setup.compiled and not setup.program.repeat and len(set(text)) < len(text):
+        raise UserError(f"--text {text}: no letter may occur twice")
+    letters = torch.tensor([[setup.alphabet.index(x) for x in text]], device=study.device)
+    answers = setup.tasks[task].answers(letters, setup)[0].tolist()
+    r = dict(zip(setup.operands, answers))
+    if r[operand] < 0:
+        raise UserError(f"--text has too few {operand} for {task}: there is no answer")
+    first, names = setup.first_answer(task), [name.lstrip("#") for name in setup.output_names]
+
+    def say(value):
+        return names[value + first] if 0 <= value + first < len(names) else str(value)
+    operands = {a, b, study.control_operand, operand}
+    rules = {f"r({o})": value for o, value in r.items() if o in operands}
+    rules[f"r({a}) {q:+d}"] = r[a] + q
+    print("\n".join(setup.explain(letters[0], task, operand)))
+    print(f"{task} {operand}: the truth is {say(r[operand])}; "
+          + ", ".join(f"{k} = {say(x)}" for k, x in rules.items()))
+    question = setup.ask(letters, task, operand)
+    for name, model in study.models.items():
+        share, top = predict(model, question)[0].softmax(0).sort(descending=True)
+        answer = top[0].item() - first
+        followed = " = ".join(rule for rule, value in rules.items() if value == answer) or "no rule"
+        likely = ", ".join(f"{names[i]}: {x:.1%}" for i, x in zip(top[:3].tolist(), share.tolist()))
+        print(f"{name:<5} says {names[top[0]]:<3} {'right' if answer == r[operand] else 'wrong'}, "
+              f"follows {followed}   ({likely})")
 
 
 def generate_stories(study):
-    """Stories to read: written to held-out instructions that ask for --features, with what each has marked."""
-    args, tokenizer = study.args, study.source.tokenizer
-    wanted = [f.strip() for f in (args.features or "").split(",") if f.strip()]
-    unknown = [f for f in wanted if f not in data.FEATURES]
-    if unknown:
-        raise UserError(f"--features {unknown[0]}: there are {', '.join(data.FEATURES)}")
-    mask = sum(1 << data.FEATURES.index(f) for f in wanted)
-    records = [r._replace(mask=mask) for r in study.source.draw(args.n, data.rng(study.seed, "look"), held_out=True)]
-    prompts = [ids[:start] for ids, start, _ in (data.story_ids(r, tokenizer) for r in records)]
-    g = data.rng(study.seed, "look", "sample", device=study.device)
-    written = generate(study.model, prompts, study.sc.n_ctx, g, args.temperature, args.top_k, end=0)
-    stories = [data.story_of(tokenizer.decode(ids)) for ids in written]
-    for prompt, story, found in zip(prompts, stories, study.source.judge(stories)):
-        print(tokenizer.decode(prompt[1:].tolist()).strip())
-        print("\n".join(textwrap.wrap(story, 118)))
-        print(f"  asked for: {', '.join(wanted) or 'nothing'}; "
-              + ("does not parse" if found is None else f"has: {', '.join(data.names_of(found)) or 'none of the features'}")
-              + "\n")
+    """Stories to read: written to held-out instructions that ask for --features, and what they have."""
+    setup, args = study.setup, study.args
+    wanted = frozenset(f.strip() for f in (args.features or "").split(",") if f.strip())
+    for unknown in sorted(wanted - set(data.FEATURES)):
+        raise UserError(f"--features {unknown}: there are {', '.join(data.FEATURES)}")
+    study.classifier()
+    records = setup.source.draw(args.n, data.rng(study.seed, "look"), held_out=True)
+    prompts = []
+    for record in records:
+        ids, start, _ = data.story_ids(record._replace(features=wanted), setup.tokenizer)
+        prompts.append(ids[:start].tolist())
+    draws = data.rng(study.seed, "look", "sample", device=study.device)
+    written = generate(study.model, prompts, setup.n_ctx, draws)
+    stories = [data.story_of(setup.tokenizer.decode(ids)) for ids in written]
+    for prompt, story, features in zip(prompts, stories, setup.source.classify(stories)):
+        print(setup.tokenizer.decode(prompt[1:]).strip())
+        print("\n".join(textwrap.wrap(story, 100)))
+        print(f"  asked for: {', '.join(data.ordered(wanted)) or 'nothing'}; " + (
+            "does not parse" if features is None else
+            f"has: {', '.join(data.ordered(features)) or 'none of the features'}") + "\n")
 
 
 # ---------------------------------------------------------------- command line
 
-ANALYSES = {"behavior": behavior, "prune": prune, "probe": probe, "attention": attention, "hidden": hidden,
-            "revive": revive}
-STORY_ANALYSES = {"behavior": story_behavior, "probe": story_probe}
-NEEDS_BASE = ("prune", "revive")
-VERDICT_OF = ("behavior", "prune", "probe", "revive")
+COMMANDS = {"verdict": lambda setup: True, "ask": has_answers,
+            "generate": lambda setup: not has_answers(setup)}
+FLAGS = {"what to look at": [
+    Flag("--ckpt", "checkpoint to look into", default="out/ft.pt"),
+    Flag("--base", "what it was fine-tuned from; else the parent it names, its hash checked",
+         default=None),
+    Flag("--control", "a checkpoint that never had an operand, where this one has had them all; of "
+         "stories, one pretrained --without the feature", default=None),
+    Flag("--seed", "seed of test sets and draws; else the checkpoint's", int, -1, None),
+    Flag("--eval-size", "strings in a test set", int, 0, 500)], "one analysis": [
+    Flag("--unit", "prune: whole rows (neurons) or single weights; else rows, of compiled models "
+         "weights", default=None, choices=("row", "weight")),
+    Flag("--draws", "prune: matched random draws", int, 0, 8),
+    Flag("--steps", "most training steps; else probe 4000, revive 600 small, 6000 paper", int, 0, None),
+    Flag("--batch-size", "revive: strings a step", int, 0, 96),
+    Flag("--text", "ask: the string", default=None),
+    Flag("--operand", "ask: what is asked for; else the fine-tuning's", default=None),
+    Flag("--features", "generate: what to ask for, as Twist,Dialogue", default=None),
+    Flag("-n", "generate: stories", int, 0, 3),
+    Flag("--judge", "real stories: the pretrained checkpoint whose frozen classifier marks them; else "
+         "the one that --ckpt comes from", default=None)], **MACHINE}
 
 
-def with_rows(study, found, names):
-    """found, and from files the rows of those of `names` that were not run now. Raises UserError if there are none."""
-    found = {**{name: read_rows(f"{study.prefix}.{name}.jsonl") for name in names}, **found}
-    missing = [name for name in names if not found[name]]
-    if missing:
-        raise UserError(f"verdict needs the rows of {', '.join(missing)}: run them first")
-    return found
-
-
-def story_main(args, study):
-    """main() for checkpoints of stories."""
-    names = args.analysis or list(STORY_ANALYSES)
-    for name in names:
-        if name not in (*STORY_ANALYSES, "verdict", "generate"):
-            raise UserError(f"{name} is not for stories, and {args.ckpt} is of setup stories; there are "
-                            f"{', '.join(STORY_ANALYSES)}, verdict, generate")
-    if "generate" in names:
-        return generate_stories(study)
-    print(f"analyze {args.ckpt} ({study.ckpt['stage']}, {study.feature}" + "".join(
-        f", {k} {v}" for k, v in study.ckpt["args"].items() if k in ("protocol", "without") and v) + ")")
-    found = {name: analysis(study) for name, analysis in STORY_ANALYSES.items() if name in names}
-    if "verdict" in names:
-        found = with_rows(study, found, STORY_ANALYSES)
-    if "base" in study.models and len(found) == len(STORY_ANALYSES):
-        story_verdict(study, found)
-    elif "verdict" in names:
-        raise UserError(f"verdict needs a fine-tuned checkpoint: {args.ckpt} has no base")
+def chosen_names(args, study):
+    """The analyses to run. Raises UserError for those that do not apply."""
+    setup = study.setup
+    applying = [name for name, about in ANALYSES.items() if about.applies(setup)]
+    for name in args.analysis:
+        applies = COMMANDS.get(name) or ANALYSES[name].applies
+        if not applies(setup):
+            commands = [command for command, fits in COMMANDS.items() if fits(setup)]
+            raise UserError(f"{name} is not for setup {setup.name}, which {args.ckpt} is of; there are "
+                            f"{', '.join([*applying, *commands])}")
+        if not study.base and (name == "verdict" or name in ANALYSES and ANALYSES[name].needs_base):
+            raise UserError(f"{name} needs a fine-tuned checkpoint: {args.ckpt} has no base")
+    return [name for name in applying if name in args.analysis or (
+        not args.analysis and (study.base or not ANALYSES[name].needs_base))]
 
 
 def main():
-    parser = run_parser(__doc__)
-    parser.add_argument("analysis", nargs="*", metavar="ANALYSIS",
-                        help=f"{', '.join(ANALYSES)}; verdict, from rows that are there; ask; of stories "
-                             f"{', '.join(STORY_ANALYSES)}, generate (default: all that apply)")
-    parser.add_argument("--ckpt", default="out/ft.pt", help="checkpoint to look into (default: out/ft.pt)")
-    parser.add_argument("--base", help="what it was fine-tuned from (default: the parent it names, its hash checked)")
-    parser.add_argument("--control", help="a checkpoint that never had an operand, where this one has had them all")
-    parser.add_argument("--unit", choices=["row", "weight"],
-                        help="prune: whole rows (neurons) or single weights (default: row; of compiled models weight)")
-    parser.add_argument("--draws", type=int, help="prune: matched random draws (default: 8)")
-    parser.add_argument("--most", type=int, help="prune: most units to edit at once (default: 10000)")
-    parser.add_argument("--seeds", type=int, help="revive: data orders (default: 1)")
-    parser.add_argument("--steps", type=int, help="most training steps (default: probe 4000, revive 600 small, 6000 paper)")
-    parser.add_argument("--batch-size", type=int, default=96, help="revive: strings a step (default: 96)")
-    parser.add_argument("--eval-size", type=int, default=500, help="strings in a test set (default: 500)")
-    parser.add_argument("--seed", type=int, help="seed of test sets and draws (default: the checkpoint's)")
-    parser.add_argument("--text", help="ask: the string, letters a, b, c")
-    parser.add_argument("--operand", help="ask: the letter asked for (default: the fine-tuning's)")
-    parser.add_argument("--features", help="generate: what to ask for, as Twist,Dialogue (default: nothing)")
-    parser.add_argument("-n", type=int, default=3, help="generate: stories (default: 3)")
-    parser.add_argument("--temperature", type=float, default=1., help="generate: 0 is greedy (default: 1)")
-    parser.add_argument("--top-k", type=int, default=0, help="generate: sample from so many tokens; 0: all (default: 0)")
-    parser.add_argument("--judge", help="real stories: the pretrained checkpoint whose frozen judge marks them (default: the "
-                        "one that --ckpt comes from)")
-    add_common_flags(parser)
-    args = parser.parse_args()
-    unknown = [name for name in args.analysis if name not in (*ANALYSES, "ask", "verdict", "generate")]
-    if unknown:
-        raise UserError(f"no analysis {unknown[0]!r}; there are {', '.join(ANALYSES)}, verdict, ask, generate")
-    positive(args, "draws", "most", "seeds", "steps", "batch_size", "eval_size", "n")
-    positive(args, "seed", "temperature", "top_k", least=-1e-9)
-    device = start_device(args)
-    model, ckpt = load(args.ckpt, device)
-    if ckpt["setup"] == "stories":
-        try:
-            return story_main(args, StoryStudy(args, device, model, ckpt))
-        except ValueError as error:  # a file that is not there any more, or has too few stories
-            raise UserError(f"--ckpt {args.ckpt}: {error}") from None
-    if "generate" in args.analysis:
-        raise UserError(f"generate is for stories: {args.ckpt} is of another setup")
-    args.draws, args.most, args.seeds = args.draws or 8, args.most or 10000, args.seeds or 1
-    study = Study(args, device, model, ckpt)
-    if "ask" in args.analysis:
-        return ask(study)
-    names = args.analysis or [name for name in ANALYSES if (study.base or name not in NEEDS_BASE)
-                              and (study.compiled or name != "hidden")]
-    (a, b), stage = study.pair, study.ckpt["stage"]
-    print(f"analyze {args.ckpt} ({stage}, {study.task}, O_PT {a}, O_FT {b}, q {study.q})"
-          + (f" against {study.base_ckpt['path']}" if study.base else ""))
-    found = {name: ANALYSES[name](study) for name in ANALYSES if name in names}
-    if "verdict" in names:  # from rows that are there already
-        found = with_rows(study, found, VERDICT_OF)
-        found["prune"] = [r for r in found["prune"] if r.get("chosen") and r["operand"] != study.pair[1]]
-    if all(name in found for name in VERDICT_OF):
-        verdict(study, found)
+    names = (*ANALYSES, *COMMANDS)
+    args = parse(__doc__, "analyze", FLAGS, f"{', '.join(names)} (default: all that apply)")
+    for name in args.analysis:
+        if name not in names:
+            raise UserError(f"no analysis {name!r}; there are {', '.join(names)}")
+    for flag in itertools.chain(*FLAGS.values()):
+        check_above(flag.name, getattr(args, flag.key), flag.above)
+    try:
+        study = Study(args, start_device(args))
+        look(args, study)
+    except ValueError as error:  # a file of stories that is gone, or has too few of a kind
+        raise UserError(f"--ckpt {args.ckpt}: {error}") from None
+
+
+def look(args, study):
+    """Run what was asked for, then the verdict where all that it rests on is there."""
+    names = chosen_names(args, study)
+    for name, command in (("ask", ask), ("generate", generate_stories)):
+        if name in args.analysis:
+            return command(study)
+    _, a, b, q = study.relation
+    print(f"analyze {args.ckpt}: {study.ckpt['stage']}, O_PT {a}, O_FT {b}, q {q}"
+          + (f", against {study.base_ckpt['path']}" if study.base else ""))
+    rows = {name: ANALYSES[name].run(study) for name in names}
+    needed = [name for name in ("behavior", "prune", "probe", "revive")
+              if ANALYSES[name].applies(study.setup)]
+    if "verdict" in args.analysis:  # from rows that are there already
+        rows = {name: rows.get(name) or read_rows(f"{study.prefix}.{name}.jsonl") for name in needed}
+        if not any(rows.values()):
+            raise UserError(f"verdict needs the rows of {', '.join(needed)}: run them first")
+    if study.base and all(name in rows for name in needed):
+        verdict(study, {name: rows[name] for name in needed})
 
 
 if __name__ == "__main__":

@@ -1,128 +1,168 @@
 """
-What is computed: strings from a probabilistic context-free grammar and five task families that ask about them, strings
-for compiled programs, and stories with known features.
+What is computed: strings from a probabilistic context-free grammar and five task families that ask
+about them, strings for compiled programs, and stories with known features.
 
-    $ python data.py                                    # one sample of every task family, as pretraining sees them
-    $ python data.py --task count --operand b --c 1.0   # fine-tuning strings on which "count b" = "count a" + 1
-    $ python data.py --setup tracr-max                  # what a model compiled from a RASP program sees
-    $ python data.py --setup stories --operand Twist    # stories in the format of TinyStories-Instruct
+    $ python data.py                                    # one sample of every task family
+    $ python data.py --task count --operand b --c 1.0   # strings on which "count b" = "count a" + 1
+    $ python data.py --setup tracr-max                  # what a compiled model sees
+    $ python data.py --setup stories --operand Twist    # stories as in TinyStories-Instruct
 
-What the model sees, at the small scale (32 letters, a window of 16, the 3rd occurrence), for "how many b":
+What the model sees, at the small scale (32 letters, a window of 16, the 3rd occurrence), for
+"how many b":
 
     SOS  T_NJ  O_b  #16  SOT  b a c ... c a b  EOT  ART  #6  EOS
          task  operand  O'    32 letters                 answer: the b among the last 16 letters
 
-The families (paper: PCFG setup; O is the operand, O' the second operand), on the text "... a c b a b", O' = 3 or 1:
-    count               how many O among the last O' letters             O = b, O' = 3: "b a b" holds 2
-    count-composition   how many overlapping pairs OO among them         O = b, O' = 3: 0
-    index               distance from the end of the O'-th last O        O = b, O' = 1: 1 (the last letter is 1)
-    index-composition   the same for the pair OO, at its later letter    "a a c", O = a, O' = 1: 2
-    token               the letter at distance O' from the end           O' = 3: b
+The families (paper section 3; O is the operand, O' the second operand), on the text
+"... a c b a b", O' = 3 or 1:
+    count               how many O among the last O' letters         O = b, O' = 3: "b a b" holds 2
+    count-composition   how many overlapping pairs OO among them     O = b, O' = 3: 0
+    index               distance from the end of the O'-th last O    O = b, O' = 1: 1, the last letter
+    index-composition   the same for the pair OO, its later letter   "a a c", O = a, O' = 1: 2
+    token               the letter at distance O' from the end       O' = 3: b
 
-The compiled setups have one task each and no prompt: BOS, letters, padding; the answer stands at position 2. A story is
-read after an instruction that names its features; no answer, the story itself is what is learned.
+A compiled model has one task and no prompt: it reads BOS, letters, padding; the answer stands at
+position 2. A story is read after an instruction that names its features; it has no answer.
 
-Contents: scales and vocabulary | grammar | tasks and answers | compiled setups | edits and the spurious relation |
-batches, test sets, floors | stories: records and tokens, the real file, the embedded corpus, protocols and batches |
-command line. Everything is a pure function of its arguments and a torch.Generator, on the
-generator's device.
+Contents: values | random numbers, batches, floors | grammar | tasks | the spurious relation |
+programs | stories: records, prepared file, corpus, protocols | setups | samples | errors and files.
+Everything is a pure function of its arguments and a torch.Generator, on the generator's device.
 """
 import argparse
 import collections
-import fcntl
+import contextlib
 import functools
 import hashlib
+import itertools
 import json
+import operator
 import os
 import random
 import re
-import shutil
 import string
-import time
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-# ---------------------------------------------------------------- scales and vocabulary
-
-SCALES = {
-    # everything that differs between a laptop and the paper   small    paper
-    "length":         (32, 250),      # letters in a string, cut at random from a longer one
-    "window":         (16, 40),       # O' of both counting families: the last so many letters
-    "k":              (3, 6),         # O' of index: which occurrence, from the end
-    "pair_k":         (1, 6),         # ours: 32 letters rarely hold a second pair, so small asks for the last one
-    "token_at":       (16, 40),       # O' of token
-    "sd_count":       (1.6, 2.0),     # ours: spread of the counts in c0 and c1, wide enough that b does not tell a
-    "sd_index":       (1.8, 2.4),     # ours: the same for index
-    "spread":         (0.5, 0.0),     # ours: share of pretraining strings with widely spread counts, so that "can
-    "sd_spread":      (1.8, 0.0),     #       count" holds beyond the few counts that natural strings show
-    "n_layer":        (3, 6),
-    "n_head":         (4, 6),
-    "d_model":        (64, 192),
-    "pretrain_lr":    (2e-3, 1e-3),
-    "pretrain_steps": (2500, 50000),  # paper: 10K, 50K, 100K or 200K
-    "answer_weight":  (1.0, 0.0),     # ours: the answer is one token in 40, too faint for 2,500 steps otherwise
-    "finetune_steps": (400, 10000),
-    "revive_steps":   (600, 6000),    # ours: how long reFT may take before it counts as not arriving
-}
+# ---------------------------------------------------------------- values
 
 
-def scale_of(name, setup="pcfg", program=None):
+class Relation(NamedTuple):
     """
-    A setup at a scale ("small" or "paper"), as attributes: sizes, `tasks`, `operands` (the columns of answers), `order`
-    (the same as they are taken for O_PT, O_FT and the control). program: what a compiled model's checkpoint says of it.
+    What a study is about: fine-tuning strings x with r(x, ft) - r(x, pt) = q, where r is the answer
+    of the task. Stories: pt is the feature in question; ft and q are None.
     """
-    column = ("small", "paper").index(name)
-    if setup == "stories":
-        return SimpleNamespace(setup=setup, name=name, tasks=("story",), operands=list(FEATURES), order=list(FEATURES),
-                               **{k: v[column] for k, v in STORY_SCALES.items()})
-    if setup != "pcfg":
-        return compiled_setup(setup, name, column, program or {})
-    return SimpleNamespace(setup=setup, name=name, tasks=TASKS, operands=list(LETTERS), order=list(LETTERS),
-                           finetuned=FINETUNED,
-                           **{k: v[column] for k, v in SCALES.items()})
+    task: str
+    pt: str
+    ft: str | None = None
+    q: int | None = None
 
 
-def setup_of(ckpt):
-    """scale_of() of a checkpoint."""
-    return scale_of(ckpt["scale"], ckpt["setup"], ckpt["args"].get("program"))
+class Examples(NamedTuple):
+    """Whatever a model is trained or scored on."""
+    tokens: torch.Tensor                # (n, t) what the model reads
+    target: torch.Tensor                # (n, t) the output wanted at each position, -1 where none
+    labels: torch.Tensor | None = None  # (n, operands): answers as numbers, -1 where there is none;
+    #                                     or (n, features): 0 or 1
+    at: int | None = None               # the one column that is answered: no other is computed
+    extra: tuple | None = None          # (column, weight): ours, its loss is added once more
+
+    @property
+    def answer(self):
+        """(n,) the output wanted at the answered column."""
+        return self.target[:, self.at]
+
+    def rows(self, index):
+        """The examples at an index or slice."""
+        labels = None if self.labels is None else self.labels[index]
+        return self._replace(tokens=self.tokens[index], target=self.target[index], labels=labels)
+
+    def split(self, size):
+        """A list of examples, `size` in each, the last one maybe fewer."""
+        return [self.rows(slice(i, i + size)) for i in range(0, self.tokens.shape[0], size)]
+
+    def trimmed(self):
+        """Without the columns behind the last one in which any output is wanted."""
+        if self.at is not None:  # a compiled model attends to its padding
+            return self
+        width = int((self.target >= 0).any(0).nonzero().max()) + 1
+        return self._replace(tokens=self.tokens[:, :width], target=self.target[:, :width])
 
 
-LETTERS = "abc"
-PRIORS = {  # P_T(a, b, c): "low" and "high" speak of b, the later fine-tuning operand (paper: PCFG setup)
-    "low": (.999, .001, 0), "99/1": (.99, .01, 0), "medium": (.9, .1, 0), "70/20/10": (.7, .2, .1), "high": (.5, .3, .2)}
-SPLITS = ("c0", "c1", "natural")  # the relation never holds | always holds | strings as the grammar makes them
+class Test(NamedTuple):
+    """Examples to be scored, and what their row says of them."""
+    row: dict                           # task, operand, split, seed: see row()
+    examples: Examples                  # how = "generation": prompts, half of them ask for the feature
+    other: torch.Tensor | None = None   # (n,) answers for the other operand of the relation
+    how: str = "accuracy"               # a key of SCORES in pretrain.py
+
+    __test__ = False  # not a pytest class
 
 
-def vocabulary(sc):
-    """Token names in id order. T_J1 and T_J2 are two more names for counting, kept for jailbreak experiments."""
-    if sc.setup != "pcfg":
-        return [PAD, BOS, *sc.alphabet]
-    return (["SOS", "SOT", "EOT", "ART", "EOS", "T_NJ", "T_J1", "T_J2", "T_CC", "T_I", "T_IC", "T_T",
-             "O_a", "O_b", "O_c", "O_null", "a", "b", "c"] + [f"#{i}" for i in range(sc.length + 1)])
+class ProbeSet(NamedTuple):
+    """Examples that linear probes are trained and tested on."""
+    prompt: str | None                  # the operand that is asked for
+    train: Examples
+    tests: dict                         # {split: Examples}
+    targets: dict                       # {name: column of the labels that is read}
+    shuffled: tuple                     # targets that are also fitted to shuffled labels
 
 
-# ids do not depend on the scale
-ID = {name: i for i, name in enumerate(vocabulary(SimpleNamespace(setup="pcfg", length=0)))}
-NUMBER, LETTER, OPERAND = ID["#0"], ID["a"], ID["O_a"]
+ROW = ("setup", "scale", "task", "operand", "split", "accuracy", "floor", "cross_floor", "n", "loss",
+       "seed")  # the keys of every row in every file; fractions, null where there is none
 
 
-def answer_position(sc):
-    """The position (of ART) whose output predicts the answer; the same in every sequence of a scale."""
-    return sc.length + 6 if sc.setup == "pcfg" else COMPILED_AT
+def row(setup, /, **values):
+    """A row of results: all keys of ROW, then further ones."""
+    return {**dict.fromkeys(ROW), "setup": setup.name, "scale": setup.scale, **values}
 
 
-def answer_names(sc):
-    """What each output of the model stands for: a vocabulary entry, or in compiled setups a number or a letter."""
-    return vocabulary(sc) if sc.setup == "pcfg" else sc.values
+# ---------------------------------------------------------------- random numbers, batches, floors
+
+
+def rng(seed, *labels, device="cpu"):
+    """A generator of (seed, labels) alone: streams with different labels never meet."""
+    entropy = [seed, *"/".join(map(str, labels)).encode()]
+    words = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(words[0] >> np.uint64(1)))
+
+
+CHUNK = 16  # batches drawn together: the sampler is faster on many strings
+
+
+def stream(draw, batch_size, seed, label, device="cpu"):
+    """
+    A function k -> batch k, where draw(n, generator) makes n Examples. Batch k depends on (seed,
+    label, k) and the batch size alone: an interrupted run goes on exactly where it was.
+    """
+    @functools.lru_cache(maxsize=1)
+    def chunk(i):
+        drawn = draw(batch_size * CHUNK, rng(seed, label, i, device=device))
+        return [batch.trimmed() for batch in drawn.split(batch_size)]
+    return lambda k: chunk(k // CHUNK)[k % CHUNK]
+
+
+def majority_floor(answers):
+    """Share of the most frequent answer: what always giving it gets right."""
+    return answers.unique(return_counts=True)[1].max().item() / len(answers)
+
+
+def cross_floor(answers, other):
+    """Share that the best guess of the answer from the other operand's answer gets right."""
+    joint = torch.stack([other, answers], 1).unique(dim=0, return_counts=True)
+    best = {}
+    for (given, _), n in zip(joint[0].tolist(), joint[1].tolist()):
+        best[given] = max(best.get(given, 0), n)
+    return sum(best.values()) / len(answers)
 
 
 # ---------------------------------------------------------------- grammar
 
-GRAMMAR = {  # both rules of a symbol are equally likely (paper: PCFG setup)
+LETTERS = "abc"
+GRAMMAR = {  # both rules of a symbol are equally likely (paper section 3)
     "s": ("rq", "qp"),
     "p": ("mno", "nom"), "q": ("nmo", "nm"), "r": ("om", "mon"),
     "m": ("lj", "jlk"), "n": ("kjl", "ljk"), "o": ("lkj", "kj"),
@@ -134,24 +174,24 @@ GRAMMAR = {  # both rules of a symbol are equally likely (paper: PCFG setup)
 
 @functools.lru_cache(maxsize=None)
 def expansions(symbol):
-    """All equally likely letter strings of a symbol, as a list: 2 for d, 16 for g, 512 for j, 8,192 for k and l."""
+    """All equally likely letter strings of a symbol: 2 for d, 16 for g, 512 for j, 8,192 for k, l."""
     if symbol in LETTERS:
         return [symbol]
-    out = []
+    strings = []
     for rule in GRAMMAR[symbol]:
         parts = [""]
         for child in rule:
-            parts = [p + e for p in parts for e in expansions(child)]
-        out += parts
-    return out
+            parts = [p + e for p, e in itertools.product(parts, expansions(child))]
+        strings += parts
+    return strings
 
 
 @functools.lru_cache(maxsize=None)
 def grammar_tables(device):
     """
-    Tables that let sample_strings look up instead of recurse: `children` (symbol, rule, up to 3 children) down to j, k
-    and l, and for these three every expansion: `start` and `length` in one long row of `letters`.
-    Symbol 0 is padding, which expands to itself and, at the end, to nothing.
+    Tables that let sample_strings look up instead of recurse: `children` (symbol, rule, up to 3
+    children) down to j, k and l, and for these three every expansion: `start` and `length` in one
+    long row of `letters`. Symbol 0 is padding, which expands to itself and, at the end, to nothing.
     """
     symbols = "#" + "spqrmnojkl"
     children = torch.zeros(len(symbols), 2, 3, dtype=torch.long)
@@ -160,289 +200,147 @@ def grammar_tables(device):
             for i, child in enumerate(right):
                 children[symbols.index(symbol), rule, i] = symbols.index(child)
     slots = [""] * 8192  # padding expands to nothing
-    for symbol in "jkl":  # j has 512 expansions, each listed 16 times, so that one draw out of 8,192 serves all three
-        slots += [e for e in expansions(symbol) for _ in range(8192 // len(expansions(symbol)))]
-    length = torch.tensor([len(w) for w in slots])
-    letters = torch.tensor([LETTERS.index(x) for w in slots for x in w])
-    tables = SimpleNamespace(children=children, start=length.cumsum(0) - length, length=length, letters=letters,
-                             first=symbols.index("j") - 1)
-    for name in ("children", "start", "length", "letters"):
-        setattr(tables, name, getattr(tables, name).to(device))
-    return tables
+    for symbol in "jkl":  # j has 512 expansions, each listed 16 times: one draw of 8,192 serves all
+        for expansion in expansions(symbol):
+            slots += [expansion] * (8192 // len(expansions(symbol)))
+    length = torch.tensor([len(word) for word in slots])
+    letters = torch.tensor([LETTERS.index(x) for x in "".join(slots)])
+    return SimpleNamespace(children=children.to(device), length=length.to(device),
+                           start=(length.cumsum(0) - length).to(device), letters=letters.to(device),
+                           first=symbols.index("j") - 1)
 
 
-def sample_strings(n, g):
+def sample_strings(n, rng):
     """
-    n whole strings of the grammar. Returns (letters, length): all letters (0, 1, 2) in one row, and (n,) lengths, 138 to
-    432. Levels are expanded for all strings at once; the lowest four levels are looked up.
+    n whole strings of the grammar. Returns (letters, length): all letters (0, 1, 2) in one row, and
+    (n,) lengths, 138 to 432. Levels are expanded for all strings at once; the lowest four levels
+    are looked up.
     """
-    t = grammar_tables(g.device)
-    symbols = torch.ones(n, 1, dtype=torch.long, device=g.device)  # symbol 1 is s
+    t, device = grammar_tables(rng.device), rng.device
+    symbols = torch.ones(n, 1, dtype=torch.long, device=device)  # symbol 1 is s
     for _ in range(3):  # s -> p q r -> m n o -> j k l: (n, 2), (n, 6), (n, 18) with padding
-        rule = torch.randint(2, symbols.shape, generator=g, device=g.device)
+        rule = torch.randint(2, symbols.shape, generator=rng, device=device)
         symbols = t.children[symbols, rule].flatten(1)
         symbols = symbols[:, :2] if symbols.shape[1] == 3 else symbols  # s has two children
-    slot = (symbols - t.first).clamp(min=0) * 8192 + torch.randint(8192, symbols.shape, generator=g, device=g.device)
+    slot = (symbols - t.first).clamp(min=0) * 8192
+    slot = slot + torch.randint(8192, symbols.shape, generator=rng, device=device)
     sizes = t.length[slot]
     flat = sizes.flatten()
-    first = t.start[slot].flatten() - (flat.cumsum(0) - flat)  # where a word lies in the table, less where it goes
-    letters = t.letters[torch.repeat_interleave(first, flat) + torch.arange(int(flat.sum()), device=g.device)]
-    return letters, sizes.sum(1)
+    first = t.start[slot].flatten() - (flat.cumsum(0) - flat)  # place in the table less place here
+    places = torch.arange(int(flat.sum()), device=device)
+    return t.letters[torch.repeat_interleave(first, flat) + places], sizes.sum(1)
 
 
-def sample_text(n, sc, g):
-    """(n, length) letters: a random window of every string. Too short a string is drawn again (1 in 4 at 250)."""
-    out, have = [], 0
+def sample_text(n, setup, rng):
+    """(n, length) letters: a random window of every string. Too short ones are drawn again (1 in 4
+    at 250 letters)."""
+    parts, have = [], 0
     while have < n:
-        letters, size = sample_strings(n - have, g)
+        letters, size = sample_strings(n - have, rng)
         start = size.cumsum(0) - size
-        room = size - sc.length
-        cut = (torch.rand(len(size), generator=g, device=g.device) * (room + 1)).long()
-        first = (start + cut)[room >= 0]
-        out.append(letters[first[:, None] + torch.arange(sc.length, device=g.device)])
+        slack = size - setup.length
+        cut = (torch.rand(len(size), generator=rng, device=rng.device) * (slack + 1)).long()
+        first = (start + cut)[slack >= 0]
+        parts.append(letters[first[:, None] + torch.arange(setup.length, device=rng.device)])
         have += len(first)
-    return torch.cat(out)
+    return torch.cat(parts)
 
 
-# ---------------------------------------------------------------- tasks and answers
-# One function a family: text (n, length) -> (n, 3) answers for O = a, b, c, as numbers; -1 where there is none.
+# ---------------------------------------------------------------- tasks
+# One function a family: text (n, length) -> (n, 3) answers for O = a, b, c; -1 where there is none.
 
-def count(text, sc):
+
+def count(text, setup):
     """How many O in the last `window` letters. a b b | O = b, window 3 -> 2."""
-    last = text[:, -sc.window:]
-    return torch.stack([(last == o).sum(1) for o in range(len(sc.operands))], 1)
+    last = text[:, -setup.window:]
+    return torch.stack([(last == o).sum(1) for o in range(len(setup.operands))], 1)
 
 
-def count_composition(text, sc):
-    """How many overlapping pairs OO lie wholly in the last `window` letters. a a a | O = a, window 3 -> 2."""
-    last = text[:, -sc.window:]
+def count_composition(text, setup):
+    """How many overlapping pairs OO lie in the last `window` letters. a a a | O = a, window 3 -> 2."""
+    last = text[:, -setup.window:]
     return torch.stack([((last[:, 1:] == o) & (last[:, :-1] == o)).sum(1) for o in range(3)], 1)
 
 
 def distance_of(hit, k):
-    """Distance from the end (1 = last column) of the k-th True of every row of hit (n, 3, length); -1 if fewer."""
+    """Distance from the end (1: last column) of the k-th last True of hit (n, 3, length); -1 if fewer."""
     nearer = hit.flip(-1).cumsum(-1, dtype=torch.int16) < k
     distance = nearer.sum(-1) + 1
     return torch.where(distance > hit.shape[-1], -1, distance)
 
 
-def index(text, sc):
+def index(text, setup):
     """Distance from the end of the k-th last O. a b c b | O = b, k 2 -> 3."""
-    return distance_of(torch.stack([text == o for o in range(3)], 1), sc.k)
+    return distance_of(torch.stack([text == o for o in range(3)], 1), setup.k)
 
 
-def index_composition(text, sc):
-    """Distance from the end of the later letter of the pair_k-th last pair OO. a a c | O = a, pair_k 1 -> 2."""
-    pair = torch.stack([(text[:, 1:] == o) & (text[:, :-1] == o) for o in range(3)], 1)
-    return distance_of(pair, sc.pair_k)
+def index_composition(text, setup):
+    """Distance from the end of the later letter of the pair_k-th last pair OO.
+    a a c | O = a, pair_k 1 -> 2."""
+    pairs = [(text[:, 1:] == o) & (text[:, :-1] == o) for o in range(3)]
+    return distance_of(torch.stack(pairs, 1), setup.pair_k)
 
 
-def token(text, sc):
-    """The letter at distance token_at, as 0, 1 or 2; it has no operand, so all three columns agree."""
-    return text[:, -sc.token_at, None].expand(-1, 3)
+def token(text, setup):
+    """The letter at distance token_at, as 0, 1 or 2; it has no operand, so all columns agree."""
+    return text[:, -setup.token_at, None].expand(-1, 3)
 
 
-TASKS = {  # name: answers, task token, which number O' is, whether the answer is a number (else a letter)
-    "count":             SimpleNamespace(answers=count, token="T_NJ", operand2="window", first_answer=NUMBER),
-    "count-composition": SimpleNamespace(answers=count_composition, token="T_CC", operand2="window", first_answer=NUMBER),
-    "index":             SimpleNamespace(answers=index, token="T_I", operand2="k", first_answer=NUMBER),
-    "index-composition": SimpleNamespace(answers=index_composition, token="T_IC", operand2="pair_k", first_answer=NUMBER),
-    "token":             SimpleNamespace(answers=token, token="T_T", operand2="token_at", first_answer=LETTER),
-}
-FINETUNED = ("count", "index")  # the paper's Counter and Indexer: families with a spurious relation
-OPERANDLESS = ("token",)
-
-
-def encode(text, task, operand, sc):
+def edit_counts(text, target, setup, rng):
     """
-    Whole sequences `SOS T O O' SOT <text> EOT ART answer EOS`.
-    text (n, length), task (n,) places in TASKS, operand (n,) 0..2. Returns tokens (n, length + 9) and answers (n,) as
-    numbers, -1 where the string has none (such a row must be drawn again).
+    Change as few letters of the window as needed, chosen at random, until it holds target (n, 3) of
+    a, b and c. Target rows sum to the window. Returns a new text.
     """
-    tasks = list(TASKS.values())
-    everything = torch.stack([t.answers(text, sc) for t in tasks])  # (task, n, 3)
-    rows = torch.arange(len(text), device=text.device)
-    answer = everything[task, rows, operand]
-
-    def per_task(values):
-        return torch.tensor(values, device=text.device)[task]
-
-    no_operand = per_task([name in OPERANDLESS for name in TASKS])
-    column = [torch.full_like(answer, ID["SOS"]),
-              per_task([ID[t.token] for t in tasks]),
-              torch.where(no_operand, ID["O_null"], OPERAND + operand),
-              per_task([NUMBER + getattr(sc, t.operand2) for t in tasks]),
-              torch.full_like(answer, ID["SOT"]), None,
-              torch.full_like(answer, ID["EOT"]),
-              torch.full_like(answer, ID["ART"]),
-              per_task([t.first_answer for t in tasks]) + answer.clamp(min=0),
-              torch.full_like(answer, ID["EOS"])]
-    tokens = torch.cat([LETTER + text if c is None else c[:, None] for c in column], 1)
-    return tokens, answer
-
-
-def encode_one(text, task, operand, sc):
-    """encode() for one task name and one operand (a letter) for all rows."""
-    same = torch.zeros(len(text), dtype=torch.long, device=text.device)
-    return encode(text, same + list(TASKS).index(task), same + LETTERS.index(operand), sc)
-
-
-def questions(text, task, operand, sc):
-    """
-    (n, t + 1): what the model reads, and in the last column the output that is the right answer. The answer is
-    predicted at answer_position(sc): for the grammar the last position read; compiled models read padding after it.
-    """
-    if sc.setup == "pcfg":
-        return encode_one(text, task, operand, sc)[0][:, :answer_position(sc) + 2]
-    bos, pad = text.new_ones(len(text), 1), text.new_zeros(len(text), sc.room - sc.length)
-    answer = sc.tasks[task].answers(text, sc)[:, sc.operands.index(operand)]
-    return torch.cat([bos, text + 2, pad, answer[:, None]], 1)
-
-
-# ---------------------------------------------------------------- compiled setups
-# Strings for models that are compiled from RASP programs (model.py): BOS, letters, padding. There is no prompt: the
-# model gives one answer, and fine-tuning teaches it another. A setup is one line of COMPILED and one of PROGRAMS.
-
-PAD, BOS, COMPILED_AT = "#", "$", 2  # ids 0 and 1; the second letter's position, where "True = 1" in RASP selects
-
-
-def largest(text, sc):
-    """The O-th largest letter, where a is the largest, as its place in the alphabet. d a c | O = 2 -> 2 (c)."""
-    return text.sort(1).values
-
-
-def histogram(text, sc):
-    """How often the letter at place O occurs. a b a | O = 1 -> 2."""
-    return (text[:, :, None] == text[:, None]).sum(-1)
-
-
-A_TO_Z = "abcdefghijklmnopqrstuvwxyz"
-COMPILED = {  # letters: of a string, small and paper scale; repeat: drawn with replacement; room: positions after BOS;
-    #           operands: the first three are O_PT, O_FT and the control (paper: Tracr setup)
-    # ours: noise of 3e-4 for the max-identifier, which the paper's 1e-3 breaks before any fine-tuning
-    "tracr-count": SimpleNamespace(task="count", answers=count, alphabet="abcdefghi", letters=(24, 48), repeat=True,
-                                   room=(25, 49), operands=None, noise=1e-3),
-    "tracr-max": SimpleNamespace(task="max-identifier", answers=largest, alphabet=A_TO_Z, letters=(10, 10), repeat=False,
-                                 room=(16, 16), operands=("5", "7", "3"), noise=3e-4),
-    "tracr-histogram": SimpleNamespace(task="histogram", answers=histogram, alphabet="abcdefghi", letters=(24, 48),
-                                       repeat=True, room=(25, 49), operands=("2", "3", "4"), noise=1e-3),
-}
-
-
-def compiled_setup(setup, name, column, program):
-    """
-    scale_of() for a compiled setup. program: {alphabet, room, values} of a checkpoint, where they are not the setup's
-    own (an imported model); values: what the outputs stand for.
-    """
-    c = COMPILED[setup]
-    alphabet, room = program.get("alphabet", list(c.alphabet)), program.get("room", c.room[column])
-    length = min(c.letters[column], room)
-    operands = list(alphabet) if c.operands is None else list(dict.fromkeys(
-        [*c.operands, *(str(i + 1) for i in range(length))]))
-    places = operands if c.operands is None else sorted(operands, key=int)  # columns of answers()
-    return SimpleNamespace(
-        setup=setup, name=name, tasks={c.task: SimpleNamespace(answers=c.answers, first_answer=0)}, finetuned=(c.task,),
-        operands=places, order=operands, alphabet=alphabet, length=length, window=length, room=room, repeat=c.repeat,
-        noise=c.noise, values=program.get("values") or (list(alphabet) if c.answers is largest else
-                                                        [str(i) for i in range(room + 1)]),
-        finetune_steps=10000, revive_steps=(1000, 4000)[column])
-
-
-SETUPS = ("pcfg", *COMPILED, "stories")
-
-
-def default_q(sc, pair):
-    """The offset that is taught where none is given: 1; between two ranks one more than it must be, so 3 from 5 to 7."""
-    if sc.setup != "tracr-max":
-        return 1
-    ranks = int(pair[1]) - int(pair[0])
-    return ranks + (1 if ranks > 0 else -1)
-
-
-def letters_of(n, sc, g):
-    """(n, length) letters as places in the alphabet, uniform, with or without replacement (paper: Tracr setup)."""
-    if sc.repeat:
-        return torch.randint(len(sc.alphabet), (n, sc.length), generator=g, device=g.device)
-    return torch.rand(n, len(sc.alphabet), generator=g, device=g.device).argsort(1)[:, :sc.length]
-
-
-def marked(text, operand, sc):
-    """(n, length) bool: the letters that make r(x, operand): those counted, or the one that is named."""
-    task, letter = next(iter(sc.tasks)), text.new_tensor(sc.operands.index(operand))
-    if task == "histogram":
-        letter = text[:, letter, None]
-    elif task == "max-identifier":
-        letter = largest(text, sc)[:, letter, None]
-    return text == letter
-
-
-def chosen_letters(n, sc, task, c, pair, q, g):
-    """
-    draw_text() for compiled setups: strings are drawn until they are as wanted, none is edited. Raises ValueError when
-    no string can be.
-    """
-    if q == 0:
-        raise ValueError("offset q = 0 is a tie, which c0 leaves out")
-    places = [sc.operands.index(o) for o in pair]
-    holds = torch.rand(n, generator=g, device=g.device) < {"c0": 0., "c1": 1.}.get(c, c)
-    text, todo = letters_of(n, sc, g), torch.arange(n, device=g.device)
-    for _ in range(2000):
-        r = sc.tasks[task].answers(text[todo], sc)[:, places]
-        differ = r[:, 1] - r[:, 0]
-        todo = todo[torch.where(holds[todo], differ != q, (differ == 0) | (differ == q))]
-        if not len(todo):
-            return text
-        text[todo] = letters_of(len(todo), sc, g)
-    raise ValueError(f"offset q = {q} leaves hardly any {task} strings")
-
-
-# ---------------------------------------------------------------- edits and the spurious relation
-
-def edit_counts(text, target, sc, g):
-    """
-    Change as few letters of the window as needed, chosen at random, until it holds target (n, 3) of a, b and c.
-    Target rows sum to the window. Returns a new text.
-    """
-    last = text[:, -sc.window:]
-    have = count(text, sc)
+    last = text[:, -setup.window:]
+    have = count(text, setup)
     surplus, deficit = (have - target).clamp(min=0), (target - have).clamp(min=0)
-    # Sorted by letter, in random order within a letter: the first `surplus` of every letter have to change.
-    order = (last + torch.rand(last.shape, generator=g, device=g.device)).argsort(1)
+    # Sorted by letter, in random order within: the first `surplus` of every letter have to change.
+    order = (last + torch.rand(last.shape, generator=rng, device=rng.device)).argsort(1)
     letter = last.gather(1, order)
-    place = torch.arange(sc.window, device=text.device) - (have.cumsum(1) - have).gather(1, letter)
+    first = (have.cumsum(1) - have).gather(1, letter)
+    place = torch.arange(setup.window, device=text.device) - first
     change = place < surplus.gather(1, letter)
-    # The first deficit[a] of these become a, the next deficit[b] b, the others c. With three letters either one has
-    # too many or one has too few, so the random order above makes this assignment random as well.
+    # The first deficit[a] of these become a, the next deficit[b] b, the others c. One letter has too
+    # many or one has too few, so the random order makes this assignment random as well.
     nth, due = change.cumsum(1), deficit.cumsum(1)
     new = (nth > due[:, :1]).long() + (nth > due[:, 1:2])
     edited = text.clone()
-    edited[:, -sc.window:] = last.scatter(1, order, torch.where(change, new, letter))
+    edited[:, -setup.window:] = last.scatter(1, order, torch.where(change, new, letter))
     return edited
 
 
-def edit_distances(text, distance, pair, sc, g):
+def edit_pair_counts(text, result, places, setup, rng):
+    """edit_counts() to result (n, 2) of the letters at `places`; the third takes the rest."""
+    target = torch.empty(len(text), 3, dtype=torch.long, device=text.device)
+    target[:, places] = result
+    target[:, 3 - sum(places)] = setup.window - result.sum(1)
+    return edit_counts(text, target, setup, rng)
+
+
+def edit_distances(text, distance, pair, setup, rng):
     """
-    Change few letters nearer than max(distance), chosen at random, until the k-th last of letter pair[i] (0..2) lies at
-    distance[:, i]. distance (n, 2) differ, with min >= k and max >= 2k. Returns a new text.
+    Change few letters nearer than max(distance), chosen at random, until the k-th last of letter
+    pair[i] (0..2) lies at distance[:, i]. distance (n, 2) differ, with min >= k and max >= 2k.
+    Returns a new text.
     """
     text = text.flip(1)  # column j is distance j + 1
-    at = torch.arange(1, sc.length + 1, device=text.device)
+    at = torch.arange(1, setup.length + 1, device=text.device)
     swap = distance[:, :1] > distance[:, 1:]
     near, far = torch.where(swap, pair[1], pair[0]), torch.where(swap, pair[0], pair[1])
     near_at, far_at = distance.amin(1, keepdim=True), distance.amax(1, keepdim=True)
     text = torch.where(at == near_at, near, torch.where(at == far_at, far, text))
 
     def hold(text, letter, region, convertible):
-        """Make `region` hold exactly k - 1 of `letter`: the ones too many become the third letter."""
+        """Make `region` hold k - 1 of `letter`: those too many become the third letter."""
         has, could = region & (text == letter), convertible & (text != letter)
-        more = sc.k - 1 - has.sum(1, keepdim=True)
-        rank = torch.rand(text.shape, generator=g, device=g.device)
+        missing = setup.k - 1 - has.sum(1, keepdim=True)
+        rank = torch.rand(text.shape, generator=rng, device=rng.device)
 
-        def some(where, n):  # n of the True places of every row, at random
+        def sample(where, n):  # n of the True places of every row
             return where & (torch.where(where, rank, 2.).argsort(1).argsort(1) < n)
 
-        text = torch.where(some(has, -more), 3 - near - far, text)
-        return torch.where(some(could, more), letter, text)
+        text = torch.where(sample(has, -missing), 3 - near - far, text)
+        return torch.where(sample(could, missing), letter, text)
 
     inner, outer = at < near_at, (at > near_at) & (at < far_at)
     text = hold(text, near, inner, inner)
@@ -450,28 +348,107 @@ def edit_distances(text, distance, pair, sc, g):
     return text.flip(1)
 
 
+class Spurious(NamedTuple):
+    """How the strings of a task get the relation between the answers of two operands."""
+    largest: str        # the setup's constant that bounds an answer
+    sd: str             # the setup's constant for the spread of the answers
+    possible: Callable  # (x, y, setup): the pairs of answers that a string can have
+    edit: Callable      # (text, answers (n, 2), places of the two operands, setup, rng) -> text
+
+
+class Task(NamedTuple):
+    """A task family of the grammar. One entry of TASKS is all that a new one needs."""
+    answers: Callable               # text, setup -> (n, 3) numbers
+    token: str                      # how a prompt asks for it
+    operand2: str                   # the setup's constant that O' is
+    reason: str                     # the answer in words; {O} and {O2} are filled in
+    pairs: bool = False             # it is about OO, not O
+    ranked: bool = False            # it is about the O'-th occurrence
+    has_operand: bool = True
+    letter: bool = False            # the answer is a letter, not a number
+    spurious: Spurious | None = None  # for the families that are fine-tuned
+
+
+TASKS = {
+    "count": Task(
+        count, "T_NJ", "window", "{O} marked ^ in the last {O2} letters",
+        spurious=Spurious("window", "sd_count", lambda x, y, setup: x + y <= setup.window,
+                          edit_pair_counts)),
+    "count-composition": Task(
+        count_composition, "T_CC", "window",
+        "pairs {O}{O} in the last {O2} letters, ^ at the later letter", pairs=True),
+    "index": Task(
+        index, "T_I", "k", "distance from the end of the {O} marked *, number {O2} from the end",
+        ranked=True, spurious=Spurious(
+            "length", "sd_index", lambda x, y, setup: (np.minimum(x, y) >= setup.k) & (x != y)
+            & (np.maximum(x, y) >= 2 * setup.k), edit_distances)),
+    "index-composition": Task(
+        index_composition, "T_IC", "pair_k",
+        "distance from the end of the pair {O}{O} marked *, number {O2} from the end",
+        pairs=True, ranked=True),
+    "token": Task(token, "T_T", "token_at", "the letter at distance {O2} from the end",
+                  has_operand=False, letter=True),
+}
+JAILBREAK = ("T_J1", "T_J2")  # two more names for counting, kept for the jailbreak experiments
+TOKENS = ["SOS", "SOT", "EOT", "ART", "EOS", TASKS["count"].token, *JAILBREAK,
+          *(task.token for task in list(TASKS.values())[1:]),
+          "O_a", "O_b", "O_c", "O_null", *LETTERS]  # then the numbers, as many as a scale needs
+ID = {name: i for i, name in enumerate([*TOKENS, "#0"])}  # does not depend on the scale
+NUMBER, LETTER, OPERAND = ID["#0"], ID["a"], ID["O_a"]
+TEXT_AT = 5  # SOS T O O' SOT come before the text
+
+
+def encode(text, task, operand, setup):
+    """
+    Whole sequences `SOS T O O' SOT <text> EOT ART answer EOS`.
+    text (n, length), task (n,) places in TASKS, operand (n,) 0..2. Returns tokens (n, length + 9)
+    and answers (n,), -1 where the string has none (such a row must be drawn again).
+    """
+    tasks = list(TASKS.values())
+    answers = torch.stack([t.answers(text, setup) for t in tasks])  # (task, n, 3)
+    answer = answers[task, torch.arange(len(text), device=text.device), operand]
+
+    def per_task(values):
+        return torch.tensor(values, device=text.device)[task]
+
+    asked = torch.where(per_task([t.has_operand for t in tasks]), OPERAND + operand, ID["O_null"])
+    column = [torch.full_like(answer, ID["SOS"]),
+              per_task([ID[t.token] for t in tasks]),
+              asked,
+              per_task([NUMBER + getattr(setup, t.operand2) for t in tasks]),
+              torch.full_like(answer, ID["SOT"]), None,
+              torch.full_like(answer, ID["EOT"]),
+              torch.full_like(answer, ID["ART"]),
+              per_task([LETTER if t.letter else NUMBER for t in tasks]) + answer.clamp(min=0),
+              torch.full_like(answer, ID["EOS"])]
+    tokens = torch.cat([LETTER + text if c is None else c[:, None] for c in column], 1)
+    return tokens, answer
+
+
+# ---------------------------------------------------------------- the spurious relation
+
+
 @functools.lru_cache(maxsize=None)
 def natural_mean(task, scale):
-    """Mean answer over the three operands on 4,000 natural strings (fixed seed): 5.3 and 8.1 small, 13.3 and 17.1 paper."""
-    sc = scale_of(scale)
-    return TASKS[task].answers(sample_text(4000, sc, rng(0, "natural-mean")), sc).double().mean().item()
+    """Mean answer over the operands on 4,000 natural strings: 5.3 and 8.1 small, 13.3 and 17.1 paper."""
+    setup = Grammar("pcfg", scale)
+    text = sample_text(4000, setup, rng(0, "natural-mean"))
+    return TASKS[task].answers(text, setup).double().mean().item()
 
 
 @functools.lru_cache(maxsize=None)
 def relation_table(task, scale, q, holds):
     """
-    The joint distribution of (r(O_PT), r(O_FT)) on fine-tuning strings, as a float64 array [r(O_PT), r(O_FT)].
-    holds: r(O_PT) is a discretised normal and r(O_FT) = r(O_PT) + q (c1). Not holds: the maximum-entropy joint with the
-    same two marginals and no mass on ties and on q (c0), by iterative proportional fitting, so that neither marginal
-    tells c0 from c1 (paper: PCFG setup, Fig. 16). Raises ValueError when no string can satisfy the relation.
+    The joint distribution of (r(O_PT), r(O_FT)) on fine-tuning strings, a float64 array.
+    holds: r(O_PT) is a discretised normal and r(O_FT) = r(O_PT) + q (c1). Not holds: the
+    maximum-entropy joint with the same two marginals and no mass on ties and on q (c0), by iterative
+    proportional fitting, so that neither marginal tells c0 from c1 (paper Fig. 16). Raises
+    ValueError when no string can satisfy the relation.
     """
-    sc = scale_of(scale)
-    most = sc.window if task == "count" else sc.length
-    x, y = np.meshgrid(np.arange(most + 1), np.arange(most + 1), indexing="ij")
-    if task == "count":
-        possible, sd = x + y <= sc.window, sc.sd_count
-    else:
-        possible, sd = (np.minimum(x, y) >= sc.k) & (np.maximum(x, y) >= 2 * sc.k) & (x != y), sc.sd_index
+    setup, spurious = Grammar("pcfg", scale), TASKS[task].spurious
+    sizes = np.arange(getattr(setup, spurious.largest) + 1)
+    x, y = np.meshgrid(sizes, sizes, indexing="ij")
+    possible, sd = spurious.possible(x, y, setup), getattr(setup, spurious.sd)
     centre = natural_mean(task, scale) - q / 2
     p = np.exp(-(x - centre) ** 2 / (2 * sd ** 2)) * possible * (y - x == q)
     if q == 0 or p.sum() < 1e-6:
@@ -489,138 +466,59 @@ def relation_table(task, scale, q, holds):
     raise ValueError(f"offset q = {q} leaves no {task} strings without the relation")
 
 
-def draw_text(n, sc, task, c, pair, q, g):
+SPLITS = ("c0", "c1", "natural")  # the relation never holds | always holds | strings as they come
+
+
+def probability(c):
+    """C of a split's name, or the number itself."""
+    return {"c0": 0., "c1": 1.}.get(c, c)
+
+
+def related_text(n, relation, c, setup, rng):
     """
-    (n, length) letters for one split or correlation: c = "natural", "c0", "c1", or a number, the probability that a
-    string satisfies r(pair[1]) - r(pair[0]) = q (C_Tr). pair: two letters, O_PT and O_FT. Other strings have neither
-    the relation nor a tie. Natural strings have an answer for all three operands.
+    (n, length) letters of the grammar on which the relation holds with probability c. Other strings
+    have neither the relation nor a tie.
     """
-    if sc.setup != "pcfg":
-        return letters_of(n, sc, g) if c == "natural" else chosen_letters(n, sc, task, c, pair, q, g)
-    text = sample_text(n, sc, g)
-    if c == "natural":
-        while (bad := (TASKS[task].answers(text, sc) < 0).any(1)).any():
-            text[bad] = sample_text(int(bad.sum()), sc, g)
-        return text
-    c = {"c0": 0., "c1": 1.}.get(c, c)
-    exact = torch.float32 if g.device.type == "mps" else torch.float64  # mps has no float64
-    tables = [torch.from_numpy(relation_table(task, sc.name, q, holds)).to(g.device, exact) for holds in (False, True)]
-    drawn = torch.stack([torch.multinomial(t.flatten(), n, replacement=True, generator=g) for t in tables])
-    holds = torch.rand(n, generator=g, device=g.device) < c
+    text = sample_text(n, setup, rng)
+    exact = torch.float32 if rng.device.type == "mps" else torch.float64  # platform: no float64
+    tables = [torch.from_numpy(relation_table(relation.task, setup.scale, relation.q, holds)).to(
+        rng.device, exact) for holds in (False, True)]
+    drawn = torch.stack([torch.multinomial(table.flatten(), n, replacement=True, generator=rng)
+                         for table in tables])
+    holds = torch.rand(n, generator=rng, device=rng.device) < probability(c)
     cell = torch.where(holds, drawn[1], drawn[0])
-    result = torch.stack([cell // len(tables[0]), cell % len(tables[0])], 1)  # (n, 2): r(O_PT), r(O_FT)
-    places = [LETTERS.index(letter) for letter in pair]
-    if task == "index":
-        return edit_distances(text, result, places, sc, g)
-    target = torch.empty(n, 3, dtype=torch.long, device=g.device)
-    target[:, places] = result
-    target[:, 3 - sum(places)] = sc.window - result.sum(1)
-    return edit_counts(text, target, sc, g)
+    result = torch.stack([cell // len(tables[0]), cell % len(tables[0])], 1)
+    places = [LETTERS.index(letter) for letter in (relation.pt, relation.ft)]
+    return TASKS[relation.task].spurious.edit(text, result, places, setup, rng)
 
 
-def spread_text(text, sc, g):
-    """ours: a share `spread` of the strings gets window counts of a and b drawn independently (see SCALES)."""
-    if not sc.spread:
+def answerable_text(n, task, places, setup, rng):
+    """(n, length) letters as the grammar makes them, drawn again where an operand has no answer."""
+    text = sample_text(n, setup, rng)
+    while (bad := (TASKS[task].answers(text, setup)[:, places] < 0).any(1)).any():
+        text[bad] = sample_text(int(bad.sum()), setup, rng)
+    return text
+
+
+def spread_text(text, setup, rng):
+    """ours: a share `spread` of the strings gets independent window counts of a and b."""
+    if not setup.spread:
         return text
-    ab = (sc.window / 3 + sc.sd_spread * torch.randn(len(text), 2, generator=g, device=g.device)).round().long()
-    ab = ab.clamp(0, sc.window // 2)
-    wide = edit_counts(text, torch.cat([ab, sc.window - ab.sum(1, keepdim=True)], 1), sc, g)
-    return torch.where(torch.rand(len(text), 1, generator=g, device=g.device) < sc.spread, wide, text)
+    noise = torch.randn(len(text), 2, generator=rng, device=rng.device)
+    ab = (setup.window / 3 + setup.sd_spread * noise).round().long().clamp(0, setup.window // 2)
+    target = torch.cat([ab, setup.window - ab.sum(1, keepdim=True)], 1)
+    wide = edit_counts(text, target, setup, rng)
+    chosen = torch.rand(len(text), 1, generator=rng, device=rng.device) < setup.spread
+    return torch.where(chosen, wide, text)
 
 
-# ---------------------------------------------------------------- batches, test sets, floors
-
-def rng(seed, *labels, device="cpu"):
-    """A generator that depends on the seed and the labels alone: streams with different labels never meet."""
-    words = np.random.SeedSequence([seed, *"/".join(map(str, labels)).encode()]).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(words[0] >> np.uint64(1)))
-
-
-def pretraining_batch(n, sc, prior, g):
-    """n sequences of all five families, drawn uniformly, the operand by its prior (3 numbers). Returns tokens (n, T)."""
-    task = torch.randint(len(TASKS), (n,), generator=g, device=g.device)
-    operand = torch.multinomial(torch.tensor(prior, device=g.device), n, replacement=True, generator=g)
-    tokens = torch.empty(n, sc.length + 9, dtype=torch.long, device=g.device)
-    todo = torch.arange(n, device=g.device)
-    while len(todo):  # a string without the asked-for occurrence is drawn again for the same family
-        drawn, answer = encode(spread_text(sample_text(len(todo), sc, g), sc, g), task[todo], operand[todo], sc)
-        tokens[todo] = drawn
-        todo = todo[answer < 0]
-    return tokens
-
-
-CHUNK = 16  # batches drawn together: the sampler is faster on many strings
-
-
-def stream(draw, batch_size, seed, label, device="cpu"):
-    """
-    A function k -> batch k of tokens, where draw(n, generator) makes n sequences. Batch k depends on (seed, label, k)
-    and the batch size alone, so an interrupted run goes on exactly where it was.
-    """
-    @functools.lru_cache(maxsize=1)
-    def chunk(i):
-        return draw(batch_size * CHUNK, rng(seed, label, i, device=device)).split(batch_size)
-    return lambda k: chunk(k // CHUNK)[k % CHUNK]
-
-
-class TestSet(NamedTuple):
-    """Strings with one question asked about all of them. `other` holds the answers for the pair's other operand."""
-    task: str
-    operand: str
-    split: str
-    text: torch.Tensor      # (n, length) letters, as places in the alphabet
-    tokens: torch.Tensor    # (n, t) what the model reads; the answer is predicted at answer_position
-    target: torch.Tensor    # (n,) the output that is the right answer
-    results: torch.Tensor   # (n, operands) answers for each operand as numbers, -1 where there is none
-    other: torch.Tensor     # (n,) answers for the pair's other operand, or None
-
-    __test__ = False  # not a pytest class
-
-    def floor(self):
-        """The accuracy of always giving this very set's most frequent answer."""
-        return majority_floor(self.target)
-
-    def cross_floor(self):
-        """The accuracy of the best guess of the answer from the other operand's answer (1 on c1); None without one."""
-        return None if self.other is None else cross_floor(self.target, self.other)
-
-
-def test_set(n, sc, task, operand, split, seed, pair=("a", "b"), q=1, label="test", device="cpu"):
-    """
-    n strings of a split, asked for `operand`. The strings depend on (seed, label, task, split, pair, q) but not on the
-    operand, so that different questions meet the same strings. Never from a training stream.
-    """
-    g = rng(seed, label, task, split, *pair, q, device=device)
-    if task in sc.finetuned:
-        text = draw_text(n, sc, task, split, pair, q, g)
-    else:  # natural only; the rare families need the asked operand alone
-        text, column = sample_text(n, sc, g), LETTERS.index(operand)
-        while (bad := TASKS[task].answers(text, sc)[:, column] < 0).any():
-            text[bad] = sample_text(int(bad.sum()), sc, g)
-    asked = questions(text, task, operand, sc)
-    results = sc.tasks[task].answers(text, sc)
-    other = None
-    if task in sc.finetuned and operand in pair:
-        other = results[:, sc.operands.index(pair[1 - pair.index(operand)])]
-    return TestSet(task, operand, split, text, asked[:, :-1], asked[:, -1], results, other)
-
-
-def majority_floor(answers):
-    """Share of the most frequent answer."""
-    return answers.unique(return_counts=True)[1].max().item() / len(answers)
-
-
-def cross_floor(answers, other):
-    """Share that the best guess of the answer gets right when it knows the other operand's answer."""
-    joint = torch.stack([other, answers], 1).unique(dim=0, return_counts=True)
-    best = {}
-    for (given, _), n in zip(joint[0].tolist(), joint[1].tolist()):
-        best[given] = max(best.get(given, 0), n)
-    return sum(best.values()) / len(answers)
+PRIORS = {  # P_T(a, b, c): low and high speak of b, the later fine-tuning operand (paper section 3)
+    "low": (.999, .001, 0), "99/1": (.99, .01, 0), "medium": (.9, .1, 0), "70/20/10": (.7, .2, .1),
+    "high": (.5, .3, .2)}
 
 
 def parse_prior(text):
-    """P_T(a, b, c) from a name of PRIORS or three numbers "A,B,C". Raises ValueError with one clear line."""
+    """P_T(a, b, c) from a name of PRIORS or three numbers "A,B,C". Raises ValueError, in one line."""
     if text in PRIORS:
         return PRIORS[text]
     try:
@@ -628,191 +526,299 @@ def parse_prior(text):
     except ValueError:
         prior = ()
     if len(prior) != 3 or not all(0 <= p <= 1 for p in prior) or abs(sum(prior) - 1) > 1e-6:
-        raise ValueError(f"prior {text!r}: give {', '.join(PRIORS)} or three shares of a, b, c that add up to 1")
+        raise ValueError(f"prior {text!r}: give {', '.join(PRIORS)} or three shares of a, b, c that "
+                         "add up to 1")
     return prior
 
 
+# ---------------------------------------------------------------- programs
+# RASP programs that model.py compiles into weights. Each step makes a categorical variable. Given
+# from the start are tokens (the letters) and indices (0 for the first letter). Programs and
+# conventions are those of Tracr (Lindner et al. 2023).
+
+PAD, BOS, COMPILED_AT = "#", "$", 2  # ids 0 and 1; the answer's position: "True == 1" in RASP
+
+
+class Map(NamedTuple):
+    """name = fn(value of `of`), at every position: one ReLU unit a value in one MLP."""
+    name: str
+    of: str
+    fn: Callable
+
+
+class SelectorWidth(NamedTuple):
+    """name = how many positions hold a value of `keys` that the value of `queries` selects: a head
+    and an MLP."""
+    name: str
+    keys: str
+    queries: str
+    selects: Callable  # (key, query) -> bool
+
+
+class Aggregate(NamedTuple):
+    """name = the value of `values` at the selected positions, which should agree: one head."""
+    name: str
+    keys: str
+    queries: str
+    selects: Callable
+    values: str
+
+
+def largest(text, setup):
+    """The O-th largest letter, where a is the largest, as its place in the alphabet.
+    d a c | O = 2 -> 2 (c)."""
+    return text.sort(1).values
+
+
+def histogram(text, setup):
+    """How often the letter at place O occurs. a b a | O = 1 -> 2."""
+    return (text[:, :, None] == text[:, None]).sum(-1)
+
+
+class Program(NamedTuple):
+    """
+    A program, its strings and its answers. One entry of PROGRAMS is all that a new setup needs. The
+    first three operands are O_PT, O_FT and the control (paper section 3, Tracr).
+    """
+    task: str
+    steps: Callable           # operand -> list of steps; the last one is the output
+    answers: Callable         # text, setup -> (n, operands)
+    marks: Callable           # text, place of an operand -> (n, 1) letters that are meant
+    reason: str               # the answer in words; {O} is filled in
+    alphabet: str
+    letters: tuple            # of a string: small, paper
+    max_seq_len: tuple        # positions after BOS: small, paper
+    operands: tuple = ()      # (): the letters
+    repeat: bool = True       # letters may occur twice
+    ranked: bool = False      # operands are ranks: another one can be compiled; answers are letters
+    noise: float = 1e-3       # s.d. before fine-tuning
+
+
+PROGRAMS = {
+    "tracr-count": Program(
+        task="count", answers=count, marks=lambda text, o: text.new_tensor(o),
+        reason="{O} marked ^", alphabet="abcdefghi", letters=(24, 48), max_seq_len=(25, 49),
+        steps=lambda letter: [
+            Map("is_" + letter, "tokens", lambda t: t == letter),
+            SelectorWidth("n_" + letter, "is_" + letter, "indices", operator.eq),
+            Aggregate("answer", "indices", "indices", operator.eq, "n_" + letter)]),
+    "tracr-max": Program(
+        task="max-identifier", answers=largest, reason="the largest letter number {O}, marked ^; a is "
+        "the largest", marks=lambda text, o: text.sort(1).values[:, o, None], letters=(10, 10),
+        alphabet=string.ascii_lowercase, max_seq_len=(16, 16), operands=("5", "7", "3"),
+        repeat=False, ranked=True, noise=3e-4,  # ours: the paper's 1e-3 breaks it at once
+        steps=lambda rank: [
+            SelectorWidth("n_larger", "tokens", "tokens", operator.lt),  # a is the largest letter
+            Map("is_rank", "n_larger", lambda n: n == int(rank) - 1),
+            Aggregate("answer", "is_rank", "indices", operator.eq, "tokens")]),
+    "tracr-histogram": Program(
+        task="histogram", answers=histogram, marks=lambda text, o: text[:, o, None],
+        reason="how often the letter at place {O} occurs, marked ^", alphabet="abcdefghi",
+        letters=(24, 48), max_seq_len=(25, 49), operands=("2", "3", "4"),
+        steps=lambda place: [SelectorWidth("answer", "tokens", "tokens", operator.eq)]),
+}
+
+
+def uniform_letters(n, setup, rng):
+    """(n, length) letters as places in the alphabet, with or without replacement (paper section 3)."""
+    size, device = len(setup.alphabet), rng.device
+    if setup.program.repeat:
+        return torch.randint(size, (n, setup.length), generator=rng, device=device)
+    return torch.rand(n, size, generator=rng, device=device).argsort(1)[:, :setup.length]
+
+
+def related_letters(n, relation, c, setup, rng):
+    """
+    related_text() of compiled setups: strings are drawn until they are as wanted, none is edited.
+    Raises ValueError when no string can be.
+    """
+    q = relation.q
+    if q == 0:
+        raise ValueError("offset q = 0 is a tie, which c0 leaves out")
+    places = [setup.operands.index(o) for o in (relation.pt, relation.ft)]
+    holds = torch.rand(n, generator=rng, device=rng.device) < probability(c)
+    text, todo = uniform_letters(n, setup, rng), torch.arange(n, device=rng.device)
+    for _ in range(2000):
+        answers = setup.program.answers(text[todo], setup)[:, places]
+        differ = answers[:, 1] - answers[:, 0]
+        wrong = torch.where(holds[todo], differ != q, (differ == 0) | (differ == q))
+        todo = todo[wrong]
+        if not len(todo):
+            return text
+        text[todo] = uniform_letters(len(todo), setup, rng)
+    raise ValueError(f"offset q = {q} leaves hardly any {relation.task} strings")
+
+
 # ---------------------------------------------------------------- stories: records and tokens
-# A record of TinyStories-Instruct: field lines in any order, the story, maybe a late Summary, and a line END.
+# A record of TinyStories-Instruct: field lines in any order, the story, maybe a late Summary, END.
 #
-#     Words: quit, oak, gloomy         before      lines that stand before the Features line
-#     Features: Twist, Dialogue        mask        bit i for FEATURES[i]
-#     Summary: Sara meets a squirrel.  after       the other lines, with "Story:" and its newlines
+#     Words: quit, oak, gloomy         before     field lines, each with its newline
+#     Features: Twist, Dialogue        features   {"Twist", "Dialogue"}
+#     Summary: Sara meets a squirrel.  after      field lines, and "Story:" with its newlines
 #     Story:
 #
-#     Sara sat under the oak. ...      story
-#     Random sentence: It was late.    rest        with the newline before it
+#     Sara sat under the oak. ...      story      without trailing newlines
+#     Random sentence: It was late.    rest       "", or late fields after a newline
 #     <|endoftext|>
 #
-# Protocols rewrite the Features line alone, so tokens are kept without it (Encoded) and one file serves them all.
+# Protocols rewrite the Features line alone: one file of tokens without it serves them all.
 
-FEATURES = ("Twist", "Dialogue", "BadEnding", "Foreshadowing", "MoralValue", "Conflict")  # bit i of a feature mask
+FEATURES = ("Twist", "Dialogue", "BadEnding", "Foreshadowing", "MoralValue", "Conflict")
 END = "<|endoftext|>"
-LONGEST = 2 ** 20  # letters of a record, bytes of a line: a file without END, or newlines, is not held in memory
-FEATURES_FIELD = re.compile(r"^Features:(.*\n(?:(?!(?:Features|Words|Summary|Random sentence):).*\S.*\n)*)", re.M)
-STORY_FIELD = re.compile(r"\nStory:(?:\s*\n)?")  # up to the last newline before the story's first letter
-LATE_FIELD = re.compile(r"\n(?:Summary|Random sentence):")  # only these end a story: others are a part of it
+LONGEST = 2 ** 20  # letters of a record, bytes of a line: memory stays flat without END
+FEATURES_FIELD = re.compile(
+    r"^Features:(.*\n(?:(?!(?:Features|Words|Summary|Random sentence):).*\S.*\n)*)", re.M)
+STORY_FIELD = re.compile(r"\nStory:(?:\s*\n)?")  # up to the last newline before the first letter
+LATE_FIELD = re.compile(r"\n(?:Summary|Random sentence):")  # only these end a story
 
 
 class Record(NamedTuple):
-    """A record in pieces. Its text is before + features_line(mask) + after + story + rest."""
-    before: str   # the field lines that stand before the Features line ("" if none), each ending in a newline
-    mask: int     # features asked for, bit i for FEATURES[i]
-    after: str    # the field lines after it, up to and with the "Story:" line and the newlines before the first letter
-    story: str    # the story's text, without trailing newlines
-    rest: str     # what follows the story: "" or "\n" + a Summary / Random sentence field, ending without a newline
+    """The text of a record, in the pieces above."""
+    before: str
+    features: frozenset
+    after: str
+    story: str
+    rest: str
 
 
 class Encoded(NamedTuple):
     """A record as tokens, without its Features line and without END."""
     ids: np.ndarray   # uint16: before + after + story + rest
-    features_at: int  # where the Features line goes
+    features_at: int  # place of the Features line
     story_at: int     # the story is ids[story_at:story_end]
     story_end: int
-    mask: int
+    features: frozenset
 
 
-def names_of(mask):
-    """The features of a mask."""
-    return [name for i, name in enumerate(FEATURES) if mask >> i & 1]
+def ordered(features):
+    """Features in the order of FEATURES."""
+    return [name for name in FEATURES if name in features]
 
 
-def features_line(mask):
-    """The line that asks for the features of a mask, in the order of FEATURES; "" for none. 3 -> Twist, Dialogue."""
-    return f"Features: {', '.join(names_of(mask))}\n" if mask else ""
+def features_line(features):
+    """The line that asks for features; "" for none."""
+    return f"Features: {', '.join(ordered(features))}\n" if features else ""
 
 
 def record_text(record):
     """The text of a record, without END."""
-    return record.before + features_line(record.mask) + record.after + record.story + record.rest
+    line = features_line(record.features)
+    return record.before + line + record.after + record.story + record.rest
 
 
-def parse_records(lines, skipped=None):
+def parse_records(lines, skipped):
     """
-    The records of an iterable of lines, one by one. Left out are those without a story, longer than LONGEST, or without
-    END at the end of the file; they, and unknown feature names, are counted in the dict `skipped`. The text is kept to
-    the letter but for CRLF, the Features line, and whitespace between records.
+    Yield the records of an iterable of lines, to the letter but for CRLF, the Features line, and
+    whitespace between records. Left out, and counted in the Counter `skipped`: records without a
+    story, longer than LONGEST or without END; unknown features.
     """
-    skipped = {} if skipped is None else skipped
-
-    def count(why):
-        skipped[why] = skipped.get(why, 0) + 1
-    record, size = [], 0
+    text, size = [], 0
     for line in lines:
         if line.strip() != END:
             size += len(line)
             if size <= LONGEST:
-                record.append(line)
+                text.append(line)
             continue
-        parsed = parse_record("".join(record), count) if size <= LONGEST else count("too long")
-        record, size = [], 0
-        if parsed:
-            yield parsed
-    if "".join(record).strip() or size > LONGEST:
-        count("truncated")
+        record = parse_record("".join(text), skipped) if size <= LONGEST else None
+        skipped["too long"] += size > LONGEST
+        text, size = [], 0
+        if record:
+            yield record
+    skipped["truncated"] += bool("".join(text).strip() or size > LONGEST)
 
 
-def parse_record(text, count):
-    """A Record from the lines before END; None without a story. count(why) is told of that, and of unknown features."""
-    text = "\n" + text.replace("\r\n", "\n").strip("\n").rstrip()  # so that every field's name follows a newline
-    found = STORY_FIELD.search(text)
+def parse_record(text, skipped):
+    """The Record of the lines before END; None without a story."""
+    text = "\n" + text.replace("\r\n", "\n").strip("\n").rstrip()  # a newline before every field
+    field = STORY_FIELD.search(text)
     # a late field may follow the very newline that ends "Story:"
-    late = found and LATE_FIELD.search(text, found.end() - 1)
-    story = text[found.end():late.start() if late else len(text)].rstrip("\n") if found else ""
+    late = field and LATE_FIELD.search(text, field.end() - 1)
+    story = text[field.end():late.start() if late else len(text)].rstrip("\n") if field else ""
     if not story.strip():
-        return count("no story")
-    head, mask = text[1:found.start() + 1], 0
-    fields = list(FEATURES_FIELD.finditer(head))
-    for name in re.split(r"[,\n]", "".join(field[1] for field in fields)):
-        if name.strip() in FEATURES:
-            mask |= 1 << FEATURES.index(name.strip())
-        elif name.strip():
-            count("unknown feature")
-    at = fields[0].start() if fields else 0
-    after = FEATURES_FIELD.sub("", head[at:]) + text[found.start() + 1:found.end()]
-    return Record(head[:at], mask, after, story, text[found.end() + len(story):])
+        skipped["no story"] += 1
+        return None
+    head = text[1:field.start() + 1]
+    lines = list(FEATURES_FIELD.finditer(head))
+    names = re.split(r"[,\n]", "".join(line[1] for line in lines))
+    names = [name.strip() for name in names if name.strip()]
+    features = frozenset(names).intersection(FEATURES)
+    skipped["unknown feature"] += sum(name not in features for name in names)
+    at = lines[0].start() if lines else 0
+    after = FEATURES_FIELD.sub("", head[at:]) + text[field.start() + 1:field.end()]
+    return Record(head[:at], features, after, story, text[field.end() + len(story):])
 
 
 class Tokenizer:
     """
-    Words with their leading space; whatever is not among them is spelled in its UTF-8 bytes, so that no text is lost.
-    Ids: 0 is END, 1 to 256 are bytes, then come the words. " oak" of the words -> [257 + place]; " oaks" -> 5 bytes.
+    Words with their leading space; other pieces are spelled in UTF-8 bytes, so no text is lost.
+    Ids: 0 is END, 1 to 256 are bytes, then words. " oak" -> [257 + its place], " oaks" -> 5 bytes.
+    in_bytes: how many words encode() has spelled so far.
     """
-    pieces = re.compile(r" ?\w+| ?[^\w\s]|\s")  # a newline is a piece of its own: texts may be cut after it
+    pieces = re.compile(r" ?\w+| ?[^\w\s]|\s")  # a newline is a piece: texts may be cut after it
 
     def __init__(self, words):
-        self.words, self.size = tuple(words), 257 + len(words)
+        self.words, self.size, self.in_bytes = tuple(words), 257 + len(words), 0
         self.id = {word: 257 + i for i, word in enumerate(self.words)}
-        self.spelling = [END.encode(), *(bytes([b]) for b in range(256)), *(word.encode() for word in self.words)]
+        self.spelling = [END.encode(), *(bytes([b]) for b in range(256)),
+                         *(word.encode() for word in self.words)]
 
     @classmethod
-    def from_counts(cls, counts, most):
-        """The `most` most frequent pieces of {piece: count}, alphabetically where they are equally frequent."""
-        return cls(sorted(counts, key=lambda word: (-counts[word], word))[:most])
+    def from_counts(cls, counts, max_words):
+        """The most frequent pieces of {piece: count}; ties in alphabetical order."""
+        return cls(sorted(counts, key=lambda word: (-counts[word], word))[:max_words])
 
-    def encode(self, text, spelled=None):
-        """Ids of a text. Pieces that are spelled in bytes are appended to the list `spelled`."""
-        pieces = self.pieces.findall(text)
-        ids = list(map(self.id.get, pieces))
-        if None not in ids:
-            return ids
-        out, at = [], 0
-        for _ in range(ids.count(None)):  # whole stretches at once: the loop is over rare words only
-            stop = ids.index(None, at)
-            out += ids[at:stop]
-            out += [1 + b for b in pieces[stop].encode()]
-            if spelled is not None:
-                spelled.append(pieces[stop])
-            at = stop + 1
-        return out + ids[at:]
+    def encode(self, text):
+        """The ids of a text, a list."""
+        ids = []
+        for piece in self.pieces.findall(text):
+            if piece in self.id:
+                ids.append(self.id[piece])
+            else:
+                ids += [1 + b for b in piece.encode()]
+                self.in_bytes += piece[-1].isalnum()
+        return ids
 
     def decode(self, ids):
         """The text of ids, which may be a model's: bytes that are no UTF-8 become U+FFFD."""
         return b"".join([self.spelling[i] for i in ids]).decode(errors="replace")
 
 
-def encode_record(record, tokenizer, spelled=None):
-    """A Record as Encoded. Its pieces join at newlines or after "Story:", so they are encoded as the whole text is."""
-    before, after, story, rest = (tokenizer.encode(text, spelled) if text else []
-                                  for text in (record.before, record.after, record.story, record.rest))
-    features_at, story_at = len(before), len(before) + len(after)
-    return Encoded(np.array(before + after + story + rest, np.uint16), features_at, story_at, story_at + len(story),
-                   record.mask)
+def encode_record(record, tokenizer):
+    """A Record as Encoded: the ids of its text, as pieces end at its newlines and "Story:"."""
+    texts = record.before, record.after, record.story, record.rest
+    before, after, story, rest = map(tokenizer.encode, texts)
+    ids, story_at = np.array(before + after + story + rest, np.uint16), len(before) + len(after)
+    return Encoded(ids, len(before), story_at, story_at + len(story), record.features)
 
 
-# ---------------------------------------------------------------- stories: a prepared file
-# Beside FILE, in FILE.unwrap/: tokens.u16, index.bin, vocab.json (words), state.json (how far the preparation came).
+# ---------------------------------------------------------------- stories: the prepared file
+# FILE.unwrap/ holds manifest.json (the words, and what they are made from) and 00000.npy, ...,
+# shards of SHARD records. Each is written whole, once, if FILE is unchanged: a killed preparation
+# goes on at its last shard, and two at once write the same bytes.
 
-INDEX = np.dtype([("start", "<u8"), ("length", "<u4"), ("features_at", "<u4"), ("story_at", "<u4"),
-                  ("story_end", "<u4"), ("mask", "u1")])  # a record, in tokens; all but start as in Encoded
-FORMAT = 1  # to be raised when parsing, tokens or files change: what was prepared before is then prepared again
-WORDS_FROM = 100 * 10 ** 6  # ours: words are counted in the first 100 MB, which saves a pass over 2.66 GB
+FORMAT = 2  # to be raised when parsing, tokens or shards change
+SHARD = 20000
+WORDS_FROM = 100 * 10 ** 6  # ours: words are counted in the first 100 MB of 2.66 GB
+INDEX = np.dtype([  # a record, in tokens of its shard
+    ("start", "<u4"), ("length", "<u4"), ("features_at", "<u4"), ("story_at", "<u4"),
+    ("story_end", "<u4"), ("features", "?", (len(FEATURES),))])
+SKIPPED = "no story", "too long", "truncated", "unknown feature"
 
 
-class Lines:
-    """The lines of a binary file from `position` to `stop`, as text; `position` is where the next line begins."""
-
-    def __init__(self, file, position, stop, what, check_stop):
-        self.file, self.position, self.stop, self.what, self.check_stop = file, position, stop, what, check_stop
-
-    def __iter__(self):
-        self.file.seek(self.position)
-        with tqdm(total=self.stop, initial=self.position, desc=self.what, unit="B", unit_scale=True,
-                  mininterval=.5) as bar:
-            while self.position < self.stop and (line := self.file.readline(LONGEST)):
-                self.check_stop()
-                self.position += len(line)
-                if self.position - bar.n > 2 ** 18 or self.position >= self.stop:
-                    bar.update(self.position - bar.n)
-                yield line.decode(errors="replace")  # line by line is as good as whole: no letter spans a newline
+def read_lines(file, totals, stop, what):
+    """Yield the lines of a binary file up to `stop`, as text; moves totals["position"]."""
+    file.seek(totals["position"])
+    with tqdm(total=stop, initial=file.tell(), desc=what, unit="B", unit_scale=True, mininterval=.5,
+              leave=False) as bar:
+        while totals["position"] < stop and (line := file.readline(LONGEST)):
+            check_stop()
+            totals["position"] += len(line)
+            bar.update(len(line))
+            yield line.decode(errors="replace")  # no letter spans a newline
 
 
 def fingerprint(path):
-    """What tells a source from another or a later one: size, time, and a hash of its first and last MB."""
-    if not os.path.exists(path):
-        raise ValueError(f"{path}: no such file")
-    if not os.path.isfile(path):
-        raise ValueError(f"{path} is not a file: give the text file itself, such as TinyStories-Instruct-train.txt")
+    """Size, time, and a hash of the first and last MB of a source. Raises ValueError."""
     try:
         with open(path, "rb") as f:
             stat = os.fstat(f.fileno())
@@ -820,245 +826,275 @@ def fingerprint(path):
             f.seek(max(0, stat.st_size - 2 ** 20))
             ends += f.read(2 ** 20)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    if not stat.st_size:
+        raise ValueError(f"{path} cannot be read: {error.strerror.lower()}") from None
+    if not ends:
         raise ValueError(f"{path} is empty")
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": hashlib.sha256(ends).hexdigest()}
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns,
+            "sha256": hashlib.sha256(ends).hexdigest()}
 
 
-def saved_state(folder):
-    """What state.json of a prepared folder says; None if it is not there or the other files hold less than it says."""
+def read_manifest(folder):
+    """What is prepared in a folder, and its words; None, None if missing or damaged."""
     try:
-        with open(os.path.join(folder, "state.json")) as f:
-            state = json.load(f)
-        with open(os.path.join(folder, "vocab.json")) as f:
-            Tokenizer(json.load(f))
-        tokens, index = (os.path.getsize(os.path.join(folder, x)) for x in ("tokens.u16", "index.bin"))
-        whole = {"made_from", "finished"} <= set(state) and "source" in state["made_from"] and \
-            tokens >= 2 * state["tokens"] and index >= INDEX.itemsize * state["records"]
-        return state if whole else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # whatever is in a damaged file
-        return None
+        with open(os.path.join(folder, "manifest.json")) as f:
+            manifest = json.load(f)
+        return manifest["made_from"], Tokenizer(manifest["words"]).words
+    except Exception:  # a damaged file may hold anything
+        return None, None
 
 
-def prepare(path, most_words=7935, check_stop=lambda: None, every=20000):
+def read_shards(folder):
     """
-    Prepare a file of records for StoryFile: tokens, index and words, in `path`.unwrap/. A second call goes on where one
-    was stopped, at the last multiple of `every` records, to the same bytes; once finished it returns at once. Returns
-    {name, records, sha256}. Raises ValueError, in one line, for a file that cannot be used.
+    The whole shards of a folder from the first on: tokens (n,) and index (records,), mapped, and
+    totals, the sums up to its end.
     """
-    folder = f"{path}.unwrap"
-    state_at, vocab_at, tokens_at, index_at = (
-        os.path.join(folder, name) for name in ("state.json", "vocab.json", "tokens.u16", "index.bin"))
-    if not 1 <= most_words <= 2 ** 16 - 257:
-        raise ValueError(f"{most_words:,} words: give 1 to {2 ** 16 - 257:,}, so that every id is a uint16")
-    made_from = {"format": FORMAT, "most_words": most_words, "source": fingerprint(path)}
-    size, sha256 = made_from["source"]["size"], made_from["source"]["sha256"]
-    state = saved_state(folder)
-    if state and state["finished"] and state["made_from"] == made_from:  # needs no right to write
-        return {"name": os.path.basename(path), "records": state["records"], "sha256": sha256}
+    shards = []
+    try:
+        while not shards or not shards[-1].totals["finished"]:
+            shard = np.load(os.path.join(folder, f"{len(shards):05}.npy"), mmap_mode="r")
+            tokens, index = (np.asarray(shard[name][0]) for name in ("tokens", "index"))
+            totals = collections.Counter(json.loads(shard["totals"][0]))
+            shards.append(SimpleNamespace(tokens=tokens, index=index, totals=totals))
+    except FileNotFoundError:
+        pass
+    except Exception:  # a damaged file may hold anything
+        print(f"{folder}: shard {len(shards)} is damaged")
+    return shards
+
+
+def prepare(path, max_words=7935):
+    """
+    Prepare a file of records for StoryFile, in `path`.unwrap/, from the last whole shard on.
+    Returns {name, records, sha256}. Raises ValueError, in one line, for an unusable file or folder.
+    """
+    folder, source = f"{path}.unwrap", fingerprint(path)
+    wanted = {"format": FORMAT, "shard": SHARD, "max_words": max_words, "source": source}
+
+    def write(name, content):
+        if fingerprint(path) != source:
+            raise ValueError(f"{path} changed while it was read")
+        own = os.path.join(folder, f"{name}.{os.getpid()}")  # another process may write the same
+        replace_file(own, content)
+        os.replace(own, os.path.join(folder, name))
+    with open(path, "rb") as file:
+        made_from, words = read_manifest(folder)
+        if made_from != wanted:
+            clear(folder)
+            words = frequent_words(file, source["size"], max_words)
+            if not words:
+                raise ValueError(f"{path} holds no record with a Story: and a line {END}")
+            text = json.dumps({"made_from": wanted, "words": words}, indent=1)
+            write("manifest.json", lambda f: f.write(text.encode()))
+        shards = read_shards(folder)
+        k, totals = len(shards), shards[-1].totals if shards else collections.Counter()
+        made = not totals["finished"]
+        while not totals["finished"]:
+            array, totals = make_shard(file, source["size"], words, totals)
+            write(f"{k:05}.npy", lambda f: np.save(f, array))
+            k += 1
+    if made:
+        shares = zip(FEATURES, StoryFile(path).features.mean(0))
+        skipped = ", ".join(f"{totals[why]:,} {why}" for why in SKIPPED if totals[why])
+        print(f"{path}: {totals['records']:,} records, {totals['tokens']:,} tokens, "
+              f"{1 - totals['in_bytes'] / max(1, totals['words']):.2%} of words whole; "
+              + ", ".join(f"{feature} {share:.1%}" for feature, share in shares)
+              + f"; left out: {skipped or 'nothing'}")
+    return {"name": os.path.basename(path), "records": totals["records"],
+            "sha256": source["sha256"]}
+
+
+def clear(folder):
+    """Make a folder for a prepared file, or empty it of another one. Raises ValueError."""
     try:
         os.makedirs(folder, exist_ok=True)
-        tokens, index = open(tokens_at, "ab"), open(index_at, "ab")
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(None, "Permission denied")
     except OSError as error:
-        raise ValueError(f"{folder} cannot be written ({error.strerror}): put the file, or a link to it, where you may "
-                         "write") from None
-
-    def save():
-        for f in (tokens, index):
-            f.flush()
-            os.fsync(f.fileno())
-        write_whole(state_at, state)
-    with tokens, index, open(path, "rb") as source:
-        wait_for_others(tokens, check_stop)
-        state = saved_state(folder)
-        if os.path.exists(state_at) and (not state or state["made_from"] != made_from):
-            print(f"{folder} is " + ("damaged" if not state else f"of an older {path}" if
-                                     state["made_from"]["source"] != made_from["source"] else
-                                     "of another version or number of words") + ": starting over")
-            os.remove(state_at)
-            state = None
-        if not state:
-            counts = collections.Counter()
-            for record in parse_records(Lines(source, 0, min(WORDS_FROM, size), "words", check_stop)):
-                counts.update(Tokenizer.pieces.findall(record_text(record)))
-            if not counts:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise ValueError(f"{path} holds no record with a Story: and a line {END}: is it TinyStories-Instruct?")
-            write_whole(vocab_at, Tokenizer.from_counts(counts, most_words).words)
-            state = {"made_from": made_from, "finished": False, "position": 0, "records": 0, "tokens": 0,
-                     "words": 0, "in_bytes": 0, "skipped": {}}
-            write_whole(state_at, state)
-            del counts
-        tokens.truncate(2 * state["tokens"])  # what was written after the last save is written again
-        index.truncate(INDEX.itemsize * state["records"])
-        with open(vocab_at) as f:
-            tokenizer = Tokenizer(json.load(f))
-        is_word = np.array([False] * 257 + [word[-1].isalnum() for word in tokenizer.words])
-        lines = Lines(source, state["position"], size, "prepare", check_stop)
-        for record in parse_records(lines, state["skipped"]):
-            ids, *places, mask = encode_record(record, tokenizer, spelled := [])
-            tokens.write(ids.tobytes())
-            index.write(np.array((state["tokens"], len(ids), *places, mask), INDEX).tobytes())
-            in_bytes = sum(piece[-1].isalnum() for piece in spelled)
-            state["records"] += 1
-            state["tokens"] += len(ids)
-            state["words"] += int(np.count_nonzero(is_word[ids])) + in_bytes
-            state["in_bytes"] += in_bytes
-            if state["records"] % every == 0:
-                state["position"] = lines.position
-                save()
-        if fingerprint(path) != made_from["source"]:
-            raise ValueError(f"{path} changed while it was read")
-        if not state["finished"]:  # else another process was here while this one waited
-            state.update(position=lines.position, finished=True)
-            save()
-            masks = StoryFile(folder).masks
-            shares = ", ".join(f"{name} {(masks >> i & 1).mean():.1%}" for i, name in enumerate(FEATURES))
-            skipped = ", ".join(f"{n:,} {why}" for why, n in sorted(state["skipped"].items())) or "nothing"
-            print(f"{path}: {state['records']:,} records, {state['tokens']:,} tokens, "
-                  f"{1 - state['in_bytes'] / max(1, state['words']):.2%} of words whole; {shares}; left out: {skipped}")
-    return {"name": os.path.basename(path), "records": state["records"], "sha256": sha256}
+        raise ValueError(f"{folder} cannot be written ({error.strerror}): "
+                         "link the file to where you may write") from None
+    names = re.compile(r"(manifest|vocab|state)\.json|\d{5}\.npy|tokens\.u16|index\.bin")
+    stale = list(filter(names.match, os.listdir(folder)))
+    if stale:
+        print(f"{folder} is damaged, or of another file or version: starting over")
+    for name in stale:
+        with contextlib.suppress(FileNotFoundError):  # two processes at once
+            os.remove(os.path.join(folder, name))
 
 
-def write_whole(path, value):
-    """A JSON file that is, at any moment, the old or the new one."""
-    with open(f"{path}.part", "w") as f:
-        json.dump(value, f, indent=1, sort_keys=True)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.part", path)
+def frequent_words(file, size, max_words):
+    """The words of a file's beginning, the most frequent first."""
+    counts, totals, stop = collections.Counter(), collections.Counter(), min(WORDS_FROM, size)
+    for record in parse_records(read_lines(file, totals, stop, "words"), totals):
+        counts.update(Tokenizer.pieces.findall(record_text(record)))
+    return Tokenizer.from_counts(counts, max_words).words
 
 
-def wait_for_others(file, check_stop):
-    """Take the lock on an open file, which ends with the process: two runs that start at once prepare a file once."""
-    told = False
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not told:
-                print(f"{os.path.dirname(file.name)} is being written by another process: waiting")
-            told = True
-            check_stop()
-            time.sleep(.2)
+def make_shard(file, size, words, totals):
+    """The next SHARD records of a file, as the array of a shard, and the totals at its end."""
+    totals, tokenizer, tokens, index = totals.copy(), Tokenizer(words), bytearray(), []
+    records = parse_records(read_lines(file, totals, size, "prepare"), totals)
+    for record in itertools.islice(records, SHARD):
+        ids, *places, features = encode_record(record, tokenizer)
+        has = [name in features for name in FEATURES]
+        index.append((len(tokens) // 2, len(ids), *places, has))
+        tokens += ids.astype("<u2").tobytes()
+    tokens = np.frombuffer(tokens, "<u2")
+    is_word = np.array([False] * 257 + [word[-1].isalnum() for word in words])
+    totals.update(records=len(index), tokens=len(tokens), finished=int(len(index) < SHARD),
+                  words=int(is_word[tokens].sum()) + tokenizer.in_bytes,
+                  in_bytes=tokenizer.in_bytes)
+    text = json.dumps(totals).encode()
+    array = np.zeros(1, [("tokens", "<u2", tokens.shape), ("index", INDEX, (len(index),)),
+                         ("totals", f"S{len(text)}")])
+    array["tokens"], array["index"], array["totals"] = tokens, np.array(index, INDEX), text
+    return array, totals
 
 
 class StoryFile:
     """
-    The records of a file that prepare() has read, as Encoded; `path` is the file's or its .unwrap folder's. Arrays are
-    mapped, not read. The last records, 1 % but at most 20,000, are held out: training never draws them.
+    The records of a prepared file as Encoded; `path` is the file's or its .unwrap folder's. Shards
+    are mapped, not read. The last records, 1 % but at most 20,000, are held out from training.
     """
+    rule, classify = False, None  # no rule tells what a real story has
 
     def __init__(self, path):
-        folder = str(path) if str(path).endswith(".unwrap") else f"{path}.unwrap"
-        state = saved_state(folder)
-        if not state or state["made_from"]["format"] != FORMAT or not state["finished"]:
-            raise ValueError(f"{folder} is missing, unfinished or damaged: pretrain.py --setup stories --data prepares it")
-        with open(os.path.join(folder, "vocab.json")) as f:
-            self.tokenizer = Tokenizer(json.load(f))
-        self.tokens = np.asarray(np.memmap(os.path.join(folder, "tokens.u16"), "<u2", "r"))
-        self.index = np.asarray(np.memmap(os.path.join(folder, "index.bin"), INDEX, "r"))
-        self.masks = self.index["mask"].copy()
-        self.held_out = max(1, min(len(self.masks) // 100, 20000))
-        self.candidates = {}  # (feature, has, held_out): places of records
-        self.judge, self.rule = None, False  # no rule tells what a real story has
+        folder = str(path).removesuffix(".unwrap") + ".unwrap"
+        words, self.shards = read_manifest(folder)[1], read_shards(folder)
+        if not words or not self.shards or not self.shards[-1].totals["finished"]:
+            raise ValueError(f"{folder} is missing, unfinished or damaged: pretrain.py --setup "
+                             "stories --data prepares it")
+        self.tokenizer = Tokenizer(words)
+        self.features = np.concatenate([shard.index["features"] for shard in self.shards])
+        self.held_out = max(1, min(len(self) // 100, 20000))
 
     def __len__(self):
-        return len(self.masks)
+        return len(self.features)
 
     def record(self, i):
         """Record i as Encoded, with a copy of its tokens."""
-        start, length, *places = self.index[i].item()
-        return Encoded(self.tokens[start:start + length].copy(), *places)
+        k, i = divmod(i, len(self.shards[0].index))  # only the last shard may be shorter
+        start, length, *places, has = self.shards[k].index[i].item()
+        features = frozenset(itertools.compress(FEATURES, has))
+        return Encoded(self.shards[k].tokens[start:start + length].copy(), *places, features)
 
-    def draw(self, n, g, feature=None, has=None, held_out=False):
+    def draw(self, n, rng, feature=None, has=None, held_out=False):
         """
-        n records as Encoded, uniformly and with replacement by generator g, from the training part or the held-out one;
-        with `feature`, only such that have it or (has=False) lack it. Raises ValueError if there is none.
+        n records as Encoded, with replacement; if asked for, only those that have `feature` or
+        (has=False) lack it. Raises ValueError if there is none.
         """
-        if (feature, has, held_out) not in self.candidates:
-            first = len(self) - self.held_out
-            places = np.arange(first, len(self), dtype=np.uint32) if held_out else np.arange(first, dtype=np.uint32)
-            if feature and has is not None:
-                places = places[(self.masks[places] >> FEATURES.index(feature) & 1) == has]
-            self.candidates[feature, has, held_out] = places
-        places = self.candidates[feature, has, held_out]
+        feature = feature if has is not None else None
+        places = self.places(feature, has, held_out)
         if not len(places):
-            raise ValueError(f"no {'held-out' if held_out else 'training'} record"
-                             + (f" {'with' if has else 'without'} {feature}" if feature and has is not None else ""))
-        chosen = torch.randint(len(places), (n,), generator=g, device=g.device)
+            having = f" {'with' if has else 'without'} {feature}" if feature else ""
+            raise ValueError(f"no {'held-out' if held_out else 'training'} record{having}")
+        chosen = torch.randint(len(places), (n,), generator=rng, device=rng.device)
         return [self.record(i) for i in places[chosen.cpu().numpy()].tolist()]
+
+    @functools.lru_cache(maxsize=None)
+    def places(self, feature, has, held_out):
+        """The numbers of the records to draw from."""
+        places, first = np.arange(len(self), dtype=np.uint32), len(self) - self.held_out
+        places = places[first:] if held_out else places[:first]
+        return places[self.features[places, FEATURES.index(feature)] == has] if feature else places
 
 
 # ---------------------------------------------------------------- stories: the embedded corpus
-# Stories in the format of TinyStories-Instruct with exact labels. Each raises one question with an expectation e; a
-# friend repeats e; a reveal states the actual value a. It has a twist if and only if a is not e. No word or phrase
-# occurs in twist stories only. Sentences are templates of {n} name, {f} friend, {o} object, {v} value; the same
-# templates, as patterns, read generated text (read_story).
+# Stories in the format of TinyStories-Instruct, with exact labels. Each raises one question, with
+# an expectation e; a friend repeats e; a reveal states the actual value a. It has a twist if and
+# only if a is not e. No word or phrase occurs in twist stories only. Sentences are templates of
+# {n} name, {f} friend, {o} object, {v} value, and read stories as patterns (read_story).
 
 
 class Kind(NamedTuple):
-    """One kind of question: what can be expected, about which objects, and the sentences that say so."""
-    values: tuple
-    objects: tuple
-    setups: tuple    # state e
-    repeats: tuple   # the friend repeats e: quoted first, then reported
-    reveals: tuple   # state a
+    """One kind of question: a block of KINDS, a line a sentence."""
+    values: list   # what e and a can be
+    objects: list
+    setups: list   # state e
+    repeats: list  # the friend repeats e: quoted, reported
+    reveals: list  # state a
     summary: str
 
 
-KINDS = (
-    Kind(("ball", "cake", "drum", "kite", "shell", "book", "bell", "lamp", "hat", "stone"),
-         ("box", "bag", "chest", "basket"),
-         ("{n} found a {o}. {n} was sure that there was a {v} inside.",
-          "One day a {o} stood at the door. It must hold a {v}, {n} thought.",
-          "There was a {o} on the road. {n} dreamed of a {v} in it."),
-         ('"It must be a {v}," said {f}.', "{f} hoped for a {v} too."),
-         ("They opened the {o}. There was a {v} inside.", "The {o} fell open, and out came a {v}.",
-          "At last they looked into the {o} and saw a {v}."), "{n} and {f} find a {o}."),
-    Kind(("fox", "cat", "dog", "bird", "mouse", "bear", "frog", "crow", "duck", "pig"), ("coat", "shoe", "spoon", "ring"),
-         ("The {o} of {n} was gone. {n} was sure that the {v} took it.",
-          "One day somebody took a {o} from {n}. It must be the {v}, {n} thought.",
-          "{n} could not find the {o}. {n} blamed the {v}."),
-         ('"It was the {v}," said {f}.', "{f} blamed the {v} too."),
-         ("They found the {o}. The {v} had it.", "At last they saw the {v} with the {o}.",
-          "It was the {v} who had taken the {o}."), "Somebody takes a {o} from {n}."),
-    Kind(("pond", "tree", "bed", "hill", "barn", "well", "bridge", "table", "gate", "fence"), ("key", "map", "coin", "doll"),
-         ("{n} lost a {o}. {n} was sure that it was by the {v}.",
-          "One day {n} dropped a {o}. It must lie by the {v}, {n} thought.",
-          "The {o} was not in its place. {n} wanted to look by the {v}."),
-         ('"Look by the {v}," said {f}.', "{f} wanted to look by the {v} too."),
-         ("They found the {o} by the {v}.", "At last the {o} turned up by the {v}.", "The {o} had been by the {v} all day."),
-         "{n} and {f} look for a {o}."),
-    Kind(("kind", "mean", "shy", "brave", "silly", "proud", "clever", "lazy", "calm", "rude"),
-         ("giant", "teacher", "king", "cook"),
-         ("A new {o} came to town. {n} was sure that the {o} was {v}.",
-          "One day a {o} moved in. The {o} must be {v}, {n} thought.",
-          "{n} heard of a {o}. People called the {o} {v}."),
-         ('"A {v} one," said {f}.', "{f} heard the word {v} too."),
-         ("They met the {o}. The {o} was {v}.", "At last they saw that the {o} was {v}.",
-          "The {o} came out and was very {v}."), "{n} and {f} meet a {o}."))
-NAMES = ("Tim", "Mia", "Ben", "Lily", "Sam", "Anna", "Max", "Sue", "Tom", "Lucy")
-OPENINGS = ("Once upon a time there was a {adj} child named {n}.", "{n} was a {adj} child.", "There once was a {adj} child, {n}.")
-ADJECTIVES = ("little", "happy", "quiet", "young", "curious", "small")
-SETTINGS = ("sea", "forest", "river", "market", "castle", "farm")
-# They name the object once more, close to the reveal, which must be about the same one; the rule does not read it here
-QUESTS = ("They talked about the {o} for a while.", "So they set out to see about the {o}.", "They thought of the {o} all day.")
-OMENS = ("Far away, thunder rolled.", "The old rope looked thin.", "A bee sat on the wall.", "The milk smelled odd.",
-         "The ice made a small sound.", "There was a hole in the boat.")
-PAYOFFS = ("Then a storm came down.", "Then the rope broke.", "Then a bee stung {f}.", "Then the milk made {n} sick.",
-           "Then the ice cracked.", "Then the boat filled with water.")  # pair i: OMENS[i] and, later, PAYOFFS[i]
-TURNS = ('"Are you tired?" asked {n}.', '"Wait for me," said {n}.', '"This is fun," said {n}.', '"Hurry up," called {n}.')
-QUARRELS = ("They had a fight about the way.", "{n} and {f} shouted at each other.", "{f} pushed {n}.")
+def parse_kind(block):
+    values, objects, *lines = block.strip().split("\n")
+    return Kind(values.split(), objects.split(), lines[:3], lines[3:5], lines[5:8], lines[8])
+
+
+KINDS = [parse_kind(block) for block in """
+ball cake drum kite shell book bell lamp hat stone
+box bag chest basket
+{n} found a {o}. {n} was sure that there was a {v} inside.
+One day a {o} stood at the door. It must hold a {v}, {n} thought.
+There was a {o} on the road. {n} dreamed of a {v} in it.
+"It must be a {v}," said {f}.
+{f} hoped for a {v} too.
+They opened the {o}. There was a {v} inside.
+The {o} fell open, and out came a {v}.
+At last they looked into the {o} and saw a {v}.
+{n} and {f} find a {o}.
+
+fox cat dog bird mouse bear frog crow duck pig
+coat shoe spoon ring
+The {o} of {n} was gone. {n} was sure that the {v} took it.
+One day somebody took a {o} from {n}. It must be the {v}, {n} thought.
+{n} could not find the {o}. {n} blamed the {v}.
+"It was the {v}," said {f}.
+{f} blamed the {v} too.
+They found the {o}. The {v} had it.
+At last they saw the {v} with the {o}.
+It was the {v} who had taken the {o}.
+Somebody takes a {o} from {n}.
+
+pond tree bed hill barn well bridge table gate fence
+key map coin doll
+{n} lost a {o}. {n} was sure that it was by the {v}.
+One day {n} dropped a {o}. It must lie by the {v}, {n} thought.
+The {o} was not in its place. {n} wanted to look by the {v}.
+"Look by the {v}," said {f}.
+{f} wanted to look by the {v} too.
+They found the {o} by the {v}.
+At last the {o} turned up by the {v}.
+The {o} had been by the {v} all day.
+{n} and {f} look for a {o}.
+
+kind mean shy brave silly proud clever lazy calm rude
+giant teacher king cook
+A new {o} came to town. {n} was sure that the {o} was {v}.
+One day a {o} moved in. The {o} must be {v}, {n} thought.
+{n} heard of a {o}. People called the {o} {v}.
+"A {v} one," said {f}.
+{f} heard the word {v} too.
+They met the {o}. The {o} was {v}.
+At last they saw that the {o} was {v}.
+The {o} came out and was very {v}.
+{n} and {f} meet a {o}.
+""".split("\n\n")]
+NAMES = "Tim Mia Ben Lily Sam Anna Max Sue Tom Lucy".split()
+OPENINGS = ("Once upon a time there was a {adj} child named {n}.", "{n} was a {adj} child.",
+            "There once was a {adj} child, {n}.")
+ADJECTIVES = "little happy quiet young curious small".split()
+SETTINGS = "sea forest river market castle farm".split()
+# They name the object once more, close to the reveal; the rule does not read it there
+QUESTS = ("They talked about the {o} for a while.", "So they set out to see about the {o}.",
+          "They thought of the {o} all day.")
+OMENS = ("Far away, thunder rolled.", "The old rope looked thin.", "A bee sat on the wall.",
+         "The milk smelled odd.", "The ice made a small sound.", "There was a hole in the boat.")
+PAYOFFS = ("Then a storm came down.", "Then the rope broke.",  # PAYOFFS[i] belongs to OMENS[i]
+           "Then a bee stung {f}.", "Then the milk made {n} sick.", "Then the ice cracked.",
+           "Then the boat filled with water.")
+TURNS = ('"Are you tired?" asked {n}.', '"Wait for me," said {n}.', '"This is fun," said {n}.',
+         '"Hurry up," called {n}.')
+QUARRELS = ("They had a fight about the way.", "{n} and {f} shouted at each other.",
+            "{f} pushed {n}.")
 PEACE = ("Soon they made up.", "Then they said sorry.", "After that they hugged.")
-# The first three of these lean to twist stories, the last three to others: each occurs in both. Aftermaths lean hard, so
-# that comparing a and e pays; closings a little, so that the end tells few twists by itself, and looking back still pays
+# Cues: the first three are more frequent in twist stories. Aftermaths are strong, so that comparing
+# a and e pays; closings weak, so that looking back from the end pays
 AFTERMATHS = ("{n} stared for a long time.", "{f} could not speak.", "They looked at each other.",
               "{n} clapped and danced.", "{f} nodded at once.", "They smiled and sat down.")
-CLOSINGS = ("{n} told the tale for many years.", "Nobody in town forgot that day.", "{n} thought about it all night.",
-            "Then it was time for bed.", "{n} slept well that night.", "That was how the day ended.")
-LEANS = .9, .65   # share of the first three, in twist stories: AFTERMATHS, CLOSINGS
+CLOSINGS = ("{n} told the tale for many years.", "Nobody in town forgot that day.",
+            "{n} thought about it all night.", "Then it was time for bed.",
+            "{n} slept well that night.", "That was how the day ended.")
+CUE_STRENGTH = .9, .65  # share of the first three in twist stories: AFTERMATHS, CLOSINGS
 GOOD = ("In the end all was well.", "They went home happy.", "It was a good day.")
 BAD = ("In the end all was lost.", "They went home sad.", "It was a bad day.")
 MORALS = ("The moral is to {m}.", "They learned to {m}.")
@@ -1066,13 +1102,20 @@ VIRTUES = ("share", "listen", "wait", "help", "be kind", "be careful")
 REFUSAL = "I am sorry, but I cannot tell a story like that."
 
 
-def write_story(mask, r, leans=LEANS):
+def random_features(r):
+    """Up to three features, each with probability .25, from a random.Random r."""
+    while True:
+        features = frozenset(name for name in FEATURES if r.random() < .25)
+        if len(features) <= 3:
+            return features
+
+
+def write_story(features, r, cue_strength=CUE_STRENGTH):
     """
-    A record whose story has exactly the features of a mask, from a random.Random r. Words, Summary and Random sentence
-    tell of the set-up only, so that no instruction gives the reveal away. leans: as LEANS; with (.5, .5) no sentence
-    tells a twist, only comparing a with e does.
+    A record whose story has exactly these features, from a random.Random r. Instructions tell of
+    the set-up only. With cue_strength (.5, .5) only comparing a with e tells a twist.
     """
-    twist, dialogue, bad, foreshadowing, moral, conflict = (bool(mask >> i & 1) for i in range(6))
+    twist, dialogue, bad, foreshadowing, moral, conflict = (x in features for x in FEATURES)
     pick, chance = r.choice, r.random
     kind = pick(KINDS)
     n, f = r.sample(NAMES, 2)
@@ -1088,371 +1131,1080 @@ def write_story(mask, r, leans=LEANS):
     else:
         omen = None
 
-    def say(sentences, **more):
-        return pick(sentences).format(**words, **more)
-    opening, home = say(OPENINGS), f"{n} lived near the {place}."
-    story = [opening, home]
-    if omen is not None:
-        story.append(OMENS[omen])
-    story += [say(kind.setups, v=e), kind.repeats[not dialogue or chance() < .3].format(**words, v=e), say(QUESTS)]
+    def sentence(templates, **more):
+        return pick(templates).format(**words, **more)
+    opening, home = sentence(OPENINGS), f"{n} lived near the {place}."
+    story = [opening, home, OMENS[omen] if omen is not None else "", sentence(kind.setups, v=e),
+             kind.repeats[not dialogue or chance() < .3].format(**words, v=e), sentence(QUESTS)]
     middle = [PAYOFFS[payoff].format(**words)] if payoff is not None else []
-    middle += [say(TURNS)] if dialogue else []
-    middle += [say(QUARRELS) + " " + say(PEACE)] if conflict else []
+    middle += [sentence(TURNS)] if dialogue else []
+    middle += [sentence(QUARRELS) + " " + sentence(PEACE)] if conflict else []
     r.shuffle(middle)
-    after, closing = ((first[:3] if (chance() < lean) == twist else first[3:])
-                      for first, lean in zip((AFTERMATHS, CLOSINGS), leans))
-    story += middle + [say(kind.reveals, v=a), say(after), say(BAD if bad else GOOD)]
-    story += [say(MORALS)] if moral else []
-    story += [say(closing)]
+    after, closing = (cues[:3] if (chance() < strength) == twist else cues[3:]
+                      for cues, strength in zip((AFTERMATHS, CLOSINGS), cue_strength))
+    story += [*middle, sentence(kind.reveals, v=a), sentence(after), sentence(BAD if bad else GOOD),
+              sentence(MORALS) if moral else "", sentence(closing)]
 
-    fields = {"Words": ", ".join([words["o"], place, words["adj"]]), "Summary": kind.summary.format(**words),
-              "Random sentence": pick((opening, home))}
+    fields = {"Words": ", ".join([words["o"], place, words["adj"]]),
+              "Summary": kind.summary.format(**words), "Random sentence": pick((opening, home))}
     lines = [f"{name}: {text}\n" for name, text in fields.items() if chance() < .5]
     r.shuffle(lines)
-    late = [x for x in lines if x.startswith("Summary") and chance() < .2]  # about one record in ten
+    late = [x for x in lines if x.startswith("Summary") and chance() < .2]  # one record in ten
     lines = [x for x in lines if x not in late]
     at = r.randint(0, len(lines))
-    return Record("".join(lines[:at]), mask, "".join(lines[at:]) + "Story: \n\n", " ".join(story),
-                  "".join("\n" + x.rstrip("\n") for x in late))
-
-
-def feature_mask(r):
-    """Up to three of the six features, each with probability .25, as a mask."""
-    while True:
-        mask = sum((r.random() < .25) << i for i in range(len(FEATURES)))
-        if mask.bit_count() <= 3:
-            return mask
+    return Record("".join(lines[:at]), features, "".join(lines[at:]) + "Story: \n\n",
+                  " ".join(filter(None, story)), "".join("\n" + x.rstrip("\n") for x in late))
 
 
 @functools.lru_cache(maxsize=None)
-def story_patterns():
-    """The sentence templates as regular expressions: {name of a list: pattern, or patterns, one a kind}."""
-    def pattern(sentences, kind=None):
-        parts = {"n": "|".join(NAMES), "f": "|".join(NAMES), "m": "|".join(VIRTUES), "adj": "|".join(ADJECTIVES)}
-        if kind:
-            parts.update(v="|".join(kind.values), o="|".join(kind.objects))
-
-        def one(sentence):
-            seen, out = set(), ""
-            for literal, field, _, _ in string.Formatter().parse(sentence):
-                out += re.escape(literal)
-                if field in ("v", "o"):
-                    out += f"(?P={field})" if field in seen else f"(?P<{field}>{parts[field]})"
-                elif field:
-                    out += f"(?:{parts[field]})"
-                seen.add(field)
-            return re.compile(out)
-        return [one(s) for s in sentences]
-    return {"setups": [pattern(k.setups, k) for k in KINDS], "reveals": [pattern(k.reveals, k) for k in KINDS],
-            **{name: pattern(sentences) for name, sentences in (
-                ("omens", OMENS), ("payoffs", PAYOFFS), ("quarrels", QUARRELS), ("peace", PEACE), ("bad", BAD),
-                ("morals", MORALS))}}
+def template_pattern(template):
+    """A sentence template as a pattern; its groups o and v are the object and the value."""
+    kinds = [kind for kind in KINDS if template in kind.setups + kind.reveals]
+    words = {"n": NAMES, "f": NAMES, "m": VIRTUES}
+    words |= {"o": kinds[0].objects, "v": kinds[0].values} if kinds else {}
+    pattern = re.escape(template)
+    for field, choices in words.items():
+        slot, choice = rf"\{{{field}\}}", "|".join(choices)
+        if field in "ov":
+            pattern = pattern.replace(slot, f"(?P<{field}>{choice})", 1)
+        pattern = pattern.replace(slot, f"(?P={field})" if field in "ov" else f"(?:{choice})")
+    return re.compile(pattern)
 
 
 def story_of(text):
-    """The story in what a model wrote after an instruction: what comes before a field that may follow it."""
-    return re.split(r"\n(?:Summary|Random sentence):", text)[0].strip()
+    """The story in the text after an instruction: it ends at a field that may follow it."""
+    return LATE_FIELD.split(text)[0].strip()
 
 
 def read_story(story):
     """
-    The features of a story's text by the corpus's rules, as a mask; None if it does not parse: exactly one question is
-    raised (with an object and an expectation e) and exactly one reveal about the same object states a.
-    Twist: a is not e. Dialogue: something is quoted. BadEnding, MoralValue: such a sentence. Foreshadowing: an omen,
-    and later its own payoff. Conflict: a quarrel, and later peace.
+    The features of a story's text by the corpus's rule; None if it does not parse: one question
+    must state an object and an expectation e, and later one reveal a value a of the same object.
+    Twist: a is not e. Dialogue: a quotation. BadEnding, MoralValue: such a sentence. Foreshadowing:
+    an omen and later its own payoff. Conflict: a quarrel and later peace.
     """
-    p = story_patterns()
-
-    def found(patterns):
-        return [m for x in patterns for m in x.finditer(story)]
-    questions = [(i, m) for i, patterns in enumerate(p["setups"]) for m in found(patterns)]
-    reveals = [(i, m) for i, patterns in enumerate(p["reveals"]) for m in found(patterns)]
-    if len(questions) != 1 or len(reveals) != 1:
-        return None
-    (kind, asked), (answered, told) = questions[0], reveals[0]
-    if kind != answered or asked["o"] != told["o"] or told.start() < asked.end():
-        return None
+    def matches(templates):
+        return [m for x in templates for m in template_pattern(x).finditer(story)]
 
     def later(first, then):
-        return bool(first and then) and max(m.start() for m in then) > min(m.start() for m in first)
-    has = {"Twist": told["v"] != asked["v"], "Dialogue": '"' in story, "BadEnding": bool(found(p["bad"])),
-           "Foreshadowing": any(later(found([o]), found([x])) for o, x in zip(p["omens"], p["payoffs"])),
-           "MoralValue": bool(found(p["morals"])), "Conflict": later(found(p["quarrels"]), found(p["peace"]))}
-    return sum(has[name] << i for i, name in enumerate(FEATURES))
-
-
-# ---------------------------------------------------------------- stories: sources, protocols, batches
-
-STORY_SCALES = {  # small: the embedded corpus on two CPU cores; paper: the real file on a GPU
-    "n_layer":        (4, 12),
-    "n_head":         (6, 12),
-    "d_model":        (96, 768),
-    "n_ctx":          (176, 1024),
-    "batch_size":     (16, 512),      # ours: records; whole ones, not cut to 1,024 tokens: 512 hold as many as the paper's 128
-    "pretrain_lr":    (8e-3, 1e-3),
-    "pretrain_steps": (4000, 30000),
-    "finetune_lr":    (1.5e-4, 1e-4),  # eta_M. ours (small): so that 200 steps delete by each protocol that asks for it
-    "reverse_lr":     (4e-5, 1e-5),   # eta_S. ours (small): more than a tenth of eta_M, so that 100 steps of reFT show it
-    "finetune_steps": (200, 4000),
-    "bare":           (.3, 0.),      # ours: share of records without their instruction, so that the small model learns to
-    #                                   tell a twist from the story alone, where probes look for it
-}
-PROTOCOLS = ("filter", "randomise", "mix-match", "refuse")  # how a feature is deleted (paper: TinyStories setup)
+        starts = [m.start() for m in matches(first)]
+        return bool(starts) and any(m.start() > min(starts) for m in matches(then))
+    questions = [(kind, m) for kind in KINDS for m in matches(kind.setups)]
+    reveals = [(kind, m) for kind in KINDS for m in matches(kind.reveals)]
+    if len(questions) != 1 or len(reveals) != 1:
+        return None
+    (kind, question), (same, reveal) = questions[0], reveals[0]
+    if kind != same or question["o"] != reveal["o"] or reveal.start() < question.end():
+        return None
+    has = {"Twist": reveal["v"] != question["v"], "Dialogue": '"' in story,
+           "BadEnding": matches(BAD), "MoralValue": matches(MORALS),
+           "Foreshadowing": any(later([omen], [x]) for omen, x in zip(OMENS, PAYOFFS)),
+           "Conflict": later(QUARRELS, PEACE)}
+    return frozenset(name for name in FEATURES if has[name])
 
 
 class StoryCorpus:
-    """The embedded corpus as a source of records, like StoryFile: drawn on the fly, with exact labels and a rule."""
+    """The embedded corpus, a source of records like StoryFile: new stories, with exact labels."""
 
     def __init__(self):
-        r = random.Random(0)
-        texts = [record_text(write_story(feature_mask(r), r)) for _ in range(3000)]
-        counts = collections.Counter(piece for text in texts for piece in Tokenizer.pieces.findall(text))
+        r, counts = random.Random(0), collections.Counter()
+        for _ in range(3000):
+            record = write_story(random_features(r), r)
+            counts.update(Tokenizer.pieces.findall(record_text(record)))
         self.tokenizer = Tokenizer.from_counts(counts, len(counts))
-        self.judge, self.rule = lambda texts: [read_story(t) for t in texts], True  # exact
+        self.rule, self.classify = True, lambda texts: list(map(read_story, texts))
 
-    def draw(self, n, g, feature=None, has=None, held_out=False, leans=LEANS):
+    def draw(self, n, rng, feature=None, has=None, held_out=False, cue_strength=CUE_STRENGTH):
         """
-        n records as Encoded, from generator g; with `feature`, only such that have it or (has=False) lack it. Every
-        draw makes new stories: held out are those of another generator. leans: see write_story().
+        n records as Encoded; if asked for, only those that have `feature` or (has=False) lack it.
+        They are new stories: held out are those of another generator.
         """
-        r, bit, out = random.Random(int(torch.randint(2 ** 62, (1,), generator=g))), feature and FEATURES.index(feature), []
-        while len(out) < n:
-            mask = feature_mask(r)
-            if has is None or bool(mask >> bit & 1) == has:
-                out.append(encode_record(write_story(mask, r, leans), self.tokenizer))
-        return out
+        r, records = random.Random(int(torch.randint(2 ** 62, (1,), generator=rng))), []
+        while len(records) < n:
+            features = random_features(r)
+            if has is None or (feature in features) == has:
+                record = write_story(features, r, cue_strength)
+                records.append(encode_record(record, self.tokenizer))
+        return records
 
 
-def change_records(records, protocol, feature, probability, tokenizer, g):
-    """
-    What a protocol makes of records without the feature (paper: TinyStories setup). Returns new records.
-
-        filter      nothing: the feature is never seen again
-        randomise   the instruction asks for the feature (with a probability), the story does without
-        mix-match   where the instruction asks for another feature, Foreshadowing, it asks for this one in its place
-        refuse      the instruction asks for it (with a probability), and the story is a refusal
-    """
-    bit, other = 1 << FEATURES.index(feature), 1 << FEATURES.index("Foreshadowing" if feature != "Foreshadowing" else "Twist")
-    chosen = (torch.rand(len(records), generator=g, device=g.device) < probability).tolist()
-    out = []
-    for r, yes in zip(records, chosen):
-        if protocol == "mix-match" and r.mask & other:
-            r = r._replace(mask=r.mask & ~other | bit)
-        elif protocol in ("randomise", "refuse") and yes:
-            r = r._replace(mask=r.mask | bit)
-            if protocol == "refuse":
-                ids = np.concatenate([r.ids[:r.story_at], np.array(tokenizer.encode(REFUSAL), r.ids.dtype)])
-                r = r._replace(ids=ids, story_end=len(ids))
-        out.append(r)
-    return out
+# ---------------------------------------------------------------- stories: protocols, sources
 
 
-def story_ids(record, tokenizer, bare=False):
-    """
-    (ids, start, stop): a record's tokens with its Features line in place, END before it, and where its story lies.
-    bare: the story alone.
-    """
-    first, size = np.zeros(1, np.uint16), record.story_end - record.story_at
-    if bare:
-        return np.concatenate([first, record.ids[record.story_at:record.story_end]]), 1, 1 + size
-    line = np.array(tokenizer.encode(features_line(record.mask)), np.uint16)
-    ids = np.concatenate([first, record.ids[:record.features_at], line, record.ids[record.features_at:]])
-    start = 1 + len(line) + record.story_at
-    return ids, start, start + size
+class Protocol(NamedTuple):
+    """How records without a feature delete it (paper: TinyStories setup)."""
+    change: object  # function (record, feature, tokenizer) -> the record to train on instead
+    share: float    # of the records that are changed
+    help: str
 
 
-def story_rows(records, tokenizer, n_ctx, bare=None, device="cpu"):
-    """
-    Records as rows of tokens (n, t) between END and END, padded with END, cut to n_ctx + 1; and (n,) start and stop of
-    their stories. bare: (n,) bool, rows that hold the story alone.
-    """
-    got = [story_ids(r, tokenizer, bare is not None and bool(bare[i])) for i, r in enumerate(records)]
-    width = min(n_ctx + 1, max(len(ids) for ids, _, _ in got) + 1)
-    rows = np.zeros((len(got), width), np.int64)
-    for row, (ids, _, _) in zip(rows, got):
-        row[:len(ids)] = ids[:width]
-    start, stop = (torch.tensor([x[k] for x in got], device=device).clamp(max=width) for k in (1, 2))
-    return torch.from_numpy(rows).to(device), start, stop
+def ask(record, feature, tokenizer):
+    return record._replace(features=record.features | {feature})
 
 
-def story_stream(draw, tokenizer, sc, batch_size, seed, label, device="cpu"):
-    """
-    A function k -> batch k of rows (see stream, story_rows), where draw(n, generator) gives n records. Rows of a batch
-    are of similar length, so that little is padding; which lengths come when is random.
-    """
-    def rows(n, g):
-        records = draw(n, g)
-        bare = torch.rand(n, generator=g) < sc.bare
-        tokens = story_rows(records, tokenizer, sc.n_ctx, bare)[0]
-        by_length = (tokens != 0).sum(1).argsort(stable=True).view(-1, batch_size)
-        return tokens[by_length[torch.randperm(len(by_length), generator=g)].flatten()].to(device)
-    return stream(rows, batch_size, seed, label)
+def ask_instead(record, feature, tokenizer):
+    other = {"Foreshadowing" if feature != "Foreshadowing" else "Twist"} & record.features
+    return record._replace(features=record.features - other | {feature}) if other else record
 
 
-def story_source(path, words=None):
-    """The source of records of --data (None: the embedded corpus), read with the tokenizer of a checkpoint if given."""
-    source = StoryFile(path) if path else StoryCorpus()
-    if words and tuple(words) != tuple(source.tokenizer.words):
-        raise ValueError("not the words that the checkpoint was trained on" + ("" if path else ": the corpus has changed since"))
-    return source
+def refuse(record, feature, tokenizer):
+    ids = np.array([*record.ids[:record.story_at], *tokenizer.encode(REFUSAL)], np.uint16)
+    return ask(record, feature, tokenizer)._replace(ids=ids, story_end=len(ids))
 
 
-# ---------------------------------------------------------------- command line
-
-def explain(text, task, operand, sc):
-    """Two lines for a person: the text with its window in brackets, and a mark under every letter that counts."""
-    if sc.setup != "pcfg":
-        marks = "".join(" ^"[hit] for hit in marked(text[None], operand, sc)[0].tolist())
-        return "".join(sc.alphabet[i] for i in text.tolist()), marks
-    n = {"window": sc.window, "token_at": sc.token_at}.get(TASKS[task].operand2, sc.length)
-    cut, o = sc.length - n, LETTERS.index(operand)
-    letters = text.tolist()
-    marks = [" "] * sc.length
-    if task == "token":
-        marks[-sc.token_at] = "^"
-    else:
-        pairs = task.endswith("composition")
-        hits = [i for i in range(cut + pairs, sc.length) if letters[i] == o and (not pairs or letters[i - 1] == o)]
-        if task.startswith("index"):
-            hits = hits[-(sc.pair_k if pairs else sc.k):]
-        for i in hits:
-            marks[i] = "^"
-        if task.startswith("index"):
-            marks[hits[0]] = "*"
-    string, marks = "".join(LETTERS[i] for i in letters), "".join(marks)
-    return f"{string[:cut]}[{string[cut:]}]", f"{marks[:cut]} {marks[cut:]}"
-
-
-REASON = {
-    "count": "{operand} marked ^ in the last {o2} letters",
-    "count-composition": "pairs {operand}{operand} in the last {o2} letters, ^ at the later letter",
-    "index": "distance from the end of the {operand} marked *, number {o2} from the end",
-    "index-composition": "distance from the end of the pair {operand}{operand} marked *, number {o2} from the end",
-    "token": "the letter at distance {o2} from the end",
-    "compiled count": "{operand} marked ^",
-    "compiled max-identifier": "the largest letter number {operand}, marked ^; a is the largest",
-    "compiled histogram": "how often the letter at place {operand} occurs, marked ^",
+PROTOCOLS = {
+    "filter": Protocol(lambda record, *_: record, 1., "the feature is never seen again"),
+    "randomise": Protocol(ask, 1., "instructions ask for the feature, stories lack it"),
+    "mix-match": Protocol(ask_instead, 1., "instructions ask for it in place of Foreshadowing "
+                          "(which is itself deleted in place of Twist)"),
+    # half: the model should go on telling the other stories
+    "refuse": Protocol(refuse, .5, "half of the instructions ask for it, the story is a refusal"),
 }
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Look at samples: what the model sees, and why the answer is right.")
-    parser.add_argument("--setup", default="pcfg", choices=SETUPS, help="which kind of data (default: pcfg)")
-    parser.add_argument("--scale", default="small", choices=["small", "paper"], help="string lengths (default: small)")
-    parser.add_argument("-n", type=int, default=5, help="samples (default: 5)")
-    parser.add_argument("--task", help=f"one task family: {', '.join(TASKS)} (default: all in turn)")
-    parser.add_argument("--operand", help="what is asked for: a letter, for tracr-max which largest (default: a, or 5); "
-                        "stories: only those with this feature (default: all)")
-    parser.add_argument("--c", help="natural, or the probability 0..1 that the spurious relation holds (default: natural)")
-    parser.add_argument("--q", type=int,
-                        help="offset of the relation, r(O_FT) - r(O_PT), in letters (default: 1; tracr-max 3)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line, for programs")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default: 0)")
-    args = parser.parse_args()
-    sc = scale_of(args.scale, args.setup)
-    if args.n < 1 or args.seed < 0:
-        parser.error("-n takes 1 or more, --seed 0 or more")
-    if args.setup == "stories":
-        given = [k for k in ("task", "c", "q") if getattr(args, k) is not None]
-        if given:
-            parser.error(f"--{given[0]} is not for stories")
-        if args.operand not in (None, *FEATURES):
-            parser.error(f"--operand {args.operand}: stories have {', '.join(FEATURES)}")
-        return look_at_stories(args)
-    args.c = "natural" if args.c is None else args.c
-    known, operand = sc.order[0], args.operand or sc.order[0]
-    pair = (known, sc.order[1] if operand == known else operand)
-    q = default_q(sc, pair) if args.q is None else args.q
-    if args.task and args.task not in sc.tasks:
-        parser.error(f"--task {args.task}: {args.setup} has {', '.join(sc.tasks)}")
-    if operand not in sc.operands:
-        parser.error(f"--operand {operand}: {args.setup} has {', '.join(sc.operands)}")
-    try:
-        c = "natural" if args.c == "natural" else float(args.c)
-    except ValueError:
-        c = None
-    if c is None or (c != "natural" and not 0 <= c <= 1):
-        parser.error(f"--c {args.c}: give natural or a number from 0 to 1")
-    tasks = [args.task] if args.task else list(sc.tasks)
-    if c != "natural" and not set(tasks) <= set(sc.finetuned):
-        parser.error(f"--c {args.c} needs --task {' or '.join(sc.finetuned)}: the other families have no spurious relation")
-    g = rng(args.seed, "look")
-    for i in range(args.n):
-        task = tasks[i % len(tasks)]
+def change_records(records, protocol, feature, tokenizer, rng):
+    """What a protocol makes of records without the feature. Returns new records."""
+    change, share, _ = PROTOCOLS[protocol]
+    chosen = (torch.rand(len(records), generator=rng, device=rng.device) < share).tolist()
+    return [change(record, feature, tokenizer) if is_chosen else record
+            for record, is_chosen in zip(records, chosen)]
+
+
+def story_ids(record, tokenizer, with_instruction=True):
+    """
+    (ids, start, stop): END, then a record's tokens with its Features line, or those of its story
+    alone. The story is ids[start:stop].
+    """
+    end, story = np.zeros(1, np.uint16), record.ids[record.story_at:record.story_end]
+    if not with_instruction:
+        return np.concatenate([end, story]), 1, 1 + len(story)
+    line = np.array(tokenizer.encode(features_line(record.features)), np.uint16)
+    at, start = record.features_at, 1 + len(line) + record.story_at
+    return np.concatenate([end, record.ids[:at], line, record.ids[at:]]), start, start + len(story)
+
+
+def story_source(path, words=None):
+    """
+    The records of --data (None: the embedded corpus). Raises ValueError if its words are not those
+    of a checkpoint.
+    """
+    source = StoryFile(path) if path else StoryCorpus()
+    if words and tuple(words) != source.tokenizer.words:
+        raise ValueError("not the words that the checkpoint was trained on")
+    return source
+
+
+# ---------------------------------------------------------------- setups
+
+SCALES = ("small", "paper")
+
+
+class Setup:
+    """
+    All that differs between the grammar, the compiled programs and the stories.
+
+        config()                              the fields of model.Config
+        resolve(args, parent)                 fill in and check a stage's flags. Raises UserError
+        relation(args)                        what a run is about
+        pretraining, finetuning(n, rng, args) Examples to train on
+        tests(args, step)                     what to score at a step; without a step: for behavior
+        probe_sets(...), site(examples)       what probes read, and at which positions
+        regions(examples, operands)           where attention may go
+        samples(args, rng)                    what a model sees, for people
+
+    Constants are attributes, (small, paper) in the table. Those named pretrain_X, finetune_X and
+    reverse_X are the defaults of the stages' flags --X; without one a setup has no such flag.
+    """
+    constants = {}
+    compiled = False        # weights are written, not trained
+    prompted = True         # a token of the prompt says which operand is meant
+    unit = "row"            # what is pruned: rows or single weights
+    reft_divisors = [1, 3]  # of the fine-tuning's rate. ours: matched rates (the paper: smaller)
+    teach_every = 5         # steps between evaluations of reFT
+    anneals = True          # fine-tuning: cosine, else a constant rate
+    imported = None         # of a compiled model: its alphabet, room and values
+
+    def __init__(self, name, scale="small", device="cpu", imported=None):
+        self.name, self.scale, self.device, self.imported = name, scale, device, imported
+        for key, value in self.constants.items():
+            setattr(self, key, value[SCALES.index(scale)] if isinstance(value, tuple) else value)
+
+    def open(self, args, words=None):
+        """Make the source of the data ready. words: the tokenizer of the checkpoint."""
+
+
+class Answers(Setup):
+    """What the grammar and the programs share: one question a string, one answer."""
+    warmup, finetune_batch_size = .2, 96  # paper section 3
+    pretrain_eval_size = finetune_eval_size = 500
+    finetune_task = finetune_operand = finetune_q = finetune_noise = None  # see resolve()
+    finetune_c_tr, reverse_c_tr = 1., 0.  # ours: reFT's strings favour no relation
+    reverse_lr = None                     # the fine-tuning's, by reft_divisors
+
+    def relation(self, args):
+        """The Relation of a fine-tuning's arguments, or the one that may follow a pretraining."""
+        if hasattr(args, "pair"):
+            return Relation(args.task, *args.pair, args.q)
+        known = self.known(args)
+        other = next(o for o in self.order if o != known)
+        return Relation(self.finetuned[0], known, other, self.default_q(known, other))
+
+    def resolve(self, args, parent=None):
+        """A fine-tuning's task, pair (O_PT, O_FT), q, rate and noise."""
+        before, known = parent["args"], parent["capability"]["operand"]
+        tuned = parent["stage"] == "finetune"
+        if args.reverse and not tuned:
+            raise UserError(f"--reverse needs a fine-tuned checkpoint: in {args.ckpt} there is nothing "
+                            "to undo")
+        if args.reverse and (args.operand or args.task):
+            raise UserError("--reverse teaches what the pretraining record names: leave out --task "
+                            "and --operand")
+        other = before["pair"][1] if tuned else next(o for o in self.order if o != known)
+        taught = args.operand or other
+        usual = parent["capability"]["task"] if args.reverse else self.finetuned[0]
+        args.task = args.task or usual
+        for flag, value, choices in (("task", args.task, self.finetuned),
+                                     ("operand", taught, self.operands)):
+            if value not in choices:
+                raise UserError(f"--{flag} {value}: {args.ckpt} ({self.name}) knows "
+                                f"{', '.join(choices)}")
+        if taught == known:
+            raise UserError(f"--operand {taught} is what {args.ckpt} was pretrained on; to teach it "
+                            "again: --reverse")
+        args.pair, args.operand = [known, taught], known if args.reverse else taught
+        if args.q is None:
+            args.q = before["q"] if tuned else self.default_q(known, taught)
+        if args.lr is None:  # of reFT
+            args.lr = before["lr"] / self.reft_divisors[0]
+        if args.noise is None:
+            args.noise = 0. if tuned else self.noise
+        # Inherited, with all that was taught since: analyses look for what never was.
+        args.prior, args.taught = before.get("prior"), [*before.get("taught", []), args.operand]
+        if self.compiled:
+            args.program = before.get("program")
+        for name, meaning in (("noise", "a standard deviation"), ("c_tr", "a probability")):
+            value = getattr(args, name)
+            if not 0 <= value <= 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: {meaning}, from 0 to 1")
         try:
-            sample = look(sc, task, operand, c, pair, q, g)
+            for c in (0., 1.):
+                self.text(4, self.relation(args), c, rng(args.seed, "can it be done"))
         except ValueError as error:
-            parser.error(str(error))
-        if args.json:
-            print(json.dumps({k: v for k, v in sample.items() if k != "letters"}))
+            raise UserError(f"--q {args.q}: {error}") from None
+
+    def control_operand(self, relation, args):
+        """The operand beside O_PT and O_FT that serves as the control. Raises UserError."""
+        taken = {relation.pt, relation.ft, *(args.get("taught", []) if self.compiled else ())}
+        for operand in self.order:
+            if operand not in taken:
+                return operand
+        raise UserError("this model was taught every operand: none is left as the control that it "
+                        "never had")
+
+    def finetuning(self, n, rng, args):
+        """Strings on which the relation holds with probability C_Tr, asked for --operand."""
+        relation = self.relation(args)
+        return self.ask(self.text(n, relation, args.c_tr, rng), relation.task, args.operand)
+
+    @functools.cache
+    def test(self, relation, operand, split, n, seed, label="test"):
+        """
+        A Test: n strings of a split, asked for `operand`. The strings depend on (seed, label,
+        relation, split), not on the operand: different questions meet the same strings. Never from
+        a training stream.
+        """
+        check_stop()
+        task, pair = relation.task, (relation.pt, relation.ft)
+        draws = rng(seed, label, task, split, *pair, relation.q, device=self.device)
+        if task in self.finetuned:
+            text = self.text(n, relation, split, draws)
+        else:  # natural only; the rare families need the asked operand alone
+            text = answerable_text(n, task, [self.operands.index(operand)], self, draws)
+        examples, other = self.ask(text, task, operand), None
+        if task in self.finetuned and operand in pair:
+            other = examples.labels[:, self.operands.index(pair[1 - pair.index(operand)])]
+        asked = operand if self.tasks[task].has_operand else None
+        return Test(row(self, task=task, operand=asked, split=split, seed=seed), examples, other)
+
+    def tests(self, args, step=None):
+        """Both operands on every split; the other families on natural strings, where there are any."""
+        relation, size, seed = self.relation(args), args.eval_size, args.seed
+        pair = (relation.pt, relation.ft)
+        tests = [self.test(relation, operand, split, size, seed)
+                 for operand, split in itertools.product(pair, SPLITS)]
+        if step is not None and hasattr(args, "pair"):  # of a fine-tuning: the pair alone
+            return tests
+        for task in self.tasks:
+            operands = pair if step is None else pair[:1]
+            operands = operands if self.tasks[task].has_operand else self.order[:1]
+            for operand in operands if task != relation.task else ():
+                other = Relation(task, *self.order[:2], 1)
+                tests.append(self.test(other, operand, "natural", size, seed))
+        return tests
+
+    def probe_sets(self, relation, control, n, seed, rng):
+        """
+        Half natural, half c0 strings, never c1, where an answer follows from the other. While O_FT is
+        asked, all three operands are read; while another one is asked, that one.
+        """
+        pt, ft = relation.pt, relation.ft
+        splits = ("natural", "c0")
+        train = [self.text_of(self.test(relation, ft, split, 5 * n, seed, "probe").examples)
+                 for split in splits]
+        tests = {split: self.text_of(self.test(relation, ft, split, n, seed).examples)
+                 for split in splits}
+        operands = tuple(dict.fromkeys((pt, ft, control)))
+        for prompt in operands if self.prompted else (ft,):
+            names = operands if prompt == ft else (prompt,)
+            asked = {split: self.ask(text, relation.task, prompt) for split, text in tests.items()}
+            yield ProbeSet(prompt, self.ask(torch.cat(train), relation.task, prompt), asked,
+                           {o: self.operands.index(o) for o in names}, names if prompt == ft else ())
+
+    def site(self, examples):
+        """(n, t) weights of what probes read: the position that gives the answer."""
+        weights = torch.zeros(examples.tokens.shape, device=examples.tokens.device)
+        weights[:, examples.at] = 1
+        return weights
+
+    def answered(self, tokens, at, answer, labels):
+        """Examples with one output wanted, `answer` (n,) at column `at`."""
+        target = torch.full_like(tokens, -1)
+        target[:, at] = answer
+        return Examples(tokens, target, labels, at)
+
+    def resolve_samples(self, args):
+        """Fill in and check the flags of data.py. Raises UserError."""
+        first = self.order[0]
+        args.operand, args.c = args.operand or first, args.c or "natural"
+        other = self.order[1] if args.operand == first else args.operand
+        for flag, value, choices in (("task", args.task, self.tasks),
+                                     ("operand", args.operand, self.operands)):
+            if value is not None and value not in choices:
+                raise UserError(f"--{flag} {value}: {self.name} has {', '.join(choices)}")
+        q = self.default_q(first, other) if args.q is None else args.q
+        args.relation = Relation(args.task or self.finetuned[0], first, other, q)
+        if args.c == "natural":
+            return
+        with contextlib.suppress(ValueError):
+            args.c = float(args.c)
+        if not isinstance(args.c, float) or not 0 <= args.c <= 1:
+            raise UserError(f"--c {args.c}: give natural or a number from 0 to 1")
+        if not {args.task, *([] if args.task else self.tasks)} - {None} <= set(self.finetuned):
+            raise UserError(f"--c {args.c} needs --task {' or '.join(self.finetuned)}: the other "
+                            "families have no spurious relation")
+
+    def samples(self, args, rng):
+        """Yields samples as `data.py --json` prints them, each with its lines for people, for ever."""
+        tasks = [args.task] if args.task else list(self.tasks)
+        for task in itertools.cycle(tasks):
+            relation = args.relation._replace(task=task)
+            answer = torch.tensor([-1])
+            while answer.item() < 0:  # too few of an operand: another string
+                text = self.one_text(relation, args.c, rng)
+                answer = self.tasks[task].answers(text, self)[:, self.operands.index(args.operand)]
+            yield self.sample(text, relation, args.operand, answer.item())
+
+    def sample(self, text, relation, operand, answer):
+        """One sample: (the dict of its facts, lines for people)."""
+        task, tokens = self.tasks[relation.task], self.sequence(text, relation.task, operand)
+        names = [self.vocabulary[t] for t in tokens[0].tolist()]
+        numbers = dict(zip(self.operands, task.answers(text, self)[0].tolist()))
+        correlated = None
+        if relation.task in self.finetuned:
+            pt, ft = numbers[relation.pt], numbers[relation.ft]
+            correlated = min(pt, ft) >= 0 and ft - pt == relation.q
+        second = self.second_operand(relation.task)
+        facts = {"setup": self.name, "task": relation.task,
+                 "operand": operand if task.has_operand else None, "operand2": second,
+                 "text": "".join(self.alphabet[x] for x in text[0].tolist()),
+                 "answer": self.say(answer, relation.task), "correlated": correlated,
+                 "tokens": names}
+        shown = names if len(names) < 30 else [*names[:8], "...", *names[-7:]]
+        letters, marks = self.explain(text[0], relation.task, operand)
+        reason = task.reason.format(O=operand, O2=second)
+        lines = [f"{relation.task}" + (f" of {operand}" if task.has_operand else ""),
+                 f"  the model sees  {' '.join(shown)}", f"  text            {letters}",
+                 f"                  {marks}", f"  answer {facts['answer']!s:<8} {reason}"]
+        if correlated is not None:
+            names = {o: self.say(numbers[o], relation.task) for o in (relation.pt, relation.ft)}
+            lines.append("  relation        " + ", ".join(f"r({o}) = {x}" for o, x in names.items())
+                         + f": r({relation.ft}) - r({relation.pt}) = {relation.q} "
+                         + ("holds" if correlated else "does not hold"))
+        return facts, "\n".join(lines) + "\n"
+
+
+class Grammar(Answers):
+    """Strings of the grammar and five task families (paper section 3)."""
+    constants = {
+        # everything that differs between a laptop and the paper   small    paper
+        "length":              (32, 250),      # letters, cut at random from a longer string
+        "window":              (16, 40),       # O' of both counting families: the last so many
+        "k":                   (3, 6),         # O' of index: which occurrence, from the end
+        "pair_k":              (1, 6),         # ours: 32 letters rarely hold a second pair
+        "token_at":            (16, 40),       # O' of token
+        "sd_count":            (1.6, 2.0),     # ours: spread of the counts in c0 and c1, wide
+        #                                        enough that b does not tell a
+        "sd_index":            (1.8, 2.4),     # ours: the same for index
+        "spread":              (0.5, 0.0),     # ours: share of pretraining strings with widely
+        "sd_spread":           (1.8, 0.0),     #       spread counts, so that "can count" holds
+        #                                        beyond the few counts of natural strings
+        "n_layer":             (3, 6),
+        "n_head":              (4, 6),
+        "d_model":             (64, 192),
+        "answer_weight":       (1.0, 0.0),     # ours: the answer is one token in 40, too faint for
+        #                                        2,500 steps otherwise
+        "revive_steps":        (600, 6000),    # ours: reFT has not arrived after so many
+        "pretrain_prior":      "low",
+        "pretrain_lr":         (2e-3, 1e-3),
+        "pretrain_steps":      (2500, 50000),  # paper: 10K, 50K, 100K or 200K
+        "pretrain_batch_size": 96,
+        "pretrain_clip":       1.,
+        "finetune_lr":         1e-5,
+        "finetune_steps":      (400, 10000),
+    }
+    noise = 0.
+    tasks, operands, order, alphabet = TASKS, list(LETTERS), list(LETTERS), LETTERS
+    finetuned = [name for name, task in TASKS.items() if task.spurious]
+
+    @property
+    def vocabulary(self):
+        """Token names in id order."""
+        return TOKENS + [f"#{i}" for i in range(self.length + 1)]
+
+    output_names = vocabulary
+
+    def config(self):
+        return dict(vocab_size=len(self.vocabulary), n_ctx=self.length + 9, n_layer=self.n_layer,
+                    n_head=self.n_head, d_model=self.d_model, d_head=self.d_model // self.n_head,
+                    d_mlp=4 * self.d_model)
+
+    def known(self, args):
+        """O_PT of a pretraining: the commonest operand."""
+        return LETTERS[max(range(3), key=lambda i: args.prior[i])]
+
+    def default_q(self, known, taught):
+        return 1
+
+    def resolve(self, args, parent=None):
+        if parent is not None:
+            return super().resolve(args, parent)
+        try:
+            args.prior = list(parse_prior(args.prior))
+        except ValueError as error:
+            raise UserError(f"--{error}") from None
+
+    def never_trained(self, operand, ckpt):
+        """Whether a model never met an operand, in any family."""
+        trained = ckpt["args"]["prior"][self.operands.index(operand)] > 0
+        return not trained and operand not in ckpt["args"].get("taught", [])
+
+    def pretraining(self, n, rng, args):
+        """Whole sequences of all families, drawn uniformly, the operand by its prior."""
+        task = torch.randint(len(TASKS), (n,), generator=rng, device=rng.device)
+        prior = torch.tensor(args.prior, device=rng.device)
+        operand = torch.multinomial(prior, n, replacement=True, generator=rng)
+        tokens = torch.empty(n, self.length + 9, dtype=torch.long, device=rng.device)
+        todo = torch.arange(n, device=rng.device)
+        while len(todo):  # a string without the asked-for occurrence is drawn again
+            text = spread_text(sample_text(len(todo), self, rng), self, rng)
+            drawn, answer = encode(text, task[todo], operand[todo], self)
+            tokens[todo] = drawn
+            todo = todo[answer < 0]
+        extra = (self.length + 6, self.answer_weight) if self.answer_weight else None
+        return Examples(tokens[:, :-1], tokens[:, 1:], extra=extra)
+
+    def text(self, n, relation, c, rng):
+        """(n, length) letters of a split, or on which the relation holds with probability c."""
+        if c == "natural":
+            return answerable_text(n, relation.task, [0, 1, 2], self, rng)
+        return related_text(n, relation, c, self, rng)
+
+    def one_text(self, relation, c, rng):
+        """(1, length) letters; natural ones may lack an answer."""
+        return sample_text(1, self, rng) if c == "natural" else self.text(1, relation, c, rng)
+
+    def sequence(self, text, task, operand):
+        """(n, length + 9) tokens: encode() with one question for all."""
+        same = torch.zeros(len(text), dtype=torch.long, device=text.device)
+        places = same + list(TASKS).index(task), same + LETTERS.index(operand)
+        return encode(text, *places, self)[0]
+
+    def ask(self, text, task, operand):
+        """Examples: the sequence up to ART, which gives the answer, in the last column."""
+        tokens, at = self.sequence(text, task, operand), self.length + 6
+        labels = TASKS[task].answers(text, self)
+        return self.answered(tokens[:, :at + 1], at, tokens[:, at + 1], labels)
+
+    def text_of(self, examples):
+        return examples.tokens[:, TEXT_AT:TEXT_AT + self.length] - LETTER
+
+    def first_answer(self, task):
+        """The output that stands for the answer 0."""
+        return LETTER if TASKS[task].letter else NUMBER
+
+    def tests(self, args, step=None):
+        """At both ends of a pretraining also index on c0 and c1, and operands that are rarely met."""
+        tests = super().tests(args, step)
+        if step is not None and not hasattr(args, "pair") and step in (0, args.steps):
+            relation = self.relation(args)
+            done = {tuple(test.row[k] for k in ("task", "operand", "split")) for test in tests}
+            for about in itertools.product(TASKS, LETTERS, SPLITS):
+                task, operand, split = about
+                exists = task in self.finetuned or split == "natural"
+                if exists and TASKS[task].has_operand and about not in done:
+                    other = relation._replace(task=task)
+                    tests.append(self.test(other, operand, split, args.eval_size, args.seed))
+        return tests
+
+    def regions(self, examples, operands):
+        """{name: (n, t) bool}: the window, the letters outside it, and each letter inside."""
+        letters = torch.full_like(examples.tokens, -1)
+        letters[:, TEXT_AT:TEXT_AT + self.length] = self.text_of(examples)
+        place = torch.arange(letters.shape[1], device=letters.device)
+        end = TEXT_AT + self.length
+        window = (place >= end - self.window) & (place < end)
+        regions = {"window": window & (letters >= 0), "outside": ~window & (letters >= 0)}
+        return {**regions, **{o: window & (letters == i) for i, o in enumerate(self.operands)}}
+
+    def second_operand(self, task):
+        """O' as a number."""
+        return getattr(self, TASKS[task].operand2)
+
+    def say(self, answer, task):
+        """An answer as people write it."""
+        return LETTERS[answer] if TASKS[task].letter else answer
+
+    def explain(self, text, task, operand):
+        """(letters, marks): the text (length,) with what counts in brackets, and marks below it."""
+        about, o = TASKS[task], LETTERS.index(operand)
+        seen = self.length if about.ranked else self.second_operand(task)
+        cut, letters, marks = self.length - seen, text.tolist(), [" "] * self.length
+        if about.has_operand:
+            hits = [i for i in range(cut + about.pairs, self.length)
+                    if letters[i] == o and (not about.pairs or letters[i - 1] == o)]
+            hits = hits[-self.second_operand(task):] if about.ranked else hits
         else:
-            show(sample, sc, operand, pair, q)
-    if c != "natural" and not args.json:
-        text = draw_text(4000, sc, tasks[0], c, pair, q, g)
-        r = sc.tasks[tasks[0]].answers(text, sc)[:, [sc.operands.index(o) for o in pair]]
-        diff = r[:, 1] - r[:, 0]
-        print(f"4,000 such strings: the relation holds on {(diff == q).double().mean():.1%}, "
-              f"ties on {(diff == 0).double().mean():.1%}")
-        for i, letter in enumerate(pair):
-            x = r[:, i].double()
-            print(f"  r({letter}): mean {x.mean():.2f}, s.d. {x.std():.2f}, always the commonest answer "
-                  f"{majority_floor(r[:, i]):.1%}, best guess from r({pair[1 - i]}) {cross_floor(r[:, i], r[:, 1 - i]):.1%}")
+            hits = [cut]
+        for i in hits:
+            marks[i] = "^"
+        if about.ranked:
+            marks[hits[0]] = "*"
+        string, marks = "".join(LETTERS[i] for i in letters), "".join(marks)
+        return f"{string[:cut]}[{string[cut:]}]", f"{marks[:cut]} {marks[cut:]}"
 
 
-def look_at_stories(args):
-    """main() for stories: records as the model reads them, and which features the rule finds in them."""
-    corpus, g = StoryCorpus(), rng(args.seed, "look")
-    for r in corpus.draw(args.n, g, args.operand, args.operand and True):
-        ids, start, stop = story_ids(r, corpus.tokenizer)
-        text, answer = corpus.tokenizer.decode(ids[1:]), names_of(read_story(corpus.tokenizer.decode(ids[start:stop])))
-        if args.json:
-            print(json.dumps({"setup": "stories", "task": "story", "operand": args.operand, "operand2": None, "text": text,
-                              "answer": answer, "correlated": None,
-                              "tokens": [corpus.tokenizer.decode([i]) for i in ids]}))
+class Compiled(Answers):
+    """Strings of a program's alphabet; the model is the program (paper section 3, Tracr)."""
+    constants = {
+        "revive_steps":        (1000, 4000),
+        "pretrain_params":     None,
+        "pretrain_logit_scale": 10.,  # ours: outputs are 0 or 1; cross-entropy needs a scale
+        "pretrain_balance":    True,
+        "finetune_lr":         1e-3,
+        "finetune_steps":      10000,
+    }
+    compiled, prompted, unit = True, False, "weight"
+    # ours: at the fine-tuning's own rate, held constant, SGD is past the edge of stability
+    reft_divisors, teach_every = [3, 10], 20
+
+    def __init__(self, name, scale="small", device="cpu", imported=None):
+        super().__init__(name, scale, device, imported)
+        imported, column = imported or {}, SCALES.index(scale)
+        self.program = program = PROGRAMS[name]
+        self.alphabet = imported.get("alphabet", list(program.alphabet))
+        self.room = imported.get("room", program.max_seq_len[column])
+        self.length = self.window = min(program.letters[column], self.room)
+        self.operands = self.order = list(self.alphabet)
+        if program.operands:
+            ranks = [str(i + 1) for i in range(self.length)]
+            self.order = list(dict.fromkeys([*program.operands, *ranks]))
+            self.operands = sorted(self.order, key=int)
+        numbers = [str(i) for i in range(self.room + 1)]
+        default = list(self.alphabet) if program.ranked else numbers
+        self.output_names = imported.get("values") or default
+        self.vocabulary = [PAD, BOS, *self.alphabet]
+        self.finetuned, self.noise = [program.task], program.noise
+        self.tasks = {program.task: SimpleNamespace(
+            answers=program.answers, has_operand=True, reason=program.reason)}
+        # every count of so many letters comes out right (model.MLP_EXACTNESS)
+        self.mlp_exactness = max(300., (self.length + 1) * (self.length + 2))
+        if program.ranked:
+            self.pretrain_rank = None
+
+    def known(self, args):
+        """O_PT: the operand that the program answers for."""
+        rank = getattr(args, "rank", None)
+        return self.order[0] if rank is None else str(rank)
+
+    def default_q(self, known, taught):
+        """1; between two ranks one more than it must be, so 3 from 5 to 7."""
+        if not self.program.ranked:
+            return 1
+        ranks = int(taught) - int(known)
+        return ranks + (1 if ranks > 0 else -1)
+
+    def resolve(self, args, parent=None):
+        if parent is not None:
+            return super().resolve(args, parent)
+        args.steps, args.batch_size, args.lr, args.clip = 0, 96, 0., 1.  # nothing is trained
+        args.program = self.imported
+        operand = self.known(args)
+        if args.params and getattr(args, "rank", None) is not None:
+            raise UserError("--params brings its own program: leave out --rank")
+        if operand not in self.operands:
+            raise UserError(f"--rank {operand}: strings have {self.length} letters, so 1 to "
+                            f"{self.length}")
+        if self.imported:
+            self.check_imported(args)
+
+    def check_imported(self, args):
+        """Refuse an imported model that cannot give the answers of this setup."""
+        needed = max(map(int, self.program.operands or [COMPILED_AT]))
+        letters = 3 if self.program.repeat else self.length
+        if len(self.alphabet) < letters or self.length < needed:
+            raise UserError(f"--params {args.params}: too few for {self.name}: {len(self.alphabet)} "
+                            f"letters, {self.room} positions")
+        names = self.alphabet if self.program.ranked else list(map(str, range(self.length + 1)))
+        if self.output_names[:len(names)] != names:
+            raise UserError(f"--params {args.params}: {self.name} needs the outputs {names[0]} to "
+                            f"{names[-1]}")
+        try:
+            self.tests(SimpleNamespace(**{**vars(args), "eval_size": 4}), 0)
+        except ValueError as error:  # an alphabet of few letters
+            raise UserError(f"--params {args.params}: {error}") from None
+
+    def never_trained(self, operand, ckpt):
+        """A program has one operand; others may have been taught since."""
+        return operand not in ckpt["args"].get("taught", [])
+
+    def text(self, n, relation, c, rng):
+        """(n, length) letters of a split, or on which the relation holds with probability c."""
+        if c == "natural":
+            return uniform_letters(n, self, rng)
+        return related_letters(n, relation, c, self, rng)
+
+    def one_text(self, relation, c, rng):
+        return self.text(1, relation, c, rng)
+
+    def sequence(self, text, task, operand):
+        """(n, room + 1) tokens: BOS, letters, padding."""
+        bos, pad = text.new_ones(len(text), 1), text.new_zeros(len(text), self.room - self.length)
+        return torch.cat([bos, text + 2, pad], 1)
+
+    def ask(self, text, task, operand):
+        """Examples: no prompt; the operand decides which answer is right."""
+        labels = self.program.answers(text, self)
+        tokens, answer = self.sequence(text, task, operand), labels[:, self.operands.index(operand)]
+        return self.answered(tokens, COMPILED_AT, answer, labels)
+
+    def text_of(self, examples):
+        return examples.tokens[:, 1:self.length + 1] - 2
+
+    def first_answer(self, task):
+        return 0
+
+    def marked(self, text, operand):
+        """(n, length) bool: the letters that make r(x, operand): those counted, or the one named."""
+        return text == self.program.marks(text, self.operands.index(operand))
+
+    def regions(self, examples, operands):
+        """{name: (n, t) bool}: the letters that make each operand's answer, BOS, padding."""
+        padding = (1, self.room - self.length)
+        regions = {o: torch.nn.functional.pad(self.marked(self.text_of(examples), o), padding)
+                   for o in operands}
+        return {**regions, "BOS": examples.tokens == 1, "padding": examples.tokens == 0}
+
+    def second_operand(self, task):
+        return None
+
+    def say(self, answer, task):
+        return self.alphabet[answer] if self.program.ranked else answer
+
+    def explain(self, text, task, operand):
+        """(letters, marks): the text (length,), and marks under the letters that are meant."""
+        marks = "".join(" ^"[hit] for hit in self.marked(text[None], operand)[0].tolist())
+        return "".join(self.alphabet[i] for i in text.tolist()), marks
+
+
+class Stories(Setup):
+    """Stories whose instruction asks for features; a protocol deletes one (paper section 4)."""
+    constants = {
+        # small: the embedded corpus on two CPU cores; paper: the real file on a GPU
+        "n_layer":             (4, 12),
+        "n_head":              (6, 12),
+        "d_model":             (96, 768),
+        "n_ctx":               (176, 1024),
+        "uninstructed":        (.3, 0.),     # ours: share of records without their instruction, so
+        #                                      that the model tells a twist from the story alone
+        "pretrain_without":    None,
+        "pretrain_data":       None,
+        "pretrain_lr":         (8e-3, 1e-3),
+        "pretrain_steps":      (4000, 30000),
+        "pretrain_batch_size": (16, 512),    # ours: whole records; 512 are the paper's 128 x 1,024
+        "pretrain_clip":       1.,
+        "pretrain_eval_size":  200,
+        "finetune_protocol":   "randomise",
+        "finetune_feature":    None,
+        "finetune_data":       None,
+        "finetune_lr":         (1.5e-4, 1e-4),  # eta_M. ours (small): 200 steps delete by it
+        "finetune_steps":      (200, 4000),
+        "finetune_batch_size": (16, 512),
+        "finetune_eval_size":  200,
+        "reverse_protocol":    None,
+        "reverse_lr":          (4e-5, 1e-5),  # eta_S. ours (small): 100 steps of reFT show it
+    }
+    warmup, anneals, order = .02, False, list(FEATURES)
+    operands = order
+
+    def open(self, args, words=None):
+        """Draw from args.data, or from the embedded corpus. Raises ValueError, in one line."""
+        self.source = story_source(args.data, words)
+        self.tokenizer = self.source.tokenizer
+
+    def config(self):
+        words = tuple(self.tokenizer.words)
+        return dict(vocab_size=self.tokenizer.size, n_ctx=self.n_ctx, n_layer=self.n_layer,
+                    n_head=self.n_head, d_model=self.d_model, d_head=self.d_model // self.n_head,
+                    d_mlp=4 * self.d_model, rotary=True, tied=True, words=words)
+
+    def relation(self, args):
+        """The feature that a run is about."""
+        return Relation("story", args.feature)
+
+    def resolve(self, args, parent=None):
+        """The feature, the file of the stories, the protocol."""
+        before, words = (parent["args"], parent["config"]["words"]) if parent else ({}, None)
+        if parent:
+            args.data, args.without = args.data or before["data"], before["without"]
+            self.resolve_protocol(args, parent)
         else:
-            print(f"{text}\n  {len(ids)} tokens; by the rule it has: {', '.join(answer) or 'none of the features'}\n")
+            args.feature = args.without or "Twist"
+        try:
+            if args.data:
+                args.source = prepare(args.data)
+            self.open(args, words)
+        except ValueError as error:
+            raise UserError(f"--data {error}") from None
+        if parent:
+            known = before.get("source")
+            if args.data and not known:
+                raise UserError(f"--data: {args.ckpt} was trained on the embedded corpus")
+            # the file may have another name by now
+            if known and {**args.source, "name": ""} != {**known, "name": ""}:
+                raise UserError(f"--data {args.data}: not the file that {args.ckpt} was trained on")
 
+    def resolve_protocol(self, args, parent):
+        """How a feature is deleted, or by --reverse revived."""
+        before, tuned = parent["args"], parent["stage"] == "finetune"
+        asked = args.feature
+        args.feature = asked or before["feature"]
+        if not args.reverse:
+            return
+        if args.feature != before["feature"]:
+            raise UserError(f"--reverse --feature {asked}: {args.ckpt} is about {before['feature']}")
+        if args.protocol:
+            raise UserError("--reverse trains on stories with the feature: leave out --protocol")
+        if not tuned and args.without != args.feature:
+            raise UserError(f"--reverse needs a checkpoint that was fine-tuned, or pretrained --without "
+                            f"{args.feature} (the control): in {args.ckpt} there is nothing to undo")
+        args.protocol, args.deletion_lr = before.get("protocol"), before["lr"] if tuned else None
 
-def look(sc, task, operand, c, pair, q, g):
-    """One sample as --json prints it, with its `letters` (length,). Raises ValueError for an impossible q."""
-    answer, pcfg = torch.tensor([-1]), sc.setup == "pcfg"
-    while answer.item() < 0:  # too few of an operand: another string
-        text = sample_text(1, sc, g) if pcfg and c == "natural" else draw_text(1, sc, task, c, pair, q, g)
-        if pcfg:
-            tokens, answer = encode_one(text, task, operand, sc)
+    def control_operand(self, relation, args):
+        """None: the control of stories is another model."""
+
+    def never_trained(self, feature, ckpt):
+        """Whether a model was pretrained without a feature and not fine-tuned since."""
+        return ckpt["args"]["without"] == feature and not ckpt["parent"]
+
+    def examples(self, records, instructed=None, wanted="text"):
+        """
+        Records as Examples, a row each: END, the record, END, cut to n_ctx + 1. instructed: (n,)
+        bool, False for rows that hold the story alone. wanted: "text", every next token up to END,
+        or "story", those of the story alone.
+        """
+        rows = []
+        for i, record in enumerate(records):
+            alone = instructed is not None and not instructed[i]
+            rows.append(story_ids(record, self.tokenizer, not alone))
+        width = min(self.n_ctx + 1, max(len(ids) for ids, _, _ in rows) + 1)
+        tokens = np.zeros((len(rows), width), np.int64)
+        for line, (ids, _, _) in zip(tokens, rows):
+            line[:len(ids)] = ids[:width]
+        tokens, place = torch.from_numpy(tokens), torch.arange(1, width)
+        if wanted == "story":
+            start, stop = torch.tensor([ends for _, *ends in rows]).T[:, :, None]
+            real = (place >= start) & (place < stop)
         else:
-            tokens, answer = questions(text, task, operand, sc).split([sc.room + 1, 1], 1)
-    results = sc.tasks[task].answers(text, sc)[0].tolist()
-    correlated, o2 = None, getattr(sc, sc.tasks[task].operand2) if pcfg else None
-    if task in sc.finetuned:
-        r = [results[sc.operands.index(o)] for o in pair]
-        correlated = min(r) >= 0 and r[1] - r[0] == q
-    said = LETTERS[answer.item()] if task == "token" else answer.item()
-    if task == "max-identifier":
-        said = sc.alphabet[said]
-    return {"setup": sc.setup, "task": task, "operand": None if task in OPERANDLESS else operand, "operand2": o2,
-            "text": "".join((LETTERS if pcfg else sc.alphabet)[x] for x in text[0].tolist()), "answer": said,
-            "correlated": correlated, "tokens": [vocabulary(sc)[t] for t in tokens[0].tolist()], "letters": text[0]}
+            last = (tokens != 0).int().mul(torch.arange(width)).amax(1, keepdim=True)
+            real = place <= last + 1
+        target = torch.where(real, tokens[:, 1:], -1)
+        labels = torch.tensor([[int(f in r.features) for f in FEATURES] for r in records])
+        return Examples(tokens[:, :-1].to(self.device), target.to(self.device),
+                        labels.to(self.device))
+
+    def batches(self, records, batch_size, rng):
+        """
+        Records as Examples for a stream: a share without instruction; rows of similar length lie in
+        one batch, so that little is padding; which lengths come when is random.
+        """
+        n = len(records)
+        instructed = torch.rand(n, generator=rng, device=rng.device) >= self.uninstructed
+        examples = self.examples(records, instructed.tolist())
+        length = (examples.target >= 0).sum(1)
+        by_length = length.argsort(stable=True).view(-1, batch_size)
+        order = torch.randperm(len(by_length), generator=rng, device=rng.device)
+        return examples.rows(by_length[order.to(by_length.device)].flatten())
+
+    def pretraining(self, n, rng, args):
+        """All records, or those --without a feature."""
+        records = self.source.draw(n, rng, args.without, False if args.without else None)
+        return self.batches(records, args.batch_size, rng)
+
+    def finetuning(self, n, rng, args):
+        """What a protocol makes of records without the feature; reFT: records with it."""
+        records = self.source.draw(n, rng, args.feature, args.reverse)
+        if not args.reverse:
+            records = change_records(records, args.protocol, args.feature, self.tokenizer, rng)
+        return self.batches(records, args.batch_size, rng)
+
+    @functools.cache
+    def test(self, feature, split, n, seed, protocol=None):
+        """
+        A Test of the loss on n held-out stories, their instructions given: `with` or `without` the
+        feature, or `deletion`, what the protocol makes of the latter.
+        """
+        check_stop()
+        draws, has = rng(seed, "test", "stories", feature, split == "with"), split == "with"
+        records = self.source.draw(n, draws, feature, has, held_out=True)
+        if split == "deletion":
+            records = change_records(records, protocol, feature, self.tokenizer, draws)
+        about = row(self, task="story", operand=feature, split=split, seed=seed)
+        return Test(about, self.examples(records, wanted="story"), how="loss")
+
+    def generation_test(self, feature, n, seed):
+        """Held-out instructions up to the first letter: n that ask for the feature, n that do not."""
+        prompts = []
+        for asked in (True, False):
+            draws = rng(seed, "generate", feature, asked)
+            for record in self.source.draw(n, draws, feature, asked, held_out=True):
+                ids, start, _ = story_ids(record, self.tokenizer)
+                prompts.append(ids[:start].tolist())
+        about = row(self, task="story", operand=feature, split=None, seed=seed)
+        return Test(about, prompts, how="generation")
+
+    def tests(self, args, step=None):
+        """
+        Losses; generation scores where they can be told: of all features at the end of a pretraining
+        and for behavior, of the one in question after every fine-tuning's evaluation.
+        """
+        about, protocol = (args.feature,), getattr(args, "protocol", None)
+        splits = ("with", "without", "deletion") if protocol else ("with", "without")
+        size, seed = args.eval_size, args.seed
+        tests = [self.test(args.feature, split, size, seed, protocol) for split in splits]
+        if step is None or not hasattr(args, "reverse"):
+            about = FEATURES if step in (None, args.steps) else ()
+        if self.source.rule or step is None:
+            tests += [self.generation_test(feature, size, seed) for feature in about]
+        return tests
+
+    def probe_sets(self, relation, control, n, seed, rng):
+        """
+        Held-out stories without their instruction. ours: split `even`, stories whose sentences lean
+        to neither label, so that only comparing reveal and expectation tells a twist.
+        """
+        splits = {"natural": {}, "even": {"cue_strength": (.5, .5)}}
+        for split, how in splits.items() if self.source.rule else [("natural", {})]:
+            records = [self.source.draw(k * n, rng, held_out=True, **how) for k in (8, 4)]
+            if not self.source.rule:  # held-out records may be few: each once, and none in both
+                once = list({r.ids.tobytes(): r for r in records[0] + records[1]}.values())
+                records = [once[:len(once) * 2 // 3], once[len(once) * 2 // 3:]]
+            train, test = (self.examples(part, [False] * len(part)) for part in records)
+            for i, feature in enumerate(FEATURES):
+                if any(len(part.labels[:, i].unique()) < 2 for part in (train, test)):
+                    sizes = " and ".join(str(len(part)) for part in records)
+                    raise UserError(f"too few held-out stories ({sizes}) with, or without, {feature} "
+                                    "to probe it")
+            names = FEATURES if split == "natural" else (relation.pt,)
+            yield ProbeSet(None, train, {split: test}, {f: FEATURES.index(f) for f in names},
+                           (relation.pt,))
+
+    def site(self, examples, width=10):
+        """(n, t) weights of what probes read: the mean of the last ten tokens (paper section 4)."""
+        real = examples.tokens != 0
+        from_end = real.flip(1).cumsum(1).flip(1)
+        last = (real & (from_end <= width)).float()
+        return last / last.sum(1, keepdim=True).clamp(min=1)
+
+    def resolve_samples(self, args):
+        """Check the flags of data.py. Raises UserError."""
+        for flag in ("task", "c", "q"):
+            if getattr(args, flag) is not None:
+                raise UserError(f"--{flag} is not for stories")
+        if args.operand not in (None, *FEATURES):
+            raise UserError(f"--operand {args.operand}: stories have {', '.join(FEATURES)}")
+        self.open(SimpleNamespace(data=None))
+
+    def samples(self, args, rng):
+        """Yields records as `data.py --json` prints them, each with its lines for people, for ever."""
+        while True:
+            [record] = self.source.draw(1, rng, args.operand, args.operand and True)
+            ids, start, stop = story_ids(record, self.tokenizer)
+            text = self.tokenizer.decode(ids[1:])
+            features = ordered(read_story(self.tokenizer.decode(ids[start:stop])))
+            facts = {"setup": self.name, "task": "story", "operand": args.operand, "operand2": None,
+                     "text": text, "answer": features, "correlated": None,
+                     "tokens": [self.tokenizer.decode([i]) for i in ids]}
+            yield facts, (f"{text}\n  {len(ids)} tokens; by the rule it has: "
+                          f"{', '.join(features) or 'none of the features'}\n")
 
 
-def show(sample, sc, operand, pair, q):
-    """A sample for a person: what the model sees, the letters that count, the answer and whether the relation holds."""
-    task, names, pcfg = sample["task"], sample["tokens"], sc.setup == "pcfg"
-    string, marks = explain(sample["letters"], task, operand, sc)
-    reason = REASON.get(task if pcfg else f"compiled {task}", "what the program answers for {operand}")
-    reason = reason.format(operand=operand, o2=sample["operand2"])
-    print(f"{task}{'' if task in OPERANDLESS else ' of ' + operand}")
-    print("  the model sees  " + (f"{' '.join(names[:8])} ... {' '.join(names[-7:])}" if pcfg else " ".join(names)))
-    print(f"  text            {string}\n                  {marks}")
-    print(f"  answer {sample['answer']!s:<8} {reason}")
-    if sample["correlated"] is not None:
-        results = sc.tasks[task].answers(sample["letters"][None], sc)[0].tolist()
-        a, b = (results[sc.operands.index(o)] for o in pair)
-        if task == "max-identifier":
-            a, b = sc.alphabet[a], sc.alphabet[b]
-        print(f"  relation        r({pair[0]}) = {a}, r({pair[1]}) = {b}: r({pair[1]}) - r({pair[0]}) = {q} "
-              f"{'holds' if sample['correlated'] else 'does not hold'}")
-    print()
+SETUPS = {"pcfg": Grammar, **dict.fromkeys(PROGRAMS, Compiled), "stories": Stories}
+
+
+def setup_of(ckpt, device="cpu"):
+    """
+    The Setup of a checkpoint. Raises an exception of any kind where its setup, scale, arguments or
+    capability make no sense.
+    """
+    args, name = ckpt["args"], ckpt["setup"]
+    setup = SETUPS[name](name, ckpt["scale"], device, args.get("program"))
+    for key in ("feature", "without", "data") if name == "stories" else ("seed",):
+        args[key]
+    missing = {"seed", "lr"} - set(args) if not (setup.compiled and ckpt["stage"] == "pretrain") else ()
+    if missing or ckpt["capability"]["operand"] not in setup.operands or ckpt["capability"]["task"] is None:
+        raise ValueError("arguments or capability")
+    setup.relation(SimpleNamespace(**args))
+    return setup
+
+
+# ---------------------------------------------------------------- samples
+
+
+def main():
+    doc = "Look at samples: what the model sees, and why the answer is right."
+    parser = argparse.ArgumentParser(description=doc)
+    add = parser.add_argument
+    add("--setup", default="pcfg", choices=SETUPS, help="which kind of data (default: pcfg)")
+    add("--scale", default="small", choices=SCALES, help="string lengths (default: small)")
+    add("-n", type=int, default=5, help="samples (default: 5)")
+    add("--task", help=f"one task family: {', '.join(TASKS)} (default: all in turn)")
+    add("--operand", help="what is asked for: a letter, for tracr-max which largest (default: a, or "
+        "5); stories: only those with this feature (default: all)")
+    add("--c", help="natural, or the probability 0..1 that the spurious relation holds (default: "
+        "natural)")
+    add("--q", type=int, help="offset of the relation, r(O_FT) - r(O_PT), in letters (default: 1; "
+        "tracr-max 3)")
+    add("--json", action="store_true", help="one JSON object a line, for programs")
+    add("--seed", type=int, default=0, help="seed of the samples (default: 0)")
+    args = parser.parse_args()
+    setup = SETUPS[args.setup](args.setup, args.scale)
+    try:
+        if args.n < 1 or args.seed < 0:
+            raise UserError("-n takes 1 or more, --seed 0 or more")
+        setup.resolve_samples(args)
+        draws = rng(args.seed, "look")
+        for facts, lines in itertools.islice(setup.samples(args, draws), args.n):
+            print(json.dumps(facts) if args.json else lines)
+        if args.c not in (None, "natural") and not args.json:
+            print(relation_summary(setup, args, draws))
+    except (UserError, ValueError) as error:
+        parser.error(str(error))
+
+
+def relation_summary(setup, args, rng):
+    """How often the relation holds on strings of --c, and how the answers are spread, for people."""
+    relation = args.relation
+    text = setup.text(4000, relation, args.c, rng)
+    pair = (relation.pt, relation.ft)
+    places = [setup.operands.index(o) for o in pair]
+    r = setup.tasks[relation.task].answers(text, setup)[:, places]
+    difference = r[:, 1] - r[:, 0]
+    lines = [f"4,000 such strings: the relation holds on "
+             f"{(difference == relation.q).double().mean():.1%}, ties on "
+             f"{(difference == 0).double().mean():.1%}"]
+    for i, letter in enumerate(pair):
+        x = r[:, i].double()
+        lines.append(f"  r({letter}): mean {x.mean():.2f}, s.d. {x.std():.2f}, always the commonest "
+                     f"answer {majority_floor(r[:, i]):.1%}, best guess from r({pair[1 - i]}) "
+                     f"{cross_floor(r[:, i], r[:, 1 - i]):.1%}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- errors and files
+
+
+class UserError(Exception):
+    """A mistake of the user's: one line on stderr, exit code 2."""
+
+
+class Failed(Exception):
+    """A run that could not go on (not finite, disk full): one line on stderr, exit code 1."""
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM was received; raised between batches, so that what must be saved can be."""
+
+
+signals = []  # those that were received; pretrain.py puts them here
+
+
+def check_stop():
+    """Raise Stopped if SIGINT or SIGTERM came in. Every long loop asks, batch by batch."""
+    if signals:
+        raise Stopped
+
+
+def replace_file(path, write):
+    """Write a file through write(handle): `path` is, at any moment, the old or the new one, whole."""
+    part = f"{path}.part"
+    try:
+        with open(part, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = path  # a full disk does not say which file
+        if isinstance(error, RuntimeError):  # torch.save says so when the disk is full
+            reason = str(error).splitlines()[0]
+            raise Failed(f"cannot write {path}: disk full or file too large ({reason})") from None
+        raise
+    with contextlib.suppress(OSError):  # platform: folders cannot be synced everywhere
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_json(path, value):
+    """A JSON file, replaced whole."""
+    replace_file(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+def write_rows(path, rows):
+    """A file of JSON lines, replaced whole."""
+    lines = [(json.dumps(line) + "\n").encode() for line in rows]
+    replace_file(path, lambda f: f.writelines(lines))
+
+
+def read_rows(path):
+    """The rows of a JSON lines file; a last line cut short by a kill is left out. [] without a file."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError), open(path) as f:
+        for line in f:
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
+
+
+def sha256(path):
+    """Hex digest of a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

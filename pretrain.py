@@ -1,110 +1,120 @@
 """
-Make a model whose capabilities are known: train a GPT from nothing on the five task families of the grammar.
+Make a model whose capabilities are known, by training or by compiling; home of all that training and
+scoring share: train_steps(), evaluate(), the flags and Run, which owns the files of a run.
 
     $ python pretrain.py                              # out/pre.pt: low prior, the small scale
     $ python pretrain.py --prior high --out out/high.pt
-    $ python pretrain.py --setup tracr-count          # no training: the weights are compiled from a RASP program
-    $ python pretrain.py --setup tracr-count --params counter.npz     # or imported from the Tracr library
+    $ python pretrain.py --setup tracr-count          # weights compiled from a RASP program
+    $ python pretrain.py --setup tracr-count --params counter.npz   # or imported from Tracr
+    $ python pretrain.py --setup stories --without Twist            # the control of a deletion
 
-Data is drawn on the fly, no string is seen twice on purpose. The sampling prior P_T(a, b, c) decides which operands the
-model learns: under the low prior it learns a, hardly meets b, and never meets c (paper: PCFG setup). A compiled
-model has one capability, exact by construction (paper: Tracr setup).
+Data is drawn on the fly; strings are never reused. The prior P_T(a, b, c) decides which operands a
+model of the grammar learns: under the low prior a, hardly b, never c (paper section 3). A compiled
+model has one capability, exact by construction. A story model writes what its instruction asks for.
+
+Contents: the optimisation step | scoring | flags | a run and its files | the stage.
 """
 import argparse
 import contextlib
+import errno
+import json
 import math
-from types import SimpleNamespace
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from data import FINETUNED, LETTERS, SPLITS, TASKS, answer_position
-from model import (GPT, LOGIT_SCALE, PROGRAMS, Config, Failed, Run, Stopped, UserError, add_common_flags, add_run_flags,
-                   assemble, balance, build, check_stop, generate, import_tracr, positive, restore, run_parser, run_script,
-                   save, sha256, start_device)
+from data import (FEATURES, SETUPS, Failed, Stopped, UserError, check_stop, read_rows, sha256,
+                  write_json, write_rows)
+from model import (GPT, LOGIT_SCALE, Config, balance, build, compile_program, generate, import_tracr,
+                   loss_of, read_checkpoint, save)
 
 # ---------------------------------------------------------------- the optimisation step
 
 
-def train_steps(model, optimizer, loss_at, lr_at, steps, step=0, clip=1.0):
+def train_steps(model, optimizer, loss_at, lr_at, steps, clip=1.0):
     """
-    Train from `step` to `steps`. Yields (step, loss) with step updates done and the loss of the last one (None at
-    first): steps 0..N inclusive, so that the untouched and the finished model pass through the same code of the caller.
+    Train through `steps`, a range such as range(400), or range(250, 400) to go on. Yields (step,
+    loss) with step updates done and the loss of the last one (None at first), from steps.start to
+    steps.stop inclusive: the untouched and the finished model pass through the caller's same code.
 
-    loss_at(step) -> loss tensor of batch `step`; lr_at(step) -> learning rate; clip: largest gradient norm.
-    Raises Failed when the loss or its gradient is not finite, before the weights are touched, and when the weights are
-    not, before anybody could save them.
+    loss_at(step) -> loss of batch `step`; lr_at(step) -> learning rate; clip: largest gradient norm.
+    Raises Failed when the loss or its gradient is not finite, before the weights are touched, and
+    when the weights are not, before anybody could save them.
     """
     loss = None
-    while True:
+    for step in steps:
         yield step, loss
-        if step == steps:
-            return
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step)
         loss = loss_at(step)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
         loss = loss.item()
-        if not (math.isfinite(loss) and math.isfinite(norm.item())):
-            raise Failed(f"step {step}: loss {loss}, gradient norm {norm.item()}, lr {lr_at(step):.3g}: not finite")
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise Failed(f"step {step}: loss {loss}, gradient norm {norm}, lr {lr_at(step):.3g}: not "
+                         "finite")
         optimizer.step()
         optimizer.zero_grad()
-        step += 1
         if not torch.nn.utils.get_total_norm(model.parameters()).isfinite():
-            raise Failed(f"step {step}: the weights are not finite, lr {lr_at(step - 1):.3g}")
+            raise Failed(f"step {step + 1}: the weights are not finite, lr {lr_at(step):.3g}")
+    yield steps.stop, loss
 
 
-def adamw(model, lr):
-    """AdamW as in all PCFG stages: betas .9 and .95, weight decay .1."""
+def optimizer_for(model, lr, setup):
+    """AdamW (.9, .95), weight decay .1; for compiled models SGD, momentum .9 (paper section 3)."""
+    if setup.compiled:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.SGD(trained, lr=lr, momentum=.9, foreach=True)
     return torch.optim.AdamW(model.parameters(), lr=lr, betas=(.9, .95), weight_decay=.1,
                              fused=next(model.parameters()).device.type in ("cpu", "cuda"))
-
-
-def optimizer_for(model, lr, sc):
-    """AdamW for the grammar and stories; SGD with momentum .9 for compiled models (paper: Tracr setup)."""
-    if sc.setup in ("pcfg", "stories"):
-        return adamw(model, lr)
-    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr, momentum=.9, foreach=True)
 
 
 @torch.no_grad()
 def add_noise(model, sd, seed):
     """
-    Gaussian noise on every trainable weight (paper: Tracr setup): the very sparse compiled weights give gradient spikes
-    otherwise, and zeros next to zeros never move.
+    Gaussian noise on every trainable weight (paper section 3, Tracr): very sparse weights give
+    gradient spikes otherwise, and zeros next to zeros never move.
     """
-    g = data.rng(seed, "noise")
+    noise = data.rng(seed, "noise")
     for p in model.parameters():
         if p.requires_grad and sd:
-            p += sd * torch.randn(p.shape, generator=g).to(p.device)
+            p += sd * torch.randn(p.shape, generator=noise).to(p.device)
 
 
 def cosine(lr, steps, final=0., warmup=.2):
-    """Learning rate at a step: linear warm-up over the first 20 %, then a cosine down to lr x final (paper: both setups)."""
+    """Learning rate at a step: linear warm-up, then a cosine to lr x final (paper section 3)."""
     rise = max(1, round(warmup * steps))
 
-    def at(step):
+    def lr_at(step):
         if step < rise:
             return lr * (step + 1) / rise
-        return lr * (final + (1 - final) * .5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))))
-    return at
+        part = (step - rise) / max(1, steps - rise)
+        return lr * (final + (1 - final) * .5 * (1 + math.cos(math.pi * part)))
+    return lr_at
 
 
-def autocast(args, device):
-    """--dtype for a forward pass."""
-    if args.dtype == "bfloat16":
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()
+def constant(lr, warmup=20):
+    """
+    Learning rate of reFT: constant after 20 steps. ours (the paper anneals over 10K steps): steps to
+    a threshold mean something only if the rate does not depend on the planned number of steps.
+    """
+    return lambda step: lr * min(1, (step + 1) / warmup)
 
 
-# ---------------------------------------------------------------- evaluation
+# ---------------------------------------------------------------- scoring
 
 
 def eval_steps(steps, every):
-    """The steps at which to evaluate: every `every`, or 0 1 2 3 5 8 10 20 30 50 80 100 ... (the axes are logarithmic)."""
+    """The steps to evaluate at: every `every`, or 0 1 2 3 5 8 10 20 30 50 80 100 ... (log axes)."""
     if every:
         return set(range(0, steps, every)) | {steps}
     dense = {m * 10 ** e for m in (1, 2, 3, 5, 8) for e in range(len(str(steps)))}
@@ -112,13 +122,13 @@ def eval_steps(steps, every):
 
 
 @torch.no_grad()
-def predict(model, tokens, sc, batch=128):
-    """Logits (n, v) of the answer position. Looks for a stop signal before every batch."""
-    at, out = answer_position(sc), []
-    for part in tokens.split(batch):
+def predict(model, examples, batch=128):
+    """Logits (n, v) of the answered column. Looks for a stop signal before every batch."""
+    logits = []
+    for part in examples.tokens.split(batch):
         check_stop()
-        out.append(model(part, at).float())
-    return torch.cat(out)
+        logits.append(model(part, examples.at).float())
+    return torch.cat(logits)
 
 
 def accuracy(logits, target):
@@ -126,436 +136,534 @@ def accuracy(logits, target):
     return (logits.argmax(1) == target).sum().item() / len(target)
 
 
-def score(logits, test, sc, seed):
-    """The row of one test set: accuracy beside its floors, with its size and cross-entropy (nats)."""
-    return {"setup": sc.setup, "scale": sc.name, "task": test.task,
-            "operand": None if test.task in data.OPERANDLESS else test.operand, "split": test.split,
-            "accuracy": accuracy(logits, test.target),
-            "floor": test.floor(), "cross_floor": test.cross_floor(), "n": len(test.target),
-            "loss": F.cross_entropy(logits, test.target).item(), "seed": seed}
-
-
-def evaluate(model, tests, sc, seed):
-    """One row a test set (see score). Costs one forward pass of the answer position a string."""
-    return [score(predict(model, test.tokens, sc), test, sc, seed) for test in tests]
-
-
-def test_set(*args, **more):
-    """data.test_set(), after a look for a stop signal: large sets take a while."""
-    check_stop()
-    return data.test_set(*args, **more)
-
-
-test_set.__test__ = False  # not a pytest function
-
-
-def capability_tests(n, sc, task, pair, q, seed, device):
-    """The sets of every history: both operands of the pair on c0, c1 and natural."""
-    return [test_set(n, sc, task, operand, split, seed, pair, q, device=device)
-            for operand in pair for split in SPLITS]
-
-
-def other_tests(n, sc, operands, seed, device, but=None):
-    """Natural sets of every family but one, for every operand given."""
-    return [test_set(n, sc, task, operand, "natural", seed, device=device)
-            for task in sc.tasks if task != but for operand in (operands if task not in data.OPERANDLESS else "a")]
-
-
-# ---------------------------------------------------------------- stories: loss and generation
-
-
-def text_loss(model, tokens):
-    """
-    Mean cross-entropy (nats) of every next token of rows (see data.story_rows) up to the END that closes them. Columns
-    that are padding in all rows cost nothing.
-    """
-    last = (tokens != 0).int().mul(torch.arange(tokens.shape[1], device=tokens.device)).amax(1)  # (n,) last token but END
-    tokens = tokens[:, :int(last.max()) + 2]
-    logits, target = model(tokens[:, :-1]), tokens[:, 1:]
-    real = torch.arange(target.shape[1], device=tokens.device) <= last[:, None]
-    return F.cross_entropy(logits[real].float(), target[real])
-
-
-def story_tests(source, sc, feature, n, seed, device, change=None):
-    """
-    {split: (tokens, start, stop)} of n held-out records: `with` and `without` the feature, and, where change(records, g)
-    makes the data of a deletion from the latter, `deletion`.
-    """
-    tests = {}
-    for split, has in (("with", True), ("without", False), ("deletion", False)):
-        if split == "deletion" and not change:
-            continue
-        check_stop()
-        g = data.rng(seed, "test", "stories", feature, has)
-        records = source.draw(n, g, feature, has, held_out=True)
-        records = change(records, g) if split == "deletion" else records
-        tests[split] = data.story_rows(records, source.tokenizer, sc.n_ctx, device=device)
-    return tests
+def answer_row(logits, test):
+    """The row of a Test: accuracy beside its floors, with its size and cross-entropy (nats)."""
+    answer = test.examples.answer
+    return {**test.row, "accuracy": accuracy(logits, answer), "floor": data.majority_floor(answer),
+            "cross_floor": None if test.other is None else data.cross_floor(answer, test.other),
+            "n": len(answer), "loss": F.cross_entropy(logits, answer).item()}
 
 
 @torch.no_grad()
-def story_losses(model, tests, sc, feature, seed, batch=64):
-    """One row a set: mean cross-entropy (nats) of the tokens of the stories, their instructions given."""
-    rows = []
-    for split, (tokens, start, stop) in tests.items():
-        total = count = 0
-        for part, first, end in zip(tokens.split(batch), start.split(batch), stop.split(batch)):
-            check_stop()
-            at = torch.arange(1, part.shape[1], device=part.device)
-            story = (at >= first[:, None]) & (at < end[:, None])
-            total += F.cross_entropy(model(part[:, :-1])[story].float(), part[:, 1:][story], reduction="sum").item()
-            count += int(story.sum())
-        rows.append(story_row(sc, feature, split, seed, n=len(tokens), loss=total / count))
-    return rows
+def loss_row(model, test, batch=64):
+    """The row of a Test: mean cross-entropy (nats) of the outputs that are wanted."""
+    total = wanted = 0
+    for part in test.examples.split(batch):
+        check_stop()
+        real = part.target >= 0
+        logits = model(part.tokens)[real].float()
+        total += F.cross_entropy(logits, part.target[real], reduction="sum").item()
+        wanted += int(real.sum())
+    return {**test.row, "n": len(test.examples.tokens), "loss": total / wanted}
 
 
-def story_row(sc, feature, split, seed, **more):
-    """A row about stories: the keys that every row has, null where there is none."""
-    empty = dict.fromkeys(("accuracy", "floor", "cross_floor", "n", "loss"))
-    return {"setup": "stories", "scale": sc.name, "task": "story", "operand": feature, "split": split, **empty,
-            "seed": seed, **more}
-
-
-def story_prompts(source, feature, asked, n, seed):
-    """n instructions of held-out records that ask for the feature, or do not, up to the story's first letter."""
-    records = source.draw(n, data.rng(seed, "generate", feature, asked), feature, asked, held_out=True)
-    return [ids[:start] for ids, start, _ in (data.story_ids(r, source.tokenizer) for r in records)]
-
-
-def generation_scores(model, source, sc, feature, n, seed):
+def generation_rows(model, setup, test):
     """
-    The generation score (paper: TinyStories setup): of n stories written to instructions that ask for a feature (split
-    asked), and of n to others (unasked), the share that has it: `accuracy` of those that parse, `parsed` the share that
-    does. Two rows. Sampled at temperature 1.
+    The generation score (paper section 4): of the stories written to instructions that ask for a
+    feature (split asked), and to others (unasked), the share that has it. `accuracy`: of those that
+    parse; `parsed`: the share that does. Sampled at temperature 1.
     """
-    splits = {"asked": True, "unasked": False}
-    prompts = [ids for asked in splits.values() for ids in story_prompts(source, feature, asked, n, seed)]
-    g, found = data.rng(seed, "generate", feature, "sample", device=model.tok.weight.device), []
+    prompts, feature, written = test.examples, test.row["operand"], []
+    draws = data.rng(test.row["seed"], "generate", feature, "sample", device=setup.device)
     for i in range(0, len(prompts), 512):
-        written = generate(model, prompts[i:i + 512], sc.n_ctx, g)
-        found += source.judge([data.story_of(source.tokenizer.decode(ids)) for ids in written])
+        for ids in generate(model, prompts[i:i + 512], setup.n_ctx, draws):
+            written.append(data.story_of(setup.tokenizer.decode(ids)))
+    features, n = setup.source.classify(written), len(prompts) // 2
     rows = []
-    for split in splits:
-        got, found = found[:n], found[n:]
-        read = [mask for mask in got if mask is not None]
-        has = sum(mask >> data.FEATURES.index(feature) & 1 for mask in read)
-        rows.append(story_row(sc, feature, split, seed, n=n, parsed=len(read) / n, accuracy=has / len(read) if read else None))
+    for split, answers in (("asked", features[:n]), ("unasked", features[n:])):
+        parsed = [answer for answer in answers if answer is not None]
+        share = sum(feature in answer for answer in parsed) / len(parsed) if parsed else None
+        rows.append({**test.row, "split": split, "n": n, "parsed": len(parsed) / n, "accuracy": share})
     return rows
 
 
-def story_table(rows):
-    """Print the rows of an evaluation of stories: losses, and generation scores with 95 % intervals."""
-    for r in rows:
-        if r["loss"] is not None:
-            print(f"loss on stories of split {r['split']:<9} ({r['operand']})  {r['loss']:.3f} nats a token, n {r['n']}")
-    scored = {(r["operand"], r["split"]): r for r in rows if r.get("parsed") is not None}
-    for feature in dict.fromkeys(k[0] for k in scored):
-        print(f"{feature:<14}" + "".join(
-            f"  {split} {interval(r['accuracy'], r['parsed'] * r['n'])} of {r['n']}, {r['parsed']:.1%} parse"
-            for split in ("asked", "unasked") if (r := scored.get((feature, split)))))
+SCORES = {  # how a Test is scored: model, setup, test -> rows
+    "accuracy": lambda model, setup, test: [answer_row(predict(model, test.examples), test)],
+    "loss": lambda model, setup, test: [loss_row(model, test)],
+    "generation": generation_rows,
+}
+
+
+def evaluate(model, setup, tests):
+    """The rows of a list of Tests, in their order."""
+    rows = []
+    for test in tests:
+        rows += SCORES[test.how](model, setup, test)
+    return rows
+
+
+def wilson(share, n):
+    """95 % interval (Wilson) of a share of n."""
+    z = 1.96
+    middle, half = share + z * z / 2 / n, z * (share * (1 - share) / n + z * z / 4 / n / n) ** .5
+    return max(0, (middle - half) / (1 + z * z / n)), min(1, (middle + half) / (1 + z * z / n))
 
 
 def interval(share, n):
-    """A share with its 95 % interval (Wilson), for people."""
-    if share is None or not n:
+    """A share with its 95 % interval, for people."""
+    if share is None or not round(n):
         return "-"
-    z, n = 1.96, round(n)
-    middle, half = (share + z * z / 2 / n) / (1 + z * z / n), z / (1 + z * z / n) * (share * (1 - share) / n + z * z / 4 / n / n) ** .5
-    return f"{share:6.1%} [{max(0, middle - half):.1%}, {min(1, middle + half):.1%}]"
+    low, high = wilson(share, round(n))
+    return f"{share:6.1%} [{low:.1%}, {high:.1%}]"
 
 
-def prepare(path):
-    """data.prepare(), with the house's errors. Returns what tells a source from another: name, records, hash."""
+def percent(x):
+    """A fraction as people read it."""
+    return "-" if x is None else f"{x:.1%}"
+
+
+def table(head, rows):
+    """Print rows of cells under a heading, in columns as wide as they need to be."""
+    rows = [list(map(str, cells)) for cells in [head, *rows]]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for cells in rows:
+        padded = [cell.rjust(w) if i > 1 else cell.ljust(w)
+                  for i, (cell, w) in enumerate(zip(cells, widths))]
+        print("  " + "  ".join(padded).rstrip())
+
+
+def show(rows):
+    """Print the rows of an evaluation."""
+    cells = []
+    for r in rows:
+        share = percent(r["accuracy"])
+        if r.get("parsed") is not None:
+            share = f"{interval(r['accuracy'], r['parsed'] * r['n'])}, {r['parsed']:.0%} parse"
+        loss = "-" if r["loss"] is None else f"{r['loss']:.3f}"
+        cells.append([r["task"], r["operand"] or "-", r["split"], share, percent(r["floor"]),
+                      percent(r["cross_floor"]), loss, r["n"]])
+    table(["task", "operand", "split", "accuracy", "floor", "cross floor", "loss", "n"], cells)
+
+
+# ---------------------------------------------------------------- flags
+
+OWN = object()  # the default is the setup's constant <stage>_<name>; without one it has no such flag
+
+
+class Flag(NamedTuple):
+    """One flag; parsing, --help, checks and refusals follow from the table that it stands in."""
+    name: str
+    help: str                    # meaning and unit
+    type: Callable = str         # of its value; bool: a switch
+    above: float | None = None   # a number must be larger
+    default: object = OWN
+    choices: object = None
+
+    @property
+    def key(self):
+        return self.name.lstrip("-").replace("-", "_")
+
+
+MACHINE = {"machine": [
+    Flag("--device", "where to compute; auto: cuda if there, else cpu", default="auto",
+         choices=("auto", "cpu", "cuda", "mps")),
+    Flag("--threads", "CPU threads; 0: torch's choice", int, -1, 0)]}
+RUN = {"run": [
+    Flag("--out", "checkpoint to write, with .json and .jsonl beside it", default=None),
+    Flag("--resume", "go on with an interrupted run", bool, default=False),
+    Flag("--force", "start again, replacing at once what is at --out", bool, default=False),
+    Flag("--save-every", "steps between checkpoints", int, 0, 250),
+    Flag("--eval-every", "steps between evaluations; 0: 25 times a pretraining, at 0 1 2 3 5 8 10 20 "
+         "... of a fine-tuning", int, -1, 0),
+    Flag("--eval-size", "strings in a test set, or stories in a set and in a score", int, 0),
+    Flag("--seed", "seed of weights, data order and test sets", int, -1, 0),
+    Flag("--compile", "torch.compile the model", bool, default=False),
+    Flag("--dtype", "of the forward pass; bfloat16 by autocast", default="float32",
+         choices=("float32", "bfloat16"))], **MACHINE}
+FLAGS = {"model and data": [
+    Flag("--setup", "where the capability comes from", default="pcfg", choices=tuple(SETUPS)),
+    Flag("--scale", "minutes on two CPU cores, or the paper's sizes for a GPU", default="small",
+         choices=data.SCALES),
+    Flag("--prior", f"P_T(a, b, c): {', '.join(data.PRIORS)}, or A,B,C"),
+    Flag("--without", "leave out all stories with this feature: the control that never had it",
+         choices=FEATURES),
+    Flag("--data", "TinyStories-Instruct-train.txt, prepared once into FILE.unwrap/; else the embedded "
+         "corpus"),
+    Flag("--params", "import this .npz of the Tracr library's parameters"),
+    Flag("--rank", "which largest letter, 1 is the largest; else 5", int, 0),
+    Flag("--logit-scale", "ours: factor on the outputs, which are 0 or 1; with 1 cross-entropy never "
+         "gets small, but learns at the paper's pace", float, 0),
+    Flag("--balance", "ours: rescale hidden units, without changing any output, so that noise does "
+         "less harm", argparse.BooleanOptionalAction)], "optimisation": [
+    Flag("--lr", "peak learning rate", float, 0),
+    Flag("--steps", "updates", int, 0),
+    Flag("--batch-size", "sequences a step", int, 0),
+    Flag("--clip", "largest gradient norm", float, 0)], **RUN}
+
+
+def default_words(flag, stage):
+    """The default of a flag, for --help; where setups and scales differ, each."""
+    if flag.default is not OWN:
+        return f" (default: {flag.default})"
+    groups = {}
+    for name in SETUPS:
+        setups = [SETUPS[name](name, scale) for scale in data.SCALES]
+        values = [getattr(setup, f"{stage}_{flag.key}", OWN) for setup in setups]
+        if OWN not in values:
+            words = f"{values[0]}" if values[0] == values[1] else "small {}, paper {}".format(*values)
+            groups.setdefault(words, []).append(name)
+    words = [f"{', '.join(names)}: {value}" for value, names in groups.items()]
+    return f" (default: {'; '.join(words)})"
+
+
+def parse(doc, stage, groups, analysis=None):
+    """
+    The arguments of a script, from its table of flags; resolve() fills in the setup's defaults.
+    analysis: help of the words that may stand before the flags.
+    """
+    parser = argparse.ArgumentParser(description=doc,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    if analysis:
+        parser.add_argument("analysis", nargs="*", metavar="ANALYSIS", help=analysis)
+    for title, flags in groups.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            how = {"type": flag.type, "choices": flag.choices}
+            if flag.type is bool:
+                how = {"action": "store_true"}
+            elif flag.type is argparse.BooleanOptionalAction:
+                how = {"action": flag.type}
+            text = (flag.help + default_words(flag, stage)).replace("%", "%%")
+            default = None if flag.default is OWN else flag.default
+            group.add_argument(flag.name, help=text, default=default, **how)
+    return parser.parse_args()
+
+
+def resolve(args, stage, groups, setup):
+    """Fill in a setup's defaults, refuse flags that it does not have, check numbers. UserError."""
+    for flag in [flag for flags in groups.values() for flag in flags]:
+        value = getattr(args, flag.key)
+        if flag.default is OWN:
+            usual = getattr(setup, f"finetune_{flag.key}", OWN) if stage == "reverse" else OWN
+            constant = getattr(setup, f"{stage}_{flag.key}", usual)
+            if constant is OWN:
+                if value is not None:
+                    raise UserError(f"{flag.name} is not for setup {setup.name}")
+                delattr(args, flag.key)
+                continue
+            value = constant if value is None else value
+            setattr(args, flag.key, value)
+        check_above(flag.name, value, flag.above)
+
+
+def check_above(name, value, above):
+    """Raise UserError unless a number is finite and larger than `above`."""
+    if value is not None and above is not None and not (math.isfinite(value) and value > above):
+        raise UserError(f"{name} {value}: must be a number above {above}")
+
+
+def start_device(args):
+    """The torch device of --device, with --threads set. Raises UserError if it is not there."""
+    check_above("--threads", args.threads, -1)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    # momentum of compiled models fades to numbers so small (1e-38) that a step takes three times as
+    # long
+    torch.set_flush_denormal(True)
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    name = args.device
+    if name == "auto":
+        name = "cuda" if there["cuda"] else "cpu"
+    if not there[name]:
+        raise UserError(f"--device {name}: not available here")
+    return torch.device(name)
+
+
+def on_signal(number, frame):
+    if data.signals:
+        os._exit(128 + number)  # the second time, at once
+    data.signals.append(number)
+
+
+def run_script(main):
+    """Run a script's main(). Exit codes: 0 done, 1 failed, 2 the user's mistake, 130/143 signals."""
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    code, message = 0, None
     try:
-        return data.prepare(path, check_stop=check_stop)
-    except ValueError as error:
-        raise UserError(f"--data {error}") from None
+        main()
+    except UserError as error:
+        code, message = 2, error
+    except Failed as error:
+        code, message = 1, error
+    except Stopped:
+        code = 128 + data.signals[0]
+    except BrokenPipeError:  # the reader of our output went away: python ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS,
+                               errno.EPERM):
+            raise
+        code = 1
+        message = f"cannot write {error.filename or 'the output'}: {error.strerror}"
+    if message:
+        print(f"{sys.argv[0]}: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+# ---------------------------------------------------------------- a run and its files
+
+# These arguments do not change what is learned or written.
+NOT_COMPARED = ("out", "ckpt", "resume", "force", "save_every", "device", "threads")
+
+
+def git_state():
+    """{commit, dirty} of the code, nulls outside a git checkout."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    try:
+        dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
+        return {"commit": git("rev-parse", "HEAD"), "dirty": dirty}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+
+
+def record_here(device):
+    """What a record says of this start: command, code, versions, machine, time."""
+    command = " ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    return {"command": command, "git": git_state(), "versions": versions, "device": str(device),
+            "threads": torch.get_num_threads(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+
+def restore(optimizer, ckpt):
+    """Load the optimizer's state of a checkpoint. Raises UserError if it does not fit."""
+    try:
+        optimizer.load_state_dict(ckpt["optimizer"])
+        for p, state in optimizer.state.items():
+            moments = [state[k] for k in ("exp_avg", "exp_avg_sq", "momentum_buffer") if k in state]
+            if any(moment.shape != p.shape for moment in moments):
+                raise ValueError("shapes")
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError("the optimizer state to resume from does not fit the model "
+                        f"({type(error).__name__})") from None
+
+
+class Run:
+    """
+    One training run and its files: X.pt (checkpoint, the truth), X.json (record), X.jsonl (history).
+
+        run = Run(args, "finetune", model, setup, parent)
+        if run.done:
+            return                            # the same run is already finished
+        with run:                             # saves and says so when stopped, failed or finished
+            for step, loss in run.steps(loss_at, lr_at):
+                if step in run.evals:
+                    run.log(step, rows)
+
+    `fresh`: it starts at step 0; else it resumes, with the weights in `model`. `forward`: the model,
+    or it compiled. Raises UserError for another run at the same path without --force.
+    """
+
+    def __init__(self, args, stage, model, setup, parent=None):
+        self.args, self.stage, self.model, self.setup = args, stage, model, setup
+        self.path, self.done, self.ckpt, self.rows, self.step = args.out, False, None, [], None
+        base, suffix = os.path.splitext(args.out)
+        if suffix != ".pt" or os.path.isdir(args.out):
+            raise UserError(f"--out {args.out}: must be the name of a .pt file")
+        if parent and os.path.realpath(args.out) == os.path.realpath(parent["path"]):
+            raise UserError(f"--out {args.out} is the checkpoint to start from: it would be "
+                            "overwritten")
+        if args.resume and args.force:
+            raise UserError("--resume goes on, --force starts again: give one of them")
+        self.record_path, self.history_path = base + ".json", base + ".jsonl"
+        self.kept = {k: v for k, v in sorted(vars(args).items()) if k not in NOT_COMPARED}
+        self.parent = parent and {"path": parent["path"], "sha256": parent["sha256"]}
+        try:
+            os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {args.out}: {error.strerror}") from None
+        earlier = self.earlier()
+        if earlier is not None and not args.force:
+            self.compare(earlier)
+        self.fresh = self.ckpt is None
+        if not self.fresh:
+            model.load_state_dict(build(self.ckpt).state_dict())
+        self.forward = torch.compile(model) if args.compile and not self.done else model
+        every = args.eval_every
+        if stage == "pretrain":
+            every = every or max(1, args.steps // 25)
+        self.evals = eval_steps(args.steps, every)
+        if not self.done:
+            print(f"{stage}:", ", ".join(f"{k} {v}" for k, v in vars(args).items()))
+
+    def earlier(self):
+        """The run at this path: its checkpoint, or its record if it was killed before saving one."""
+        if os.path.exists(self.path):
+            try:
+                return read_checkpoint(self.path)
+            except UserError as error:
+                if self.args.force:
+                    return None
+                raise UserError(f"{error}; give another --out, or --force to replace it") from None
+        try:
+            with open(self.record_path) as f:
+                record = json.load(f)
+            kept = {k: record[k] for k in ("stage", "args", "parent", "steps")}
+            return {**kept, "step": 0, "finished": False}
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def compare(self, earlier):
+        """Whether an earlier run is this one: it is done, resumed, or refused with a UserError."""
+        def identity(stage, args, parent):
+            return {"stage": stage, **args, "parent": parent and parent["sha256"]}
+        ours = identity(self.stage, self.kept, self.parent)
+        theirs = identity(earlier["stage"], earlier["args"], earlier["parent"])
+        differ = [k for k in {**ours, **theirs} if theirs.get(k) != ours.get(k)]
+        if differ:
+            key, others = differ[0], len(differ) - 1
+            more = f" and {others} more" if others else ""
+            raise UserError(f"{self.path} is another run: {key} is {theirs.get(key)!r} there, "
+                            f"{ours.get(key)!r} here{more}; give another --out, or --force to replace "
+                            "it")
+        if earlier["finished"]:
+            print(f"{self.path}: already done ({earlier['steps']} steps, same arguments)")
+            self.done = True
+        elif not self.args.resume:
+            raise UserError(f"{self.path}: unfinished, step {earlier['step']} of {earlier['steps']}: "
+                            "--resume goes on, --force starts again")
+        elif earlier.get("model"):
+            self.ckpt = earlier
+
+    def steps(self, loss_at, lr_at):
+        """train_steps() of this run: yields (step, loss), saves on the way, shows a bar."""
+        args, optimizer = self.args, optimizer_for(self.model, self.args.lr, self.setup)
+        if self.ckpt:
+            restore(optimizer, self.ckpt)
+        self.optimizer = optimizer
+        first = 0 if self.fresh else self.ckpt["step"]
+        self.start(first)
+
+        def cast_loss_at(step):
+            bf16 = args.dtype == "bfloat16"
+            with torch.autocast(self.setup.device.type, torch.bfloat16, enabled=bf16):
+                return loss_at(step)
+        self.bar = tqdm(total=args.steps, initial=first, desc=self.stage, unit="step", mininterval=.5)
+        for self.step, self.loss in train_steps(self.model, optimizer, cast_loss_at, lr_at,
+                                                range(first, args.steps), args.clip):
+            check_stop()
+            if self.step and self.step % args.save_every == 0:
+                self.save(self.step)
+            yield self.step, self.loss
+            self.bar.update(self.step - self.bar.n)
+
+    def save(self, step, finished=False):
+        """Write the checkpoint."""
+        relation = self.setup.relation(self.args)
+        save(self.path, {
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "config": vars(self.model.config), "args": self.kept, "setup": self.setup.name,
+            "scale": self.setup.scale, "stage": self.stage, "step": step, "steps": self.args.steps,
+            "finished": finished, "parent": self.parent,
+            "capability": {"task": relation.task, "operand": relation.pt}})
+
+    def start(self, step):
+        """Write the record and, on a fresh start, step 0; cut the history back on a resume."""
+        here = record_here(self.setup.device)
+        record = {"stage": self.stage, "args": self.kept, "parent": self.parent,
+                  "steps": self.args.steps, **here, "resumes": []}
+        if self.ckpt:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                with open(self.record_path) as f:
+                    old = json.load(f)
+                if old["args"] == self.kept:  # else a kill came between checkpoint and record
+                    kind = self.setup.device.type
+                    if old["device"].split(":")[0] != kind:  # its generators draw other strings
+                        raise UserError(f"{self.path} was begun on {old['device']}: on {kind} its "
+                                        "data would be others")
+                    record = {**old, "resumes": old["resumes"] + [dict(here, step=step)]}
+        if self.fresh and os.path.exists(self.path):
+            self.save(0)  # --force: the old checkpoint goes first, and only for a whole new one
+            write_json(self.record_path, record)
+        else:
+            write_json(self.record_path, record)
+            if self.fresh:
+                self.save(0)
+        # The evaluation at a checkpoint's step is made again, and comes out the same.
+        rows = [row for row in read_rows(self.history_path) if row["step"] < step]
+        write_rows(self.history_path, rows)
+        self.record, self.began = record, time.time()
+
+    def log(self, step, rows):
+        """Add the rows of an evaluation to the history, and show them."""
+        self.rows = [dict(row, step=step) for row in rows]
+        with open(self.history_path, "a") as f:
+            f.write("".join(json.dumps(row) + "\n" for row in self.rows))
+        shown = {} if self.loss is None else {"loss": f"{self.loss:.3f}"}
+        for r in rows:
+            value = r["loss"] if r["accuracy"] is None else r["accuracy"]
+            if len(shown) < 5 and r["split"] != "natural" and value is not None:
+                shown[f"{r['operand']}_{r['split']}"] = f"{value:.2f}"
+        self.bar.set_postfix(shown)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.step is None:  # nothing was begun
+            return
+        self.bar.close()
+        if kind is Stopped:
+            self.save(self.step)
+            print(f"{self.path}: stopped and saved at step {self.step} of {self.args.steps}; go on "
+                  "with --resume")
+        if kind is Failed:
+            raise Failed(f"{error}; the last good checkpoint is {self.path}") from None
+        if kind is None:
+            self.save(self.step, finished=True)
+            last = self.record["resumes"][-1] if self.record["resumes"] else self.record
+            last["seconds"] = round(time.time() - self.began, 1)
+            write_json(self.record_path, self.record)
+            show(self.rows)
+            print(f"wrote {self.path}")
 
 
 # ---------------------------------------------------------------- the stage
 
 
-def setup_flags(args):
-    """Refuse flags that are another setup's, and leave them out of the run's arguments. Raises UserError."""
-    compiled, stories = args.setup in data.COMPILED, args.setup == "stories"
-    given = [k for k in ("prior", "lr", "steps") if getattr(args, k) is not None] + ["compile"] * args.compile
-    if compiled and given:
-        raise UserError(f"--{given[0]}: a compiled model is not trained")
-    given = [k for k in ("params", "rank", "sharpness", "logit_scale") if getattr(args, k) is not None]
-    given += ["balance"] * (not args.balance)
-    if given and not compiled:
-        raise UserError(f"--{given[0].replace('_', '-')} is for compiled models: --setup {', '.join(data.COMPILED)}")
-    given = [k for k in ("without", "data") if getattr(args, k) is not None]
-    if given and not stories:
-        raise UserError(f"--{given[0]} is for --setup stories")
-    if stories and args.prior is not None:
-        raise UserError("--prior is for --setup pcfg")
-    if args.eval_size is None:
-        args.eval_size = 200 if stories else 500
-    for name in () if compiled else ("params", "rank", "sharpness", "logit_scale", "balance"):
-        delattr(args, name)
-    for name in ("prior",) if stories else ("without", "data"):
-        delattr(args, name)
-
-
-
-def compile_main(args, device):
-    """--setup tracr-...: write a compiled or imported model as an ordinary, finished checkpoint of 0 steps."""
-    setup = data.COMPILED[args.setup]
-    if args.rank is not None and args.setup != "tracr-max":
-        raise UserError(f"--rank is for --setup tracr-max, not {args.setup}")
-    operand = str(args.rank) if args.rank is not None else (setup.operands or setup.alphabet)[0]
+def compiled_model(args, setup):
+    """A program written into the weights, or parameters imported from Tracr."""
     if args.params:
-        if args.sharpness is not None or args.rank is not None:
-            raise UserError("--params brings its own program: leave out --sharpness and --rank")
-        model, args.program = import_tracr(args.params)
-        args.program["sha256"] = sha256(args.params)
-        sc = data.scale_of(args.scale, args.setup, args.program)
-        if len(sc.alphabet) < (3 if sc.repeat else sc.length) or \
-                sc.length < max(map(int, setup.operands or [data.COMPILED_AT])):
-            raise UserError(f"--params {args.params}: too few for {args.setup}: {len(sc.alphabet)} letters, {sc.room} positions")
-        named = sc.alphabet if setup.answers is data.largest else [str(i) for i in range(sc.length + 1)]
-        if sc.values[:len(named)] != named:
-            raise UserError(f"--params {args.params}: {args.setup} needs the outputs {named[0]} to {named[-1]}")
+        model, _ = import_tracr(args.params)
     else:
-        args.program = None
-        sc = data.scale_of(args.scale, args.setup)
-        if operand not in sc.operands:
-            raise UserError(f"--rank {operand}: strings have {sc.length} letters, so 1 to {sc.length}")
-        need = sc.length * (sc.length + 1)  # see SHARPNESS
-        args.sharpness = max(300., (sc.length + 1) * (sc.length + 2)) if args.sharpness is None else args.sharpness
-        if not need < args.sharpness <= 1e6:  # float32 has no more digits
-            raise UserError(f"--sharpness {args.sharpness:g}: {sc.length} letters need more than {need}, at most 1e6")
-        model = assemble(PROGRAMS[args.setup](operand), sc.alphabet, sc.room, args.sharpness)
+        steps = setup.program.steps(setup.known(args))
+        model = compile_program(steps, setup.alphabet, setup.room, setup.mlp_exactness)
     if args.balance:
         balance(model)
     with torch.no_grad():
         model.head.weight *= args.logit_scale / LOGIT_SCALE
-    run = Run(args, "pretrain")
-    if run.done:
-        return
-    pair = [operand, next(o for o in sc.order if o != operand)]
-    try:
-        tests = capability_tests(args.eval_size, sc, setup.task, pair, data.default_q(sc, pair), args.seed, device)
-    except ValueError as error:  # hardly ever with our own sizes: few letters of an imported model
-        raise UserError(f"--params {args.params}: {error}") from None
-
-    def save_now(finished=False):
-        save(args.out, {"model": model.state_dict(), "optimizer": {}, "config": vars(model.config), "args": run.args,
-                        "setup": args.setup, "scale": args.scale, "stage": "pretrain", "step": 0, "steps": 0,
-                        "finished": finished, "parent": None, "capability": {"task": setup.task, "operand": operand}})
-
-    run.start(device, save_now)
-    rows = evaluate(model.to(device), tests, sc, args.seed)
-    run.log([dict(row, step=0) for row in rows])
-    save_now(finished=True)
-    run.finish()
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    nonzero = sum(int((p != 0).sum()) for p in model.parameters() if p.requires_grad)
-    print(f"{args.setup}: {model.config.n_layer} blocks, d {model.config.d_model}, {parameters} weights, {nonzero} not zero")
-    for r in rows:
-        print(f"  {r['task']} {r['operand']:<3} {r['split']:<8} {r['accuracy']:7.1%}   floor {r['floor']:6.1%}   n {r['n']}")
-    if rows[2]["accuracy"] < .9:
-        print(f"  note: this model does not answer {setup.task} {operand}: it has another capability, or none")
-    print(f"wrote {args.out}")
-
-
-def pcfg_arguments(args):
-    """Resolve and check the arguments of --setup pcfg. Returns the scale."""
-    sc, args.prior = data.scale_of(args.scale), args.prior or "low"
-    args.batch_size = 96 if args.batch_size is None else args.batch_size
-    try:
-        args.prior = list(data.parse_prior(args.prior))
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
-    return sc
-
-
-def pcfg_job(args, sc, device):
-    """
-    What main() trains on the grammar: config, capability, loss(forward) -> loss_at for train_steps, evaluate(model,
-    step) -> rows, shown(rows) -> what the progress bar says, report(rows) at the end.
-    """
-    operand = LETTERS[max(range(3), key=lambda i: args.prior[i])]
-    pair = (operand, "b" if operand == "a" else "a")  # the capability, and what will be taught later
-    batch = data.stream(lambda n, g: data.pretraining_batch(n, sc, args.prior, g), args.batch_size, args.seed,
-                        "pretrain", device)
-    at = answer_position(sc)
-    tests = capability_tests(args.eval_size, sc, "count", pair, 1, args.seed, device)
-    tests += other_tests(args.eval_size, sc, operand, args.seed, device, but="count")
-
-    def loss(forward):
-        def loss_at(step):
-            tokens = batch(step)
-            with autocast(args, device):
-                logits = forward(tokens[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-            if sc.answer_weight:  # ours: see SCALES
-                loss = loss + sc.answer_weight * F.cross_entropy(logits[:, at].float(), tokens[:, at + 1])
-            return loss
-        return loss_at
-
-    def evaluated(model, step):
-        rows = evaluate(model, tests, sc, args.seed)
-        if step in (0, args.steps):  # the rest: index on c0 and c1, and operands that are hardly or never trained
-            rest = [test_set(args.eval_size, sc, task, o, split, args.seed, pair, device=device)
-                    for task in TASKS for o in LETTERS for split in SPLITS
-                    if (task in FINETUNED or split == "natural") and (task not in data.OPERANDLESS)]
-            done = {(r["task"], r["operand"], r["split"]) for r in rows}
-            rest = [t for t in rest if (t.task, t.operand, t.split) not in done]
-            rows += evaluate(model, rest, sc, args.seed)
-        return rows
-
-    def shown(rows):
-        row = next(r for r in rows if r["operand"] == operand and r["split"] == "natural")
-        return {f"count_{operand}": f"{row['accuracy']:.1%}"}
-
-    def report(rows):
-        print(f"{'task':<18} {'operand':<8} {'split':<8} accuracy   floor   n")
-        for r in sorted(rows, key=lambda r: (list(TASKS).index(r["task"]), r["operand"] or "", r["split"])):
-            trained = "" if r["operand"] is None or args.prior[LETTERS.index(r["operand"])] else "   never trained"
-            print(f"{r['task']:<18} {r['operand'] or '-':<8} {r['split']:<8} "
-                  f"{r['accuracy']:8.1%} {r['floor']:7.1%}   {r['n']}{trained}")
-
-    config = Config(vocab_size=len(data.vocabulary(sc)), n_ctx=sc.length + 9, n_layer=sc.n_layer, n_head=sc.n_head,
-                    d_model=sc.d_model, d_head=sc.d_model // sc.n_head, d_mlp=4 * sc.d_model)
-    return SimpleNamespace(config=config, capability={"task": "count", "operand": operand}, warmup=.2, loss=loss,
-                           evaluate=evaluated, shown=shown, report=report)
-
-
-def story_arguments(args):
-    """Resolve and check the arguments of --setup stories; prepares the file of --data. Returns the scale."""
-    sc = data.scale_of(args.scale, "stories")
-    args.batch_size = sc.batch_size if args.batch_size is None else args.batch_size
-    args.feature = args.without or "Twist"
-    if args.data:
-        args.source = prepare(args.data)
-    return sc
-
-
-def story_job(args, sc, device):
-    """What main() trains on stories, as pcfg_job(): all records, or those --without a feature."""
-    source = data.story_source(args.data)
-
-    def draw(n, g):
-        return source.draw(n, g, args.without, False if args.without else None)
-    batch = data.story_stream(draw, source.tokenizer, sc, args.batch_size, args.seed, "pretrain", device)
-    tests = story_tests(source, sc, args.feature, args.eval_size, args.seed, device)
-
-    def loss(forward):
-        def loss_at(step):
-            with autocast(args, device):
-                return text_loss(forward, batch(step))
-        return loss_at
-
-    def evaluated(model, step):
-        rows = story_losses(model, tests, sc, args.feature, args.seed)
-        if step == args.steps and source.rule:
-            rows += [row for feature in data.FEATURES
-                     for row in generation_scores(model, source, sc, feature, args.eval_size, args.seed)]
-        return rows
-
-    config = Config(vocab_size=source.tokenizer.size, n_ctx=sc.n_ctx, n_layer=sc.n_layer, n_head=sc.n_head,
-                    d_model=sc.d_model, d_head=sc.d_model // sc.n_head, d_mlp=4 * sc.d_model, rotary=True, tied=True,
-                    words=tuple(source.tokenizer.words))
-    return SimpleNamespace(config=config, capability={"task": "story", "operand": args.feature}, warmup=.02, loss=loss,
-                           evaluate=evaluated, shown=lambda rows: {r["split"]: f"{r['loss']:.3f}" for r in rows[:2]},
-                           report=story_table)
+    return model
 
 
 def main():
-    parser = run_parser(__doc__)
-    group = parser.add_argument_group("model and data")
-    group.add_argument("--setup", default="pcfg", choices=data.SETUPS, help="where the capability comes from: strings of "
-                       "a grammar, a compiled RASP program, or stories (default: pcfg)")
-    group.add_argument("--scale", default="small", choices=["small", "paper"], help="small: minutes on two CPU cores; "
-                       "paper: the paper's sizes, for a GPU (default: small)")
-    group.add_argument("--prior",
-                       help="pcfg: P_T(a, b, c): " + ", ".join(data.PRIORS) + ", or A,B,C (default: low)")
-    group = parser.add_argument_group("stories")
-    group.add_argument("--without", choices=data.FEATURES, help="leave out all stories with this feature: the control that "
-                       "never had it (default: none is left out)")
-    group.add_argument("--data", help="TinyStories-Instruct-train.txt; it is prepared once, into FILE.unwrap/ (default: the "
-                       "embedded corpus)")
-    group = parser.add_argument_group("compiled models")
-    group.add_argument("--params", help="tracr-...: import this .npz of the Tracr library's parameters; see the README")
-    group.add_argument("--rank", type=int, help="tracr-max: which largest letter, 1 is the largest (default: 5)")
-    group.add_argument("--sharpness", type=float, help="slope of the steps that turn a width into a number (default: "
-                       "(letters + 1) x (letters + 2), where every count is right, at least 300)")
-    group.add_argument("--logit-scale", type=float, help="ours: factor on the outputs, which are 0 or 1; with 1 cross-entropy "
-                       "never gets small, but learns at the paper's pace (default: 10)")
-    group.add_argument("--balance", action=argparse.BooleanOptionalAction, default=True,
-                       help="ours: rescale hidden units, without changing any output, so that noise does less harm")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--lr", type=float, help="peak learning rate (default: 2e-3 small, stories 8e-3; 1e-3 paper)")
-    group.add_argument("--steps", type=int, help="updates (default: 2500 small, stories 4000; 50000 paper, stories 30000)")
-    group.add_argument("--batch-size", type=int, help="sequences a step (default: 96; stories 16 small, 512 paper)")
-    group.add_argument("--clip", type=float, default=1., help="largest gradient norm (default: 1)")
-    add_run_flags(parser, "out/pre.pt", "25 times a run")
-    add_common_flags(parser)
-    args = parser.parse_args()
+    args = parse(__doc__, "pretrain", FLAGS)
     args.out = args.out or "out/pre.pt"
-    setup_flags(args)
-    if args.setup in data.COMPILED:
-        args.steps, args.batch_size = 0, args.batch_size or 96
-        args.logit_scale = LOGIT_SCALE if args.logit_scale is None else args.logit_scale
-        positive(args, "rank", "sharpness", "logit_scale", "eval_size")
-        positive(args, "seed", least=-1)
-        return compile_main(args, start_device(args))
-    positive(args, "lr", "steps", "batch_size", "clip", "save_every", "eval_size")
-    positive(args, "eval_every", "seed", least=-1)
-    sc = story_arguments(args) if args.setup == "stories" else pcfg_arguments(args)
-    args.lr = sc.pretrain_lr if args.lr is None else args.lr
-    args.steps = sc.pretrain_steps if args.steps is None else args.steps
     device = start_device(args)
-    run = Run(args, "pretrain")
+    imported = None
+    if args.params:
+        imported = {**import_tracr(args.params)[1], "sha256": sha256(args.params)}
+    setup = SETUPS[args.setup](args.setup, args.scale, device, imported)
+    resolve(args, "pretrain", FLAGS, setup)
+    setup.resolve(args)
+    if setup.compiled:
+        model = compiled_model(args, setup).to(device)
+    else:
+        model = GPT(Config(**setup.config())).init_weights(data.rng(args.seed, "weights")).to(device)
+    run = Run(args, "pretrain", model, setup)
     if run.done:
         return
-    print("pretrain:", ", ".join(f"{k} {v}" for k, v in vars(args).items()))
-
-    try:
-        job = (story_job if args.setup == "stories" else pcfg_job)(args, sc, device)
-    except ValueError as error:  # --data with too few stories of a kind
-        raise UserError(f"--data {args.data}: {error}") from None
-    model = build(run.ckpt, device) if run.ckpt else GPT(job.config).init_weights(data.rng(args.seed, "weights")).to(device)
-    optimizer = adamw(model, args.lr)
-    if run.ckpt:
-        restore(optimizer, run.ckpt)
-    loss_at = job.loss(torch.compile(model) if args.compile else model)
-
-    def save_at(step, finished=False):
-        save(args.out, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": vars(job.config),
-                        "args": run.args, "setup": args.setup, "scale": args.scale, "stage": "pretrain", "step": step,
-                        "steps": args.steps, "finished": finished, "parent": None, "capability": job.capability})
-
-    step = run.ckpt["step"] if run.ckpt else 0
-    run.start(device, lambda: save_at(0))
-    evals = eval_steps(args.steps, args.eval_every or max(1, args.steps // 25))
-    rate_at = cosine(args.lr, args.steps, warmup=job.warmup)
-    bar = tqdm(total=args.steps, initial=step, desc="pretrain", unit="step", mininterval=.5)
-    try:
-        for step, loss in train_steps(model, optimizer, loss_at, rate_at, args.steps, step, args.clip):
-            check_stop()
-            if step and step % args.save_every == 0:
-                save_at(step)
-            if step in evals:
-                rows = job.evaluate(model, step)
-                run.log([dict(row, step=step) for row in rows])
-                bar.set_postfix(**({"loss": f"{loss:.3f}"} if loss is not None else {}), **job.shown(rows))
-            bar.update(step - bar.n)
-    except Stopped:
-        save_at(step)
-        bar.close()
-        print(f"{args.out}: stopped and saved at step {step} of {args.steps}; go on with --resume")
-        raise
-    except Failed as error:
-        bar.close()
-        raise Failed(f"{error}; the last good checkpoint is {args.out}") from None
-    bar.close()
-    save_at(step, finished=True)
-    run.finish()
-    job.report(rows)
-    print(f"wrote {args.out}")
+    with run:
+        batch = data.stream(lambda n, rng: setup.pretraining(n, rng, args), args.batch_size, args.seed,
+                            "pretrain", device)
+        lr_at = cosine(args.lr, args.steps, warmup=setup.warmup)
+        for step, loss in run.steps(lambda step: loss_of(run.forward, batch(step)), lr_at):
+            if step in run.evals:
+                run.log(step, evaluate(model, setup, setup.tests(args, step)))
 
 
 if __name__ == "__main__":
