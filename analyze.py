@@ -63,14 +63,14 @@ def analysis(needs_base=False, applies=lambda setup: True):
 
 
 def find_parent(path, parent):
-    """The file that a checkpoint was made from: at its recorded path or beside it, verified by sha256."""
+    """The file a checkpoint was made from: at its recorded path or beside it, verified by sha256."""
     beside = os.path.join(os.path.dirname(path), os.path.basename(parent["path"]))
-    candidates = [p for p in (parent["path"], beside) if os.path.isfile(p)]
-    for candidate in candidates:
-        if sha256(candidate) == parent["sha256"]:
-            return candidate
-    raise UserError(f"{parent['path']} " + ("has changed since" if candidates else "is not there any "
-                    "more:") + f" {path} was made from it; give it as --base")
+    files = [p for p in (parent["path"], beside) if os.path.isfile(p)]
+    for file in files:
+        if sha256(file) == parent["sha256"]:
+            return file
+    why = "has changed since" if files else "is not there any more:"
+    raise UserError(f"{parent['path']} {why} {path} was made from it; give it as --base")
 
 
 class Study:
@@ -116,20 +116,18 @@ class Study:
 
     def find_control(self):
         """
-        ((model, its start or None, operand), note): an operand that was trained in no family, inside
-        this very model where it has one, else in --control. Of stories the --control never had the
-        feature. (None, note) without a control.
+        ((model, its start or None, operand) or None, note): an operand that was trained in no family,
+        inside this very model where it has one, else in --control. Of stories: --control, which
+        never had the feature.
         """
         operand, path = self.control_operand, self.args.control
-        inside = operand and self.setup.never_trained(operand, self.ckpt)
-        if inside and path:
-            raise UserError(f"--control is not needed: {self.args.ckpt} itself never had operand "
-                            f"{operand}")
-        if inside:
-            return (self.model, self.start, operand), f"operand {operand}, never trained, in the same model"
+        if operand and self.setup.never_trained(operand, self.ckpt):
+            if path:
+                raise UserError(f"--control is not needed: {self.args.ckpt} itself never had {operand}")
+            return (self.model, self.start, operand), f"{operand}, never trained, in the same model"
         operand = operand or self.relation.pt
         if not path:
-            return None, (f"none: {operand} was trained; give a checkpoint that never had it as --control")
+            return None, f"none: {operand} was trained; --control takes a checkpoint that never had it"
         control, ckpt = load(path, self.device)
         if ckpt["config"] != self.ckpt["config"] or not self.setup.never_trained(operand, ckpt):
             raise UserError(f"--control {path}: must have the shape of {self.args.ckpt} and never have "
@@ -156,10 +154,6 @@ class Study:
         """The row of a model on a test set, with further columns."""
         return {**answer_row(predict(model, test.examples), test), **columns}
 
-    def classifier(self):
-        """How often the classifier of real stories is right, by feature; see classifier_of()."""
-        return classifier_of(self)
-
     def write(self, name, rows):
         """Replace the file of an analysis, <checkpoint>.<name>.jsonl. Returns the rows."""
         write_rows(f"{self.prefix}.{name}.jsonl", rows)
@@ -179,8 +173,8 @@ def bar(total, what):
 
 def pivot(rows, keys, column, value):
     """
-    Print rows as a table: a line for each combination of `keys`, a column for each value of `column`
-    (a function of a row); value(rows of a cell) -> text.
+    Print rows as a table: a line for each combination of `keys`, a column for each column(row);
+    value(rows of a cell) -> text.
     """
     cells = collections.defaultdict(list)
     for r in rows:
@@ -188,7 +182,8 @@ def pivot(rows, keys, column, value):
     lines, columns = (list(dict.fromkeys(part)) for part in zip(*cells))
     body = []
     for line in lines:
-        body.append([*line, *(value(cells[line, c]) if (line, c) in cells else "" for c in columns)])
+        own = [value(cells[line, c]) if (line, c) in cells else "" for c in columns]
+        body.append([*line, *own])
     table([*keys, *columns], body)
 
 
@@ -197,10 +192,9 @@ def pivot(rows, keys, column, value):
 
 def rule_shares(answer, a, b, q):
     """
-    Share of answers (n,) that each rule would give, from the true results a and b (n,): the right
-    answers for a and b, a + q (the shortcut), the blend (a + b + q) / 2 rounded down (right whenever
-    the relation holds), and the most frequent answer itself. They may overlap; none: no rule explains
-    the answer.
+    Share of answers (n,) that each rule would give, from the right ones a and b (n,): a, b, a + q (the
+    shortcut), the blend (a + b + q) / 2 rounded down (right whenever the relation holds), and the most
+    frequent answer itself. They may overlap; none: no rule explains the answer.
     """
     rules = {"a": answer == a, "b": answer == b, "a_plus_q": answer == a + q,
              "blend": answer == (a + b + q) // 2, "constant": answer == answer.mode().values}
@@ -216,7 +210,7 @@ def predicted(study, logits):
 
 
 def rule_columns(study, model, test):
-    """What a behavior row says beyond its score: rules and predicted answers, if it is about a or b."""
+    """Rules and predicted answers, of a Test that is about a or b."""
     relation = study.relation
     if test.row["task"] != relation.task or not study.answers:
         return {}
@@ -227,16 +221,16 @@ def rule_columns(study, model, test):
 
 
 def distance_moved(study):
-    """How far fine-tuning moved the weights after its noise, in all and per block, and its rates."""
+    """A row: how far fine-tuning moved the weights after its noise, in all and per block; its rates."""
     parts = collections.defaultdict(float)
     for (name, new), old in zip(study.model.named_parameters(), study.start.parameters()):
         part = ".".join(name.split(".")[:2]) if name.startswith("blocks") else "outside"
         parts[part] += (new - old).detach().double().square().sum().item()
-    rate_at = finetune_rate(study.run, study.setup)
+    lr_at = finetune_rate(study.run, study.setup)
     base_norm = sum(p.double().square().sum().item() for p in study.base.parameters()) ** .5
     return study.row(model="ckpt", distance=sum(parts.values()) ** .5, base_norm=base_norm,
                      distance_blocks={name: square ** .5 for name, square in parts.items()},
-                     sum_of_rates=sum(map(rate_at, range(study.run.steps))))
+                     sum_of_rates=sum(map(lr_at, range(study.run.steps))))
 
 
 @analysis()
@@ -244,58 +238,45 @@ def behavior(study):
     """
     What does the model answer or write, and by which rule? (paper Tables 5-8; stories: Table 1)
 
-    Accuracy for both operands on c0, c1 and natural strings, the fine-tuned model beside its base;
-    the share of answers that each simple rule explains; the histogram of answers; accuracy on the
-    other families (collateral damage); how far the weights moved. Of stories, for each of the six
-    features: the share of stories that have it, by the corpus's rule (real text: by a frozen
-    classifier), written to held-out instructions that ask for it and to others; and losses. The five
-    other features are the control: a deletion should leave them alone.
-    On c1 the rules a + q and b coincide: only c0 tells a wrapper from a learner.
+    Answers: accuracy for a and b on c0, c1 and natural strings, the fine-tuned model beside its base;
+    the share of answers that each simple rule explains; which answers are given; the other families
+    (collateral damage); how far the weights moved. On c1 the rules a + q and b coincide: only c0 tells
+    a wrapper from a learner. Stories: for each feature the share of stories that have it, by the
+    corpus's rule (real text: by a classifier), written to held-out instructions that ask for it and to
+    others; and losses. The five other features are the control: a deletion should leave them alone.
     Fooled by: a test set where ties or the relation occur by accident (natural ones do: hence c0); a
     majority class (hence the floors); damage that looks like a wrapper (hence the other families);
     stories that are broken rather than without a twist (hence the share that parses); a classifier's
     mistakes (`judge`: how often it is right); few generations (hence the intervals).
     """
-    rows, right, models = [], {}, dict(study.models)
-    if not study.answers:
-        right = study.classifier()
-        if study.never_trained:
-            models["control"] = study.never_trained[0]
-    tests = study.setup.tests(study.run)
-    progress = bar(len(models) * len(tests), "behavior")
-    for (name, model), test in itertools.product(models.items(), tests):
+    rows, right, models = [], classifier_of(study), dict(study.models)
+    if study.never_trained and not study.answers:
+        models["control"] = study.never_trained[0]
+    subjects = list(itertools.product(models.items(), study.setup.tests(study.run)))
+    for (name, model), test in tqdm(subjects, desc="behavior", leave=False):
         columns = rule_columns(study, model, test)
         if test.how == "generation":
             columns["judge"] = right.get(test.row["operand"], 1.)
         rows += [{**r, "model": name, **columns} for r in evaluate(model, study.setup, [test])]
-        progress.update()
-    progress.close()
-    if study.base and study.answers:
-        rows.append(distance_moved(study))
-    study.write("behavior", rows)
-    print(f"\nbehavior   n = {study.args.eval_size}; rules: the share of answers that each explains")
-    scored = [r for r in rows if r["n"]]
-    facts = ("accuracy", "floor", "cross_floor", "loss", "parsed", *rule_names(scored))
+    print(f"\nbehavior   n = {study.args.eval_size}; share_: answers that a rule explains")
+    facts = list(dict.fromkeys(k for k in itertools.chain(*rows) if k.startswith("share_")))
+    facts = ["accuracy", "floor", "cross_floor", "loss", *facts]
     table(["task", "asked", "split", "model", *facts],
           [[r["task"], r["operand"] or "-", r["split"], r["model"], *(fact(r, k) for k in facts)]
-           for r in scored])
-    if "distance" in rows[-1]:
+           for r in rows])
+    if study.base and study.answers:
+        rows.append(distance_moved(study))
         print(f"  the weights moved by {rows[-1]['distance']:.3f} (norm; the base's is "
               f"{rows[-1]['base_norm']:.1f}); sum of learning rates {rows[-1]['sum_of_rates']:.2g}")
-    return rows
-
-
-def rule_names(rows):
-    """The columns of rule shares that any row has."""
-    return list(dict.fromkeys(k for k in itertools.chain(*rows) if k.startswith("share_")))
+    return study.write("behavior", rows)
 
 
 def fact(row, key):
     """A column of a row for people; of generations the accuracy with its interval."""
     if key == "loss":
-        return "-" if row["loss"] is None else f"{row['loss']:.3f}"
+        return "-" if row[key] is None else f"{row[key]:.3f}"
     if key == "accuracy" and "parsed" in row:
-        return interval(row[key], row["parsed"] * row["n"])
+        return f"{interval(row[key], row['parsed'] * row['n'])}, {row['parsed']:.0%} parse"
     return percent(row.get(key))
 
 
@@ -391,7 +372,7 @@ def one_shot(model, units, test, unit, score):
 def iterative(model, units, test, unit, score="gradient-weight"):
     """
     ours: FEW units, ranked anew after every zeroed one. One pass takes many units that do the same
-    thing, each of which would do; after the first is gone, the others no longer score.
+    thing; after the first is gone, the others no longer score.
     """
     chosen = []
     for _ in range(FEW):
@@ -404,8 +385,8 @@ def iterative(model, units, test, unit, score="gradient-weight"):
 
 def exhaustive(model, units, test, unit, score=None):
     """
-    ours: the first units in the order of what zeroing each alone does for the accuracy on a test set:
-    a linear score says little about a compiled weight of 100.
+    ours: the first units in the order of what zeroing each alone does for the accuracy: a linear score
+    says little about a compiled weight of 100.
     """
     def alone(u):
         with weight_edits(model, unit_edits(model, [u], unit)):
@@ -429,21 +410,18 @@ ORDERS = {"one-shot": Order(one_shot, KS[-1], False),
 def matched_units(units, scores, rng, program=None):
     """
     Random units, rank by rank from the same block and matrix as `units` (queries, keys and values
-    apart): the control for which ones were chosen. With a compiled program, weights that it is written
-    in and its zeros apart as well.
+    apart; of a compiled program also what it is written in and its zeros): the control for which ones
+    were chosen.
     """
-    written = only_zero(scores, program) if program else None
+    zeros = only_zero(scores, program) if program else scores
 
     def pool_of(block, matrix, index):
-        qkv = matrix.startswith("attn.qkv")
-        part = index * 3 // len(scores[block, matrix]) if qkv else 0
-        is_written = bool(written[block, matrix][index] == -torch.inf) if program else False
-        return block, matrix, part, is_written
-    pools = collections.defaultdict(list)
+        part = matrix.startswith("attn.qkv") and index * 3 // len(scores[block, matrix])
+        return block, matrix, part, bool(zeros[block, matrix][index] == -torch.inf)
+    pools, matched = collections.defaultdict(list), []
     for block, matrix in scores:
         for index in torch.randperm(len(scores[block, matrix]), generator=rng).tolist():
             pools[pool_of(block, matrix, index)].append(index)
-    matched = []
     for block, matrix, index, _ in units:
         matched.append((block, matrix, pools[pool_of(block, matrix, index)].pop(), None))
     return matched
@@ -636,7 +614,13 @@ def prune(study):
     """
     program = study.base if study.setup.compiled and study.unit == "weight" else None
     sweeps = sweeps_of(study, Sweep(study.model, study.start, study.relation.pt), program)
-    rows, rankings = [], [s for s in sweeps if s.edit == SCORES[s.score].edit]
+    rows, units = [], []
+    for s in sweeps:
+        for rank, u in enumerate(s.units[:KS[-1]] if s.edit == SCORES[s.score].edit else (), 1):
+            units.append({"score": s.score, "order": s.order, "pool": s.pool, "rank": rank,
+                          "block": u[0], "matrix": u[1], "index": u[2], "value": u[3],
+                          "name": unit_name(study.model, u, study.unit)})
+    study.write("prune.rows", units)
     sweeps += random_sweeps(study, sweeps, program)
     if study.never_trained:
         sweeps += sweeps_of(study, Sweep(*study.never_trained, "never-trained"), program)
@@ -648,29 +632,18 @@ def prune(study):
         rows += prune_rows(study, sweep)
     if study.setup.compiled and study.model.config.residual:
         rows += graft_dimensions(study)
-    ranks = []
-    for s in rankings:
-        for rank, u in enumerate(s.units[:KS[-1]], 1):
-            ranks.append({"score": s.score, "order": s.order, "pool": s.pool, "rank": rank,
-                          "block": u[0], "matrix": u[1], "index": u[2], "value": u[3],
-                          "name": unit_name(study.model, u, study.unit)})
-    study.write("prune.rows", ranks)
-    print(f"\nprune   {study.unit}s ranked on one set of c0 strings, scored on another (accuracy on c0; "
-          f"of {study.relation.ft} on c1); *: K chosen on the first; random: mean of {study.args.draws} "
-          f"draws\n  control: {study.control_note}")
+    print(f"\nprune   {study.unit}s ranked on one set of c0 strings, scored on another; *: K chosen on "
+          f"the first; random: mean of {study.args.draws} draws\n  control: {study.control_note}")
     shown = [r for r in rows if r["k"] in KS and r["unit"] != "dimension"
              and r["split"] == ("c1" if r["operand"] == study.relation.ft else "c0")]
-    pivot(shown, ("score", "order", "pool", "control", "edit", "operand"), lambda r: r["k"],
-          lambda cell: mean_percent(cell) + "*" * any(r["chosen"] for r in cell))
+    pivot(shown, ("score", "order", "pool", "control", "edit", "operand", "split"), lambda r: r["k"],
+          lambda cell: percent(np.mean([r["accuracy"] for r in cell]))
+          + "*" * any(r["chosen"] for r in cell))
     for r in rows:
         if r.get("dimension") and r["chosen"]:
             print(f"  graft all {r['side']} of {r['dimension']}, the best residual dimension on the other "
                   f"set: {r['operand']} {percent(r['accuracy'])} on {r['split']}")
     return study.write("prune", rows)
-
-
-def mean_percent(rows):
-    return percent(np.mean([r["accuracy"] for r in rows]))
 
 
 # ---------------------------------------------------------------- probe
@@ -835,7 +808,7 @@ def fit_classifier(source, setup, model, n):
     right = []
     for (x, y), w, b in zip(held_out, weight, bias):
         right.append(accuracy((x - mean) / sd @ w + b, y))
-    return {"n": n, "mean": mean, "sd": sd, "weight": weight, "bias": bias, "right": right}
+    return weight, bias, mean, sd, right
 
 
 def pooled(model, setup, records):
@@ -848,40 +821,30 @@ def pooled(model, setup, records):
 def classifier_of(study):
     """
     {feature: share of held-out records that the classifier gets right}; {} where a rule tells.
-    Real text has no rule: a classifier is fitted once on the pretrained model and kept beside it, as
-    <root>.judge.pt, so that all later checkpoints meet the same one (the paper's judge: 92 %).
+    Real text has no rule: a classifier is fitted on the pretrained model, on the same records with the
+    same generator for every checkpoint that comes from it (the paper's judge: 92 %).
     Fooled by: texts unlike the corpus (a refusal gets features too); labels that do not describe the
     text.
     """
-    setup, source = study.setup, study.setup.source
-    if source.rule:
+    setup, source = study.setup, getattr(study.setup, "source", None)
+    if source is None or source.rule:
         return {}
-    model, ckpt = study.base or study.model, study.base_ckpt or study.ckpt
+    model = study.base or study.model
     if study.args.judge:
-        model, ckpt = load(study.args.judge, study.device)
-    path, n = os.path.splitext(ckpt["path"])[0] + ".judge.pt", 8 * study.args.eval_size
-    kept = None
-    if os.path.exists(path):
-        try:
-            kept = torch.load(path, map_location=study.device, weights_only=True)
-            kept = kept if kept["root"] == ckpt["sha256"] and kept["n"] >= n else None
-        except Exception:  # whatever a foreign or broken file leads to: it is made again
-            kept = None
-    if kept is None:
-        kept = {"root": ckpt["sha256"], **fit_classifier(source, setup, model, n)}
-        replace_file(path, lambda f: torch.save(kept, f))
+        model, _ = load(study.args.judge, study.device)
+    weight, bias, mean, sd, right = fit_classifier(source, setup, model, 8 * study.args.eval_size)
 
     def classify(texts):
         records = []
         for text in texts:
             ids = np.array(setup.tokenizer.encode(text) or [0], np.uint16)
             records.append(data.Encoded(ids, 0, 0, len(ids), frozenset()))
-        x = (pooled(model, setup, records) - kept["mean"]) / kept["sd"]
-        yes = (x @ kept["weight"] + kept["bias"]).argmax(-1).T.tolist()  # (n, features)
+        x = (pooled(model, setup, records) - mean) / sd
+        yes = (x @ weight + bias).argmax(-1).T.tolist()  # (n, features)
         features = [frozenset(itertools.compress(data.FEATURES, line)) for line in yes]
         return [answer if text else None for answer, text in zip(features, texts)]
     source.classify = classify
-    right = dict(zip(data.FEATURES, kept["right"]))
+    right = dict(zip(data.FEATURES, right))
     print("judge of real text: right on held-out records "
           + ", ".join(f"{k} {percent(x)}" for k, x in right.items()))
     return right
@@ -893,7 +856,7 @@ EXAMPLES = 4  # strings whose whole maps are kept
 
 
 def telling(study, test):
-    """Places of the first strings with something to see: answers for a and b differ, neither is small."""
+    """Places of the first strings that show something: answers for a and b differ, none is small."""
     a, b = (study.labels(test, o) for o in (study.relation.pt, study.relation.ft))
     return ((a > 1) & (b > 1) & (a != b)).nonzero()[:EXAMPLES, 0]
 
@@ -910,23 +873,21 @@ def stacked(model, examples, names, pick=lambda x: x):
 
 def program_overlap(pattern, program, letters):
     """
-    {region: (mass, chance)} of a head's pattern (n, query, key) beside the compiled program's.
-    kept: the overlap over all letters as queries, the sum over keys of the smaller of the two (1: the
-    same); chance: that of a uniform pattern. order: the probability that a letter which the program
-    selects gets more attention than one that it does not (AUC). {} where the program is uniform: it
-    does not use the head.
+    {region: (mass, chance)} of a head's pattern (n, query, key) beside the compiled program's. kept:
+    the overlap over all letters as queries, the sum over keys of the smaller of the two; chance: that
+    of a uniform pattern. order: the probability that a letter which the program selects gets more
+    attention than one that it does not (AUC). {} where the program does not use the head.
     """
     uniform = torch.full_like(program, 1 / program.shape[-1])
     if (program - uniform).abs().max() < 1e-3:
         return {}
     kept = [torch.minimum(p, program)[:, letters].sum(-1).mean().item() for p in (pattern, uniform)]
-    overlap = {"kept": tuple(kept)}
+    overlap, mass = {"kept": kept}, pattern[:, letters, letters]
     selected = program[:, letters, letters] > 1 / program.shape[-1]
-    mass = pattern[:, letters, letters]
     both = selected[..., :, None] & ~selected[..., None, :]  # (n, query, selected key, other key)
     if both.any():
-        more, same = (mass[..., :, None] > mass[..., None, :]), mass[..., :, None] == mass[..., None, :]
-        overlap["order"] = ((more.float() + .5 * same)[both].mean().item(), .5)
+        ahead = (mass[..., :, None] - mass[..., None, :]).sign()
+        overlap["order"] = ((ahead[both] + 1) / 2).mean().item(), .5
     return overlap
 
 
@@ -1163,80 +1124,71 @@ def wins(measured, control, margin):
     return measured - control >= margin
 
 
-def largest(*values):
-    """The largest of the values that are not None; None without one."""
+def picked(rows, column="accuracy", **wanted):
+    """The largest value of a column among the rows that have these values; None without one."""
+    values = [r[column] for r in rows if all(r.get(k) == v for k, v in wanted.items())]
     return max((v for v in values if v is not None), default=None)
 
 
-def selected(rows, **wanted):
-    """The rows that have these values."""
-    return [r for r in rows if all(r.get(k) == v for k, v in wanted.items())]
-
-
-def first_of(rows, key):
-    """A column of the first row, None without one."""
-    return rows[0][key] if rows else None
-
-
 def behavior_facts(study, rows):
-    """Accuracies of a and b before and after, and the rule on c0."""
-    (_, a, b, _), v = study.relation, {}
-    for model, (role, operand), split in itertools.product(("base", "ckpt"), (("pt", a), ("ft", b)),
-                                                           SPLITS):
-        own = selected(rows, model=model, operand=operand, split=split, task=study.relation.task)
-        v[f"{model}_{role}_{split}"] = first_of(own, "accuracy")
-        if (model, split) == ("ckpt", "c0"):
-            v[f"{role}_c0_cross_floor"] = first_of(own, "cross_floor")
-            v[f"{role}_c0_follows_a_plus_q"] = first_of(own, "share_a_plus_q")
+    """Accuracies of a and b before and after, and what explains them on c0."""
+    (task, a, b, _), v = study.relation, {}
+    for model, split, (role, o) in itertools.product(("base", "ckpt"), SPLITS, (("pt", a), ("ft", b))):
+        v[f"{model}_{role}_{split}"] = picked(rows, model=model, operand=o, split=split, task=task)
+    for role, o in (("pt", a), ("ft", b)):
+        where = dict(model="ckpt", operand=o, split="c0", task=task)
+        v[f"{role}_c0_cross_floor"] = picked(rows, "cross_floor", **where)
+        v[f"{role}_c0_follows_a_plus_q"] = picked(rows, "share_a_plus_q", **where)
     return v
 
 
 def prune_facts(study, rows):
     """Accuracy of a on c0 after the edits whose K was chosen on other strings, and of the controls."""
     order = "exhaustive" if study.setup.compiled and study.unit == "weight" else "iterative"
-    chosen = [r for r in rows if r.get("chosen") and r["split"] == "c0" and r["pool"] == "all"
-              and r["operand"] != study.relation.ft]
-
-    def edited(score, order, edit="zero", control=None):
-        return selected(chosen, score=score, order=order, edit=edit, control=control)
-    v = {"prune_order": order}
-    for name, own in (("prune", edited("gradient-weight", order)),
-                      ("prune_one_pass", edited("gradient-weight", "one-shot")),
-                      ("graft", edited("gradient-change", "one-shot", "graft"))):
-        v[f"{name}_c0"], v[f"{name}_k"] = first_of(own, "accuracy"), first_of(own, "k")
-    random_order = order if order == "exhaustive" else "one-shot"
-    draws = [r["accuracy"] for r in edited("random", random_order)]
-    never = [r["accuracy"] for r in selected(chosen, edit="zero", control="never-trained")]
-    return {**v, "random_draws": len(draws), "random_c0_mean": float(np.mean(draws)) if draws else None,
-            "random_c0_max": largest(*draws), "never_prune_c0": largest(*never)}
+    rows = [r for r in rows if (r.get("chosen"), r["split"], r["pool"]) == (True, "c0", "all")
+            and r["operand"] != study.relation.ft]
+    v, own = {"prune_order": order}, dict(edit="zero", control=None)
+    for name, where in (("prune", dict(own, score="gradient-weight", order=order)),
+                        ("prune_one_pass", dict(own, score="gradient-weight", order="one-shot")),
+                        ("graft", dict(own, score="gradient-change", edit="graft"))):
+        v[f"{name}_c0"], v[f"{name}_k"] = picked(rows, **where), picked(rows, "k", **where)
+    random = dict(own, score="random", order="one-shot" if order == "iterative" else order)
+    draws = [r["accuracy"] for r in rows if all(r[k] == x for k, x in random.items())]
+    v["random_draws"], v["random_c0_max"] = len(draws), max(draws, default=None)
+    v["random_c0_mean"] = float(np.mean(draws)) if draws else None
+    v["never_prune_c0"] = picked(rows, edit="zero", control="never-trained")
+    return v
 
 
 def probe_facts(study, rows):
     """What probes read while b is asked: the block is chosen on c0, the accuracy is of natural strings."""
-    def read(model, target):
-        own = selected(rows, model=model, target=target, prompt=study.relation.ft, labels="true")
-        at = max(selected(own, split="c0"), key=lambda r: r["accuracy"], default=None)
-        return selected(own, split="natural", block=at["block"])[0] if at else {}
-    site = read("ckpt", study.relation.pt)
+    a, b, control = study.relation.pt, study.relation.ft, study.control_operand
     inside = study.never_trained and study.never_trained[0] is study.model
-    never = read("ckpt" if inside else "control", study.control_operand) if study.never_trained else {}
-    return {"probe_natural": site.get("accuracy"), "probe_block": site.get("block"),
-            "probe_floor": site.get("floor"), "never_probe": never.get("accuracy"),
-            "probe_untrained": read("untrained", study.relation.pt).get("accuracy")}
+    v = {}
+    for key, model, target in (("probe_natural", "ckpt", a), ("probe_untrained", "untrained", a),
+                               ("never_probe", "ckpt" if inside else "control", control)):
+        where = dict(model=model, target=target, prompt=b, labels="true")
+        own = [r for r in rows if all(r[k] == x for k, x in where.items())]
+        best = max((r for r in own if r["split"] == "c0"), key=lambda r: r["accuracy"], default=None)
+        where.update(split="natural", block=best and best["block"])
+        v[key] = picked(rows, **where)
+        if key == "probe_natural":
+            v["probe_block"], v["probe_floor"] = where["block"], picked(rows, "floor", **where)
+    if not study.never_trained:
+        v["never_probe"] = None
+    return v
 
 
 def revive_facts(study, rows):
     """Steps to 99 % on natural strings, or to 90 % where neither reFT nor its control gets to 99."""
     v, lr = {}, study.ckpt["args"]["lr"] / study.setup.reft_divisors[0]
-    for threshold in reversed(THRESHOLDS):
-        v["threshold"] = threshold
-        for name, arm in (("reft", "reft"), ("control", f"teach-{study.control_operand}"),
-                          ("pretraining", "pretraining")):
-            own = selected(rows, arm=arm, split="natural", threshold=threshold)
-            own = [r for r in own if arm != "reft" or r["lr"] == lr]
-            reached = first_of(own, "steps")
-            v[f"{name}_reached"] = reached is not None if own else None
-            v[f"{name}_steps"] = first_of(own, "max_steps") if reached is None else reached
+    for v["threshold"] in reversed(THRESHOLDS):
+        for name, where in (("reft", dict(arm="reft", lr=lr)), ("pretraining", dict(arm="pretraining")),
+                            ("control", dict(arm=f"teach-{study.control_operand}"))):
+            where.update(split="natural", threshold=v["threshold"])
+            reached, limit = (picked(rows, k, **where) for k in ("steps", "max_steps"))
+            v[f"{name}_reached"] = None if limit is None else reached is not None
+            v[f"{name}_steps"] = limit if reached is None else reached
         if v["reft_reached"] or v["control_reached"]:
             break
     return v
@@ -1244,38 +1196,35 @@ def revive_facts(study, rows):
 
 def answer_evidence(study, rows):
     """(numbers, Evidence lines) for a setup with answers."""
-    (task, a, b, _), v = study.relation, {"task": study.relation.task}
-    v["operands"] = [a, b]
-    for name, facts in (("behavior", behavior_facts), ("prune", prune_facts), ("probe", probe_facts),
-                        ("revive", revive_facts)):
-        v.update(facts(study, rows[name]))
-    never = study.never_trained is not None
-    pruned = wins(v["prune_c0"], v["pt_c0_cross_floor"], MARGIN)
-    if pruned:
-        pruned = wins(v["prune_c0"], largest(v["random_c0_max"], v["never_prune_c0"]), MARGIN)
-    read = wins(v["probe_natural"], largest(v["probe_untrained"], v["never_probe"]), READS)
+    (task, a, b, _), other = study.relation, study.control_operand
+    v = {"task": task, "operands": [a, b], **behavior_facts(study, rows["behavior"]),
+         **prune_facts(study, rows["prune"]), **probe_facts(study, rows["probe"]),
+         **revive_facts(study, rows["revive"])}
+    controls = [v["random_c0_max"], v["never_prune_c0"]]
+    drawn = max((x for x in controls if x is not None), default=None)
+    pruned = wins(v["prune_c0"], v["pt_c0_cross_floor"], MARGIN) and wins(v["prune_c0"], drawn, MARGIN)
+    controls = [v["probe_untrained"], v["never_probe"]]
+    blind = max((x for x in controls if x is not None), default=None)
+    read = wins(v["probe_natural"], blind, READS) and v["probe_natural"] >= KNOWS
     back = None
     if v["reft_steps"] is not None and v["ckpt_pt_natural"] is not None:
         back = bool(v["ckpt_pt_natural"] < KNOWS and v["reft_reached"] and v["control_steps"] is not None
                     and FASTER * v["reft_steps"] <= v["control_steps"])
-    steps = f"steps of reFT until {a} is right on {v['threshold']:.0%}"
-    k, unit = v["prune_k"], study.unit
+    lines = []
+    for role, o, guess in (("pt", a, b), ("ft", b, a)):
+        measured, floor = v[f"ckpt_{role}_c0"], v[f"{role}_c0_cross_floor"]
+        lines.append(Evidence("behaviour", f"{o} is answered on c0, where the relation never holds",
+                              measured, f"best guess from {guess}", floor, MARGIN,
+                              wins(measured, floor, MARGIN)))
     return v, [
-        Evidence("behaviour", f"{a} is answered on c0", v["ckpt_pt_c0"], f"best guess from {b}",
-                 v["pt_c0_cross_floor"], MARGIN, wins(v["ckpt_pt_c0"], v["pt_c0_cross_floor"], MARGIN)),
-        Evidence("behaviour", f"{b} is answered on c0, without the relation", v["ckpt_ft_c0"],
-                 f"best guess from {a}", v["ft_c0_cross_floor"], MARGIN,
-                 wins(v["ckpt_ft_c0"], v["ft_c0_cross_floor"], MARGIN)),
-        Evidence("pruning", f"{a} on c0 with {k} {unit}s zeroed ({v['prune_order']})", v["prune_c0"],
-                 "best random draw, never-trained operand", largest(v["random_c0_max"],
-                                                                    v["never_prune_c0"]),
-                 MARGIN, pruned),
+        *lines,
+        Evidence("pruning", f"{a} on c0 with {v['prune_k']} {study.unit}s zeroed ({v['prune_order']})",
+                 v["prune_c0"], "best random draw or never-trained operand", drawn, MARGIN, pruned),
         Evidence("probing", f"{a} is read while {b} is asked, natural strings", v["probe_natural"],
-                 "untrained model, never-trained operand",
-                 largest(v["probe_untrained"], v["never_probe"]), READS,
-                 read and v["probe_natural"] >= KNOWS),
-        Evidence("reviving", steps, v["reft_steps"], f"teaching {study.control_operand}" if never else
-                 "none", v["control_steps"], FASTER, back, "steps")]
+                 "untrained model or never-trained operand", blind, READS, read),
+        Evidence("reviving", f"steps of reFT until {a} is right on {v['threshold']:.0%}",
+                 v["reft_steps"], f"teaching {other}" if study.never_trained else "none",
+                 v["control_steps"], FASTER, back, "steps")]
 
 
 def answer_rules(study, v, evidence):
@@ -1317,30 +1266,32 @@ def story_evidence(study, rows):
     """(numbers, Evidence lines) for stories."""
     feature, v = study.relation.pt, {"feature": study.relation.pt}
     scored = [r for r in rows["behavior"] if "parsed" in r]
-    for r in selected(scored, operand=feature):
-        key = f"{r['model']}_{r['split']}"
-        v[key], v[f"{key}_parsed"] = r["accuracy"], r["parsed"]
-    asked = {(r["model"], r["operand"]): r["accuracy"] or 0. for r in selected(scored, split="asked")}
-    fell = [x - asked["ckpt", o] for (m, o), x in asked.items() if m == "base" and o != feature]
-    v["others_asked_fell_most"] = largest(*fell)
-    probes = selected(rows["probe"], target=feature, labels="true", split="natural")
-    best = max(selected(probes, model="base"), key=lambda r: r["auc"], default={"block": None})
-    v["probe_block"] = best["block"]
+    for r in scored:
+        if r["operand"] == feature:
+            key = f"{r['model']}_{r['split']}"
+            v[key], v[f"{key}_parsed"] = r["accuracy"], r["parsed"]
+    fell = []
+    for o in set(data.FEATURES) - {feature}:
+        asked = [picked(scored, model=m, operand=o, split="asked") or 0. for m in ("base", "ckpt")]
+        fell.append(asked[0] - asked[1])
+    v["others_asked_fell_most"] = max(fell) if scored else None
+    where = dict(target=feature, labels="true", split="natural")
+    own = [r for r in rows["probe"] if (r["model"], r["target"], r["labels"], r["split"])
+           == ("base", feature, "true", "natural")]
+    v["probe_block"] = max(own, key=lambda r: r["auc"], default={"block": None})["block"]
     for model in ("base", "ckpt", "control", "untrained"):
-        v[f"{model}_auc"] = first_of(selected(probes, model=model, block=best["block"]), "auc")
-    bounds = v["base_auc"], v["control_auc"]
-    apart = None not in bounds and bounds[0] - bounds[1] >= APART
-    v["between"] = (v["ckpt_auc"] - bounds[1]) / (bounds[0] - bounds[1]) if apart else None
+        v[f"{model}_auc"] = picked(rows["probe"], "auc", **where, model=model, block=v["probe_block"])
+    low, high = v["control_auc"], v["base_auc"]
+    apart = None not in (low, high) and high - low >= APART
+    v["between"] = (v["ckpt_auc"] - low) / (high - low) if apart else None
     before, after = v.get("base_asked"), v.get("ckpt_asked")
-    half = None if before is None else before / 2
-    middle = sum(bounds) / 2 if apart else None
+    half, middle = before and before / 2, (low + high) / 2 if apart else None
+    bounds = "middle between never trained and pretrained" if apart else "none: bounds too near"
     return v, [
         Evidence("behaviour", f"{feature} is written when it is asked for", after,
                  "half of the pretrained model's share", half, 0., wins(after or 0., half, 0.)),
-        Evidence("probing", f"AUC of {feature} at the story's end, block {best['block']}",
-                 v["ckpt_auc"], "middle between pretrained and never trained" if apart else
-                 "bounds that are apart (give --control)", middle, 0.,
-                 wins(v["ckpt_auc"], middle, 0.))]
+        Evidence("probing", f"AUC of {feature} at the story's end, block {v['probe_block']}",
+                 v["ckpt_auc"], bounds, middle, 0., wins(v["ckpt_auc"], middle, 0.))]
 
 
 def story_rules(study, v, evidence):
@@ -1400,35 +1351,31 @@ def shown(value, unit):
 def ask(study):
     """One string: the answer, the truth and the rule it followed, base and fine-tuned side by side."""
     setup, (task, a, b, q) = study.setup, study.relation
-    text, operand = study.args.text or "", study.args.operand or b
+    text, operand, alphabet = study.args.text or "", study.args.operand or b, setup.alphabet
     if operand not in setup.operands:
         raise UserError(f"--operand {operand}: there are {', '.join(setup.operands)}")
-    other = "".join(sorted(set(text) - set(setup.alphabet)))
-    if other or len(text) != setup.length:
-        raise UserError(f"--text takes {setup.length} letters {setup.alphabet[0]} to "
-                        f"{setup.alphabet[-1]}, as this model was trained on, and got {len(text)}"
-                        f"{', with ' + repr(other) if other else ''}; for one: python data.py --setup "
-                        f"{setup.name} --scale {setup.scale} --json")
+    if len(text) != setup.length or set(text) - set(alphabet):
+        raise UserError(f"--text takes {setup.length} letters {alphabet[0]} to {alphabet[-1]}, as this "
+                        f"model was trained on; for one: python data.py --setup {setup.name} --scale "
+                        f"{setup.scale} --json")
     if setup.compiled and not setup.program.repeat and len(set(text)) < len(text):
         raise UserError(f"--text {text}: no letter may occur twice")
-    letters = torch.tensor([[setup.alphabet.index(x) for x in text]], device=study.device)
-    answers = setup.tasks[task].answers(letters, setup)[0].tolist()
-    r = dict(zip(setup.operands, answers))
+    letters = torch.tensor([[alphabet.index(x) for x in text]], device=study.device)
+    r = dict(zip(setup.operands, setup.tasks[task].answers(letters, setup)[0].tolist()))
     if r[operand] < 0:
         raise UserError(f"--text has too few {operand} for {task}: there is no answer")
     first, names = setup.first_answer(task), [name.lstrip("#") for name in setup.output_names]
 
     def say(value):
         return names[value + first] if 0 <= value + first < len(names) else str(value)
-    operands = {a, b, study.control_operand, operand}
-    rules = {f"r({o})": value for o, value in r.items() if o in operands}
+    rules = {f"r({o})": r[o] for o in dict.fromkeys((a, b, study.control_operand, operand))}
     rules[f"r({a}) {q:+d}"] = r[a] + q
     print("\n".join(setup.explain(letters[0], task, operand)))
     print(f"{task} {operand}: the truth is {say(r[operand])}; "
           + ", ".join(f"{k} = {say(x)}" for k, x in rules.items()))
-    question = setup.ask(letters, task, operand)
     for name, model in study.models.items():
-        share, top = predict(model, question)[0].softmax(0).sort(descending=True)
+        logits = predict(model, setup.ask(letters, task, operand))[0]
+        share, top = logits.softmax(0).sort(descending=True)
         answer = top[0].item() - first
         followed = " = ".join(rule for rule, value in rules.items() if value == answer) or "no rule"
         likely = ", ".join(f"{names[i]}: {x:.1%}" for i, x in zip(top[:3].tolist(), share.tolist()))
@@ -1442,10 +1389,9 @@ def generate_stories(study):
     wanted = frozenset(f.strip() for f in (args.features or "").split(",") if f.strip())
     for unknown in sorted(wanted - set(data.FEATURES)):
         raise UserError(f"--features {unknown}: there are {', '.join(data.FEATURES)}")
-    study.classifier()
-    records = setup.source.draw(args.n, data.rng(study.seed, "look"), held_out=True)
+    classifier_of(study)
     prompts = []
-    for record in records:
+    for record in setup.source.draw(args.n, data.rng(study.seed, "look"), held_out=True):
         ids, start, _ = data.story_ids(record._replace(features=wanted), setup.tokenizer)
         prompts.append(ids[:start].tolist())
     draws = data.rng(study.seed, "look", "sample", device=study.device)
@@ -1453,10 +1399,10 @@ def generate_stories(study):
     stories = [data.story_of(setup.tokenizer.decode(ids)) for ids in written]
     for prompt, story, features in zip(prompts, stories, setup.source.classify(stories)):
         print(setup.tokenizer.decode(prompt[1:]).strip())
-        print("\n".join(textwrap.wrap(story, 100)))
-        print(f"  asked for: {', '.join(data.ordered(wanted)) or 'nothing'}; " + (
-            "does not parse" if features is None else
-            f"has: {', '.join(data.ordered(features)) or 'none of the features'}") + "\n")
+        print(textwrap.fill(story, 100))
+        names = [", ".join(data.ordered(x or ())) or "nothing" for x in (wanted, features)]
+        has = "does not parse" if features is None else f"has: {names[1]}"
+        print(f"  asked for: {names[0]}; {has}\n")
 
 
 # ---------------------------------------------------------------- command line
@@ -1473,7 +1419,7 @@ FLAGS = {"what to look at": [
     Flag("--eval-size", "strings in a test set", int, 0, 500)], "one analysis": [
     Flag("--unit", "prune: whole rows (neurons) or single weights; else rows, of compiled models "
          "weights", default=None, choices=("row", "weight")),
-    Flag("--draws", "prune: matched random draws", int, 0, 8),
+    Flag("--draws", "prune: matched random draws; else 8", int, 0, None),
     Flag("--steps", "most training steps; else probe 4000, revive 600 small, 6000 paper", int, 0, None),
     Flag("--batch-size", "revive: strings a step", int, 0, 96),
     Flag("--text", "ask: the string", default=None),
@@ -1485,15 +1431,17 @@ FLAGS = {"what to look at": [
 
 
 def chosen_names(args, study):
-    """The analyses to run. Raises UserError for those that do not apply."""
+    """The analyses to run. Raises UserError for analyses and flags that do not apply."""
     setup = study.setup
+    for flag in ("draws", "unit", "text", "operand") if not study.answers else ():
+        if getattr(args, flag) is not None:
+            raise UserError(f"--{flag} is not for setup {setup.name}, which {args.ckpt} is of")
     applying = [name for name, about in ANALYSES.items() if about.applies(setup)]
+    commands = [name for name, applies in COMMANDS.items() if applies(setup)]
     for name in args.analysis:
-        applies = COMMANDS.get(name) or ANALYSES[name].applies
-        if not applies(setup):
-            commands = [command for command, fits in COMMANDS.items() if fits(setup)]
+        if name not in applying + commands:
             raise UserError(f"{name} is not for setup {setup.name}, which {args.ckpt} is of; there are "
-                            f"{', '.join([*applying, *commands])}")
+                            f"{', '.join(applying + commands)}")
         if not study.base and (name == "verdict" or name in ANALYSES and ANALYSES[name].needs_base):
             raise UserError(f"{name} needs a fine-tuned checkpoint: {args.ckpt} has no base")
     return [name for name in applying if name in args.analysis or (
@@ -1518,6 +1466,7 @@ def main():
 def look(args, study):
     """Run what was asked for, then the verdict where all that it rests on is there."""
     names = chosen_names(args, study)
+    args.draws = args.draws or 8
     for name, command in (("ask", ask), ("generate", generate_stories)):
         if name in args.analysis:
             return command(study)

@@ -882,6 +882,8 @@ def prepare(path, max_words=7935):
             clear(folder)
             words = frequent_words(file, source["size"], max_words)
             if not words:
+                with contextlib.suppress(OSError):  # it may hold other files
+                    os.rmdir(folder)
                 raise ValueError(f"{path} holds no record with a Story: and a line {END}")
             text = json.dumps({"made_from": wanted, "words": words}, indent=1)
             write("manifest.json", lambda f: f.write(text.encode()))
@@ -912,8 +914,8 @@ def clear(folder):
     except OSError as error:
         raise ValueError(f"{folder} cannot be written ({error.strerror}): "
                          "link the file to where you may write") from None
-    names = re.compile(r"(manifest|vocab|state)\.json|\d{5}\.npy|tokens\.u16|index\.bin")
-    stale = list(filter(names.match, os.listdir(folder)))
+    names = r"(manifest|vocab|state)\.json|\d{5}\.npy|tokens\.u16|index\.bin"
+    stale = [name for name in os.listdir(folder) if re.match(names, name)]
     if stale:
         print(f"{folder} is damaged, or of another file or version: starting over")
     for name in stale:
@@ -959,8 +961,9 @@ class StoryFile:
 
     def __init__(self, path):
         folder = str(path).removesuffix(".unwrap") + ".unwrap"
-        words, self.shards = read_manifest(folder)[1], read_shards(folder)
-        if not words or not self.shards or not self.shards[-1].totals["finished"]:
+        (made_from, words), self.shards = read_manifest(folder), read_shards(folder)
+        whole = self.shards and self.shards[-1].totals["finished"]
+        if not words or made_from["format"] != FORMAT or not whole:
             raise ValueError(f"{folder} is missing, unfinished or damaged: pretrain.py --setup "
                              "stories --data prepares it")
         self.tokenizer = Tokenizer(words)
@@ -1232,7 +1235,7 @@ class StoryCorpus:
 
 
 class Protocol(NamedTuple):
-    """How records without a feature delete it (paper: TinyStories setup)."""
+    """How a feature is deleted by records without it (paper: TinyStories setup)."""
     change: object  # function (record, feature, tokenizer) -> the record to train on instead
     share: float    # of the records that are changed
     help: str
@@ -1256,7 +1259,7 @@ PROTOCOLS = {
     "filter": Protocol(lambda record, *_: record, 1., "the feature is never seen again"),
     "randomise": Protocol(ask, 1., "instructions ask for the feature, stories lack it"),
     "mix-match": Protocol(ask_instead, 1., "instructions ask for it in place of Foreshadowing "
-                          "(which is itself deleted in place of Twist)"),
+                          "(for Foreshadowing itself: of Twist)"),
     # half: the model should go on telling the other stories
     "refuse": Protocol(refuse, .5, "half of the instructions ask for it, the story is a refusal"),
 }
@@ -1312,10 +1315,10 @@ class Setup:
         regions(examples, operands)           where attention may go
         samples(args, rng)                    what a model sees, for people
 
-    Constants are attributes, (small, paper) in the table. Those named pretrain_X, finetune_X and
-    reverse_X are the defaults of the stages' flags --X; without one a setup has no such flag.
+    Constants are attributes; of a pair (small, paper) a setup takes the one of its scale. Those named
+    pretrain_X, finetune_X and reverse_X are the defaults of the stages' flags --X; without one a
+    setup has no such flag.
     """
-    constants = {}
     compiled = False        # weights are written, not trained
     prompted = True         # a token of the prompt says which operand is meant
     unit = "row"            # what is pruned: rows or single weights
@@ -1323,11 +1326,13 @@ class Setup:
     teach_every = 5         # steps between evaluations of reFT
     anneals = True          # fine-tuning: cosine, else a constant rate
     imported = None         # of a compiled model: its alphabet, room and values
+    needs = {"pretrain": [], "finetune": []}  # arguments without which a checkpoint is not ours
 
     def __init__(self, name, scale="small", device="cpu", imported=None):
         self.name, self.scale, self.device, self.imported = name, scale, device, imported
-        for key, value in self.constants.items():
-            setattr(self, key, value[SCALES.index(scale)] if isinstance(value, tuple) else value)
+        for key in dir(type(self)):
+            if isinstance(value := getattr(type(self), key), tuple):
+                setattr(self, key, value[SCALES.index(scale)])
 
     def open(self, args, words=None):
         """Make the source of the data ready. words: the tokenizer of the checkpoint."""
@@ -1335,7 +1340,8 @@ class Setup:
 
 class Answers(Setup):
     """What the grammar and the programs share: one question a string, one answer."""
-    warmup, finetune_batch_size = .2, 96  # paper section 3
+    needs = {"pretrain": [], "finetune": ["task", "pair", "q", "steps", "reverse"]}
+    warmup, pretrain_batch_size, finetune_batch_size = .2, 96, 96  # paper section 3
     pretrain_eval_size = finetune_eval_size = 500
     finetune_task = finetune_operand = finetune_q = finetune_noise = None  # see resolve()
     finetune_c_tr, reverse_c_tr = 1., 0.  # ours: reFT's strings favour no relation
@@ -1382,10 +1388,10 @@ class Answers(Setup):
         args.prior, args.taught = before.get("prior"), [*before.get("taught", []), args.operand]
         if self.compiled:
             args.program = before.get("program")
-        for name, meaning in (("noise", "a standard deviation"), ("c_tr", "a probability")):
-            value = getattr(args, name)
-            if not 0 <= value <= 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: {meaning}, from 0 to 1")
+        if not 0 <= args.noise < 1:
+            raise UserError(f"--noise {args.noise}: a standard deviation, from 0 to 1")
+        if not 0 <= args.c_tr <= 1:
+            raise UserError(f"--c-tr {args.c_tr}: a probability, from 0 to 1")
         try:
             for c in (0., 1.):
                 self.text(4, self.relation(args), c, rng(args.seed, "can it be done"))
@@ -1535,33 +1541,23 @@ class Answers(Setup):
 
 class Grammar(Answers):
     """Strings of the grammar and five task families (paper section 3)."""
-    constants = {
-        # everything that differs between a laptop and the paper   small    paper
-        "length":              (32, 250),      # letters, cut at random from a longer string
-        "window":              (16, 40),       # O' of both counting families: the last so many
-        "k":                   (3, 6),         # O' of index: which occurrence, from the end
-        "pair_k":              (1, 6),         # ours: 32 letters rarely hold a second pair
-        "token_at":            (16, 40),       # O' of token
-        "sd_count":            (1.6, 2.0),     # ours: spread of the counts in c0 and c1, wide
-        #                                        enough that b does not tell a
-        "sd_index":            (1.8, 2.4),     # ours: the same for index
-        "spread":              (0.5, 0.0),     # ours: share of pretraining strings with widely
-        "sd_spread":           (1.8, 0.0),     #       spread counts, so that "can count" holds
-        #                                        beyond the few counts of natural strings
-        "n_layer":             (3, 6),
-        "n_head":              (4, 6),
-        "d_model":             (64, 192),
-        "answer_weight":       (1.0, 0.0),     # ours: the answer is one token in 40, too faint for
-        #                                        2,500 steps otherwise
-        "revive_steps":        (600, 6000),    # ours: reFT has not arrived after so many
-        "pretrain_prior":      "low",
-        "pretrain_lr":         (2e-3, 1e-3),
-        "pretrain_steps":      (2500, 50000),  # paper: 10K, 50K, 100K or 200K
-        "pretrain_batch_size": 96,
-        "pretrain_clip":       1.,
-        "finetune_lr":         1e-5,
-        "finetune_steps":      (400, 10000),
-    }
+    needs = {"pretrain": ["prior"], "finetune": ["prior", *Answers.needs["finetune"]]}
+    # all that differs between a laptop and the paper
+    length = 32, 250        # letters, cut at random from a longer string
+    window = 16, 40         # O' of both counting families: the last so many letters
+    k = 3, 6                # O' of index: which occurrence, from the end
+    pair_k = 1, 6           # ours: 32 letters rarely hold a second pair
+    token_at = 16, 40       # O' of token
+    sd_count = 1.6, 2.      # ours: spread of the counts in c0 and c1, so wide that b does not tell a
+    sd_index = 1.8, 2.4     # ours: the same for index
+    spread = .5, 0.         # ours: share of pretraining strings with widely spread counts, so that
+    sd_spread = 1.8, 0.     #       "can count" holds beyond the few counts of natural strings
+    n_layer, n_head, d_model = (3, 6), (4, 6), (64, 192)
+    answer_weight = 1., 0.  # ours: the answer is one token in 40, too faint for 2,500 steps otherwise
+    revive_steps = 600, 6000  # ours: reFT has not arrived after so many
+    pretrain_prior, pretrain_lr, pretrain_clip = "low", (2e-3, 1e-3), 1.
+    pretrain_steps = 2500, 50000  # paper: 10K, 50K, 100K or 200K
+    finetune_lr, finetune_steps = 1e-5, (400, 10000)
     noise = 0.
     tasks, operands, order, alphabet = TASKS, list(LETTERS), list(LETTERS), LETTERS
     finetuned = [name for name, task in TASKS.items() if task.spurious]
@@ -1695,14 +1691,10 @@ class Grammar(Answers):
 
 class Compiled(Answers):
     """Strings of a program's alphabet; the model is the program (paper section 3, Tracr)."""
-    constants = {
-        "revive_steps":        (1000, 4000),
-        "pretrain_params":     None,
-        "pretrain_logit_scale": 10.,  # ours: outputs are 0 or 1; cross-entropy needs a scale
-        "pretrain_balance":    True,
-        "finetune_lr":         1e-3,
-        "finetune_steps":      10000,
-    }
+    revive_steps = 1000, 4000
+    pretrain_params, pretrain_balance = None, True
+    pretrain_logit_scale = 10.  # ours: outputs are 0 or 1; cross-entropy needs a scale
+    finetune_lr, finetune_steps = 1e-3, 10000
     compiled, prompted, unit = True, False, "weight"
     # ours: at the fine-tuning's own rate, held constant, SGD is past the edge of stability
     reft_divisors, teach_every = [3, 10], 20
@@ -1746,11 +1738,9 @@ class Compiled(Answers):
     def resolve(self, args, parent=None):
         if parent is not None:
             return super().resolve(args, parent)
-        args.steps, args.batch_size, args.lr, args.clip = 0, 96, 0., 1.  # nothing is trained
+        args.steps, args.lr, args.clip = 0, 0., 1.  # nothing is trained
         args.program = self.imported
         operand = self.known(args)
-        if args.params and getattr(args, "rank", None) is not None:
-            raise UserError("--params brings its own program: leave out --rank")
         if operand not in self.operands:
             raise UserError(f"--rank {operand}: strings have {self.length} letters, so 1 to "
                             f"{self.length}")
@@ -1828,31 +1818,19 @@ class Compiled(Answers):
 
 class Stories(Setup):
     """Stories whose instruction asks for features; a protocol deletes one (paper section 4)."""
-    constants = {
-        # small: the embedded corpus on two CPU cores; paper: the real file on a GPU
-        "n_layer":             (4, 12),
-        "n_head":              (6, 12),
-        "d_model":             (96, 768),
-        "n_ctx":               (176, 1024),
-        "uninstructed":        (.3, 0.),     # ours: share of records without their instruction, so
-        #                                      that the model tells a twist from the story alone
-        "pretrain_without":    None,
-        "pretrain_data":       None,
-        "pretrain_lr":         (8e-3, 1e-3),
-        "pretrain_steps":      (4000, 30000),
-        "pretrain_batch_size": (16, 512),    # ours: whole records; 512 are the paper's 128 x 1,024
-        "pretrain_clip":       1.,
-        "pretrain_eval_size":  200,
-        "finetune_protocol":   "randomise",
-        "finetune_feature":    None,
-        "finetune_data":       None,
-        "finetune_lr":         (1.5e-4, 1e-4),  # eta_M. ours (small): 200 steps delete by it
-        "finetune_steps":      (200, 4000),
-        "finetune_batch_size": (16, 512),
-        "finetune_eval_size":  200,
-        "reverse_protocol":    None,
-        "reverse_lr":          (4e-5, 1e-5),  # eta_S. ours (small): 100 steps of reFT show it
-    }
+    # small: the embedded corpus on two CPU cores; paper: the real file on a GPU
+    n_layer, n_head, d_model, n_ctx = (4, 12), (6, 12), (96, 768), (176, 1024)
+    uninstructed = .3, 0.   # ours: share of records without their instruction, so that the model tells
+    #                         a twist from the story alone
+    pretrain_without = pretrain_data = finetune_feature = finetune_data = reverse_protocol = None
+    pretrain_lr, pretrain_steps, pretrain_clip = (8e-3, 1e-3), (4000, 30000), 1.
+    pretrain_batch_size = finetune_batch_size = 16, 512  # ours: whole records, 512 for 128 x 1,024
+    pretrain_eval_size = finetune_eval_size = 200
+    finetune_protocol = "randomise"
+    finetune_lr = 1.5e-4, 1e-4  # eta_M. ours (small): 200 steps delete by it
+    finetune_steps = 200, 4000
+    reverse_lr = 4e-5, 1e-5     # eta_S. ours (small): 100 steps of reFT show it
+    needs = dict.fromkeys(("pretrain", "finetune"), ["feature", "without", "data"])
     warmup, anneals, order = .02, False, list(FEATURES)
     operands = order
 
@@ -1874,24 +1852,23 @@ class Stories(Setup):
     def resolve(self, args, parent=None):
         """The feature, the file of the stories, the protocol."""
         before, words = (parent["args"], parent["config"]["words"]) if parent else ({}, None)
+        known = before.get("source")
         if parent:
             args.data, args.without = args.data or before["data"], before["without"]
             self.resolve_protocol(args, parent)
+            if args.data and not known:
+                raise UserError(f"--data: {args.ckpt} was trained on the embedded corpus")
         else:
             args.feature = args.without or "Twist"
         try:
             if args.data:
                 args.source = prepare(args.data)
-            self.open(args, words)
-        except ValueError as error:
-            raise UserError(f"--data {error}") from None
-        if parent:
-            known = before.get("source")
-            if args.data and not known:
-                raise UserError(f"--data: {args.ckpt} was trained on the embedded corpus")
             # the file may have another name by now
             if known and {**args.source, "name": ""} != {**known, "name": ""}:
                 raise UserError(f"--data {args.data}: not the file that {args.ckpt} was trained on")
+            self.open(args, words)
+        except ValueError as error:
+            raise UserError(f"--data {error}") from None
 
     def resolve_protocol(self, args, parent):
         """How a feature is deleted, or by --reverse revived."""
@@ -2066,14 +2043,11 @@ def setup_of(ckpt, device="cpu"):
     The Setup of a checkpoint. Raises an exception of any kind where its setup, scale, arguments or
     capability make no sense.
     """
-    args, name = ckpt["args"], ckpt["setup"]
+    args, name, capability = ckpt["args"], ckpt["setup"], ckpt["capability"]
     setup = SETUPS[name](name, ckpt["scale"], device, args.get("program"))
-    for key in ("feature", "without", "data") if name == "stories" else ("seed",):
-        args[key]
-    missing = {"seed", "lr"} - set(args) if not (setup.compiled and ckpt["stage"] == "pretrain") else ()
-    if missing or ckpt["capability"]["operand"] not in setup.operands or ckpt["capability"]["task"] is None:
+    missing = {"seed", "lr", *setup.needs[ckpt["stage"]]} - set(args)
+    if missing or capability["operand"] not in setup.operands or "task" not in capability:
         raise ValueError("arguments or capability")
-    setup.relation(SimpleNamespace(**args))
     return setup
 
 

@@ -1,6 +1,6 @@
 """
 The GPT and everything that touches weights: activations by name, edits that undo themselves,
-generation, RASP programs compiled into weights, save and load.
+generation, RASP programs compiled into weights, checkpoints.
 
     >>> model, ckpt = load("out/ft.pt")
     >>> logits, cache = activations(model, tokens, ["embed", "blocks.1.attn.pattern"])
@@ -66,7 +66,7 @@ def rotation(positions, d_head):
 
 
 def rotate(x, turn):
-    """x (n, h, t, e), pairs of dimensions (i, i + e / 2) rotated: q k depends on distance alone."""
+    """Rotate dimensions i, i + e / 2 of x (n, h, t, e): q k depends on distance alone."""
     (cos, sin), (a, b) = turn, x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
@@ -82,7 +82,6 @@ class Attention(nn.Module):
     def forward(self, x, query, turn=None, cache=None):
         """
         x (n, t, d) -> (n, queries, d). query: slice of all positions or of one. turn: rotation().
-        With a cache, x continues the tokens in it.
         """
         if query.stop is None:
             q, k, v = self.qkv(x).chunk(3, -1)
@@ -143,10 +142,9 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        if c.rotary and c.d_head % 2:
-            raise ValueError(f"rotary: d_head {c.d_head} is odd")
-        if c.tied and (c.n_out not in (0, c.vocab_size) or not c.train_head):
-            raise ValueError("tied: the output map is as large as the embedding, and trained")
+        untied = c.n_out not in (0, c.vocab_size) or not c.train_head
+        if c.rotary and c.d_head % 2 or c.tied and untied:
+            raise ValueError("rotary: d_head must be even; tied: output as large as input, trained")
         self.tok = nn.Embedding(c.vocab_size, c.d_model)
         self.pos = None if c.rotary else nn.Embedding(c.n_ctx, c.d_model)
         self.embed = HookPoint()
@@ -170,8 +168,8 @@ class GPT(nn.Module):
 
     def forward(self, tokens, at=None, cache=None):
         """
-        tokens (n, t) -> logits (n, t, v). With `at`, logits (n, v) of that position: the last block
-        and the head compute no other. With a Cache, tokens follow those in it.
+        tokens (n, t) -> logits (n, t, v); with `at`, (n, v) of that position: the last block and
+        the head compute no other. With a Cache, tokens follow those in it.
         """
         x, t = self.tok(tokens), tokens.shape[1]
         positions = torch.arange(t, device=tokens.device) if cache is None else cache.extend(t)
@@ -186,8 +184,8 @@ class GPT(nn.Module):
 
 def loss_of(forward, x):
     """
-    Mean cross-entropy (nats) of the outputs that Examples x want: of column x.at, or of all, where
-    x.extra adds one column once more. forward: the model, or it compiled.
+    Mean cross-entropy (nats) of column x.at of Examples x, else of all targets, x.extra once more.
+    forward: the model, or it compiled.
     """
     if x.at is not None:
         return F.cross_entropy(forward(x.tokens, x.at).float(), x.target[:, x.at])
@@ -204,9 +202,8 @@ def loss_of(forward, x):
 
 class Cache:
     """
-    Keys and values of the tokens that a causal model has read, at most `width`: the next one costs
-    one position. No gradients. Rows are padded on the left by pads (n,); positions start after.
-    First model(prompts, cache=cache), then model(next_tokens, cache=cache).
+    Keys and values of the tokens that a causal model has read, at most `width`. No gradients. Rows
+    are padded on the left by pads (n,). First model(prompts, cache=cache), then model(next, ...).
     """
 
     def __init__(self, model, pads, width):
@@ -216,7 +213,7 @@ class Cache:
         self.kv = {block.attn: self.weight.new_empty(shape) for block in model.blocks}
 
     def extend(self, t):
-        """Open t more columns, as forward() does. Returns their positions (n, t), 0 if padding."""
+        """Open t more columns. Returns their positions (n, t), 0 for padding."""
         keys = torch.arange(self.used + t, device=self.pads.device)
         queries = keys[self.used:, None]
         # A padding sees itself: a softmax over nothing would be not a number.
@@ -226,7 +223,7 @@ class Cache:
         return (keys[-t:] - self.pads[:, 0]).clamp(min=0)
 
     def put(self, attn, k, v):
-        """Write k, v (n, h, t, e) of a block. Returns all so far, and a mask (n, 1, t, keys)."""
+        """Write k, v (n, h, t, e) of a block. Returns all so far, and the mask (n, 1, t, keys)."""
         kv = self.kv[attn][:, :, :, :self.used]
         kv[0, :, :, -k.shape[2]:], kv[1, :, :, -k.shape[2]:] = k, v
         return kv[0], kv[1], self.mask
@@ -239,8 +236,8 @@ class Cache:
 
 def sample_next_token(logits, u, temperature=1.0):
     """
-    Tokens (n,) for logits (n, v): the likeliest at temperature 0, else where the cumulative
-    distribution passes u (n,), uniform in [0, 1).
+    Tokens (n,) for logits (n, v): the likeliest at temperature 0, else where the distribution's
+    cumulative sum passes u (n,), uniform in [0, 1).
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -254,10 +251,9 @@ def generate(model, prompts, max_new_tokens, rng, temperature=1.0, end=0):
     """
     Continue prompts, lists of token ids of any lengths, in one batch. Returns a list of new ids a
     prompt: up to and without the token `end` (-1: none ends), at most max_new_tokens, and with the
-    prompt at most n_ctx. Temperature 0: the likeliest token, without rng. Else every step draws
-    (n,) from rng, also for ended rows: no row's draws depend on others. Ended rows leave the batch
-    when they are half of it. Raises ValueError for a model that is not causal, and for prompts
-    empty or longer than n_ctx.
+    prompt at most n_ctx. Every step draws (n,) from rng, also for ended rows: no row's draws depend
+    on others. Raises ValueError for a model that is not causal, and for prompts empty or longer
+    than n_ctx.
     """
     n, c, device = len(prompts), model.config, model.tok.weight.device
     if not c.causal:
@@ -313,9 +309,8 @@ def activation_edits(model, edits):
             raise KeyError(f"no activation {name!r}; there are {', '.join(known)}")
     with contextlib.ExitStack() as stack:
         for name, fn in edits.items():
-            module = model.get_submodule(name)
-            hook = module.register_forward_hook(lambda module, args, out, fn=fn: fn(out))
-            stack.callback(hook.remove)
+            hook = lambda module, args, out, fn=fn: fn(out)
+            stack.enter_context(model.get_submodule(name).register_forward_hook(hook))
         yield model
 
 
@@ -355,28 +350,6 @@ LOGIT_SCALE = 10.     # ours: outputs are about one-hot, 0 or 1; cross-entropy n
 MLP_EXACTNESS = 650.  # slope of a width's steps: counts k are right if k (k + 1) < it: to 24
 ONE, BOS = 0, 2       # residual dimensions: 1 everywhere, and 1 at BOS
 COMPILED = {"layer_norm": False, "activation": "relu", "train_head": False}
-
-
-def interpret(program, letters, max_seq_len):
-    """
-    What a program means: {variable: its value or None at every position}, for letters and paddings
-    up to max_seq_len. The slow reference of compile_program().
-    """
-    values = {"tokens": [*letters, *[None] * (max_seq_len - len(letters))],
-              "indices": list(range(max_seq_len))}
-    for step in program:
-        if isinstance(step, Map):
-            values[step.name] = [None if v is None else step.fn(v) for v in values[step.of]]
-            continue
-        result = values[step.name] = []
-        for query in values[step.queries]:
-            hits = [i for i, key in enumerate(values[step.keys])
-                    if None not in (query, key) and step.selects(key, query)]
-            if isinstance(step, SelectorWidth):
-                result.append(len(hits))
-            else:
-                result.append(values[step.values][hits[0]] if hits else None)
-    return values
 
 
 def place_steps(program, alphabet, max_seq_len):
@@ -481,8 +454,8 @@ def write_head(attn, step, dims):
 
 def write_width(block, widths, mlp_exactness):
     """
-    1 / (1 + width) becomes one-hot in the dimensions `widths`. Two units differ by a step, 0 to 1
-    within 1 / mlp_exactness below the midpoint of neighbours; step k moves k + 1 to k.
+    1 / (1 + width) becomes one-hot in the dimensions `widths`. Two units make a step of 1 within
+    1 / mlp_exactness below the midpoint of neighbours; step k moves k + 1 to k.
     """
     up, down, share = block.up.weight, block.down.weight, widths[-1] + 1
     for k in range(len(widths) - 1):
@@ -506,7 +479,8 @@ def balance(model):
     for block in model.blocks:
         into = torch.cat([block.up.weight, block.up.bias[:, None]], 1).norm(dim=1)
         out = block.down.weight.norm(dim=0)
-        scale = torch.where((into > 0) & (out > 0), (into / out).sqrt(), torch.ones_like(into))
+        scale = (into / out).sqrt()
+        scale[(into == 0) | (out == 0)] = 1
         block.up.weight /= scale[:, None]
         block.up.bias /= scale
         block.down.weight *= scale
@@ -523,8 +497,6 @@ def refuse(path, verdict):
     """Whatever a foreign file leads to becomes a UserError of one line: path, verdict, reason."""
     try:
         yield
-    except MemoryError:
-        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:
@@ -534,10 +506,9 @@ def refuse(path, verdict):
 
 def import_tracr(path):
     """
-    (model, {alphabet, room, values}) from Tracr's parameters in a .npz file: param/<module>/<name>,
-    unembed, output_values, vocab (in id order), residual_labels, config (JSON: n_head, bos, pad,
-    activation, ...). room: max_seq_len. Token ids become PAD 0, BOS 1, letters from 2, sorted.
-    Raises UserError.
+    (model, {alphabet, room: max_seq_len, values}) from Tracr's parameters in a .npz file:
+    param/<module>/<name>, unembed, output_values, vocab (in id order), residual_labels, config
+    (JSON: n_head, bos, pad, ...). Token ids become PAD 0, BOS 1, sorted letters. Raises UserError.
     """
     with refuse(path, "not parameters saved from Tracr"), np.errstate(over="ignore"):
         with np.load(path, allow_pickle=False) as file:
@@ -548,34 +519,31 @@ def import_tracr(path):
                 array = array.astype(np.float32, casting="same_kind")
                 param[key.removeprefix("param/")] = torch.from_numpy(array)
         tok, pos = param.pop("token_embed/embeddings"), param.pop("pos_embed/embeddings")
-        unembed, labels = param.pop("unembed").T, arrays.get("residual_labels", np.array([]))
-        named = ((arrays["vocab"], tok), (arrays["output_values"], unembed), (labels, tok.T))
-        for names, rows in named[:2 + bool(len(labels))]:
-            if not len(names) == len(set(names.tolist())) == len(rows):
-                raise ValueError(f"{len(rows)} different names are needed")
-        vocab, outputs, labels = (list(map(str, names.tolist())) for names, _ in named)
-        n_head, special = int(about["n_head"]), (about["pad"], about["bos"])
-        if about.get("layer_norm") or about.get("activation", "relu") != "relu" or n_head < 1:
-            raise ValueError("layer norm, activation or n_head")
+        unembed, n_head = param.pop("unembed").T, int(about["n_head"])
+        labels = arrays.get("residual_labels", np.array([])).astype(str).tolist()
+        vocab, outputs = (arrays[x].astype(str).tolist() for x in ("vocab", "output_values"))
+        special = [about["pad"], about["bos"]]
         alphabet = sorted(set(vocab) - set(special))
         numbers = all(v.lstrip("-").isdigit() for v in outputs)
-        values = sorted(outputs, key=int if numbers else str)
+        values = sorted(set(outputs), key=int if numbers else str)
         model = GPT(Config(
-            vocab_size=len(vocab), n_ctx=len(pos), n_head=n_head, d_model=tok.shape[1],
+            vocab_size=len(tok), n_ctx=len(pos), n_head=n_head, d_model=tok.shape[1],
             n_layer=sum(key.endswith("mlp/linear_1/w") for key in param),
             d_head=len(param["layer_0/attn/query/b"]) // n_head,
-            d_mlp=len(param["layer_0/mlp/linear_1/b"]), n_out=len(values),
+            d_mlp=len(param["layer_0/mlp/linear_1/b"]), n_out=len(unembed),
             causal=bool(about.get("causal")), residual=tuple(labels), **COMPILED))
-        state = {"tok.weight": tok[[vocab.index(t) for t in (*special, *alphabet)]],
+        state = {"tok.weight": tok[[vocab.index(t) for t in special + alphabet]],
                  "pos.weight": pos,
                  "head.weight": LOGIT_SCALE * unembed[[outputs.index(v) for v in values]]}
         for i, (ours, theirs) in itertools.product(range(len(model.blocks)), TRACR.items()):
             for kind in ("weight", "bias"):
                 parts = [param.pop(f"layer_{i}/{name}/{kind[0]}") for name in theirs]
                 state[f"blocks.{i}.{ours}.{kind}"] = torch.cat(parts, -1).t()  # Tracr: x @ w + b
-        if param or not all(x.isfinite().all() for x in state.values()):
-            raise ValueError(f"not finite, or no place for {[*param][:1]}")
-        model.load_state_dict(state)
+        if about.get("layer_norm") or about.get("activation", "relu") != "relu" or n_head < 1 \
+                or param or len(set(labels)) not in (0, tok.shape[1]) \
+                or not all(x.isfinite().all() for x in state.values()):
+            raise ValueError("not finite, or not such a model")
+        model.load_state_dict(state)  # strict: refuses letters and outputs named twice as well
     return model, {"alphabet": alphabet, "room": len(pos) - 1, "values": values}
 
 
@@ -587,8 +555,8 @@ KEYS = ("model", "optimizer", "config", "args", "setup", "scale", "stage", "step
 
 def save(path, ckpt):
     """
-    Write a checkpoint: a dict of KEYS, tensors and plain Python only. A finished one keeps no
-    optimizer state: a third of the size.
+    Write a checkpoint: a dict of KEYS, tensors and plain Python only. A finished one leaves out the
+    optimizer's state, two thirds of the size.
     """
     assert set(ckpt) == set(KEYS)
     if ckpt["finished"]:
@@ -601,7 +569,7 @@ def read_checkpoint(path, device="cpu"):
     The dict that save() wrote. Checksums first; then tensors and plain Python alone: no foreign
     code runs. Raises UserError.
     """
-    with refuse(path, "not a whole unwrap checkpoint"):
+    with refuse(path, "not an unwrap checkpoint, or damaged"):
         with zipfile.ZipFile(path) as archive:
             # Compressed members grow without bound; for a folder, which is one bit that no checksum
             # covers, torch returns uninitialised memory. torch writes neither.
@@ -610,10 +578,9 @@ def read_checkpoint(path, device="cpu"):
             if archive.testzip():
                 raise ValueError("checksum")
         ckpt = torch.load(path, map_location=device, weights_only=True)
-        if not set(KEYS) <= set(ckpt) or type(ckpt["args"]) is not dict \
-                or ckpt["stage"] not in ("pretrain", "finetune"):
-            raise ValueError("foreign, or its stage or arguments make no sense")
-        data.setup_of(ckpt)
+        if not set(KEYS) <= set(ckpt):
+            raise ValueError("foreign")
+        data.setup_of(ckpt)  # refuses stages, scales and arguments that make no sense
     return ckpt
 
 
@@ -621,9 +588,7 @@ def build(ckpt, device="cpu", path="checkpoint"):
     """The model of a checkpoint; path: its name in errors. Raises UserError."""
     with refuse(path, "not an unwrap checkpoint"):
         config, state = Config(**ckpt["config"]), ckpt["model"]
-        sizes = [getattr(config, k) for k, kind in Config.__annotations__.items() if kind is int]
-        if any(type(size) is not int or size < 0 for size in sizes) \
-                or not 0 < config.n_layer < len(state):
+        if config.n_layer > len(state) or min(config.n_layer, config.n_head) < 1:
             raise ValueError("sizes")
         with torch.device("meta"):  # shapes are compared before anything is allocated
             shapes = {name: x.shape for name, x in GPT(config).state_dict().items()}

@@ -291,6 +291,12 @@ FLAGS = {"model and data": [
     Flag("--clip", "largest gradient norm", float, 0)], **RUN}
 
 
+def default_of(flag, stage, setup):
+    """A setup's default of a flag, for reFT else that of fine-tuning; OWN: it has no such flag."""
+    usual = getattr(setup, f"finetune_{flag.key}", OWN) if stage == "reverse" else OWN
+    return getattr(setup, f"{stage}_{flag.key}", usual)
+
+
 def default_words(flag, stage):
     """The default of a flag, for --help; where setups and scales differ, each."""
     if flag.default is not OWN:
@@ -298,7 +304,7 @@ def default_words(flag, stage):
     groups = {}
     for name in SETUPS:
         setups = [SETUPS[name](name, scale) for scale in data.SCALES]
-        values = [getattr(setup, f"{stage}_{flag.key}", OWN) for setup in setups]
+        values = [default_of(flag, stage, setup) for setup in setups]
         if OWN not in values:
             words = f"{values[0]}" if values[0] == values[1] else "small {}, paper {}".format(*values)
             groups.setdefault(words, []).append(name)
@@ -334,11 +340,13 @@ def resolve(args, stage, groups, setup):
     for flag in [flag for flags in groups.values() for flag in flags]:
         value = getattr(args, flag.key)
         if flag.default is OWN:
-            usual = getattr(setup, f"finetune_{flag.key}", OWN) if stage == "reverse" else OWN
-            constant = getattr(setup, f"{stage}_{flag.key}", usual)
+            constant = default_of(flag, stage, setup)
             if constant is OWN:
                 if value is not None:
-                    raise UserError(f"{flag.name} is not for setup {setup.name}")
+                    names = [name for name in SETUPS
+                             if default_of(flag, stage, SETUPS[name](name)) is not OWN]
+                    raise UserError(f"{flag.name} is for {', '.join(names)}, not for setup "
+                                    f"{setup.name}")
                 delattr(args, flag.key)
                 continue
             value = constant if value is None else value
@@ -543,7 +551,8 @@ class Run:
             bf16 = args.dtype == "bfloat16"
             with torch.autocast(self.setup.device.type, torch.bfloat16, enabled=bf16):
                 return loss_at(step)
-        self.bar = tqdm(total=args.steps, initial=first, desc=self.stage, unit="step", mininterval=.5)
+        self.bar = tqdm(total=args.steps, initial=first, desc=self.stage, unit="step", mininterval=.5,
+                        disable=not args.steps)
         for self.step, self.loss in train_steps(self.model, optimizer, cast_loss_at, lr_at,
                                                 range(first, args.steps), args.clip):
             check_stop()
@@ -626,6 +635,15 @@ class Run:
 # ---------------------------------------------------------------- the stage
 
 
+def imported(args):
+    """What --params holds, for a Setup: {alphabet, room, values, sha256}. None without --params."""
+    if not getattr(args, "params", None):
+        return None
+    if getattr(args, "rank", None) is not None:
+        raise UserError("--params brings its own program: leave out --rank")
+    return {**import_tracr(args.params)[1], "sha256": sha256(args.params)}
+
+
 def compiled_model(args, setup):
     """A program written into the weights, or parameters imported from Tracr."""
     if args.params:
@@ -644,11 +662,9 @@ def main():
     args = parse(__doc__, "pretrain", FLAGS)
     args.out = args.out or "out/pre.pt"
     device = start_device(args)
-    imported = None
-    if args.params:
-        imported = {**import_tracr(args.params)[1], "sha256": sha256(args.params)}
-    setup = SETUPS[args.setup](args.setup, args.scale, device, imported)
+    setup = SETUPS[args.setup](args.setup, args.scale, device)
     resolve(args, "pretrain", FLAGS, setup)
+    setup = SETUPS[args.setup](args.setup, args.scale, device, imported(args))
     setup.resolve(args)
     if setup.compiled:
         model = compiled_model(args, setup).to(device)

@@ -10,8 +10,10 @@ import torch
 
 import data
 import model as model_py
-from model import (GPT, Cache, Config, UserError, activation_edits, activation_names, activations, choose, generate,
-                   load, rotate, rotation, save, weight_edits)
+from data import Examples, UserError
+from model import (GPT, Cache, Config, activation_edits, activation_names, activations, generate,
+                   load, loss_of, rotate, rotation, sample_next_token, save, weight_edits)
+from pretrain import restore
 
 # Every size differs, so that a mixed-up dimension shows: d_head is not d_model / n_head, d_mlp is not 4 d_model.
 CONFIG = Config(vocab_size=29, n_ctx=17, n_layer=3, n_head=2, d_model=20, d_head=6, d_mlp=28)
@@ -123,6 +125,43 @@ def test_initialisation():
         else:
             sd = .02 / math.sqrt(6) if name.endswith(("attn.out.weight", "down.weight")) else .02
             assert abs(p.std() / sd - 1) < 4 / math.sqrt(2 * p.numel()), name
+
+
+# ---------------------------------------------------------------- the loss
+
+
+def by_hand(logits, rows):
+    """Mean of log(sum(exp)) - wanted over (row, column, wanted output), one number at a time."""
+    losses = []
+    for i, column, wanted in rows:
+        x = logits[i, column].tolist()
+        losses.append(math.log(sum(math.exp(value) for value in x)) - x[wanted])
+    return sum(losses) / len(losses)
+
+
+def test_loss_by_hand(model, tokens):
+    """Of one column; of all targets but -1; with a column that is counted once more."""
+    logits, target = model(tokens), tokens.roll(-1, 1)
+    answers = [(i, 6, target[i, 6].item()) for i in range(N)]
+    everything = [(i, t, target[i, t].item()) for i in range(N) for t in range(T)]
+    some = target.masked_fill(torch.arange(T) > torch.tensor([3, 12, 0, 7, 5])[:, None], -1)
+    wanted = [row for row in everything if some[row[0], row[1]] >= 0]
+    assert len(wanted) == 4 + 13 + 1 + 8 + 6
+    for examples, expected in (
+            (Examples(tokens, target, at=6), by_hand(logits, answers)),
+            (Examples(tokens, target), by_hand(logits, everything)),
+            (Examples(tokens, some), by_hand(logits, wanted)),
+            (Examples(tokens, target, extra=(6, .5)),
+             by_hand(logits, everything) + .5 * by_hand(logits, answers))):
+        assert abs(loss_of(model, examples).item() - expected) < 1e-4
+    only = torch.full_like(target, -1)
+    only[:, 6] = target[:, 6]
+    loss_of(model, Examples(tokens, only)).backward()
+    full = {k: p.grad.clone() for k, p in model.named_parameters()}
+    model.zero_grad()
+    loss_of(model, Examples(tokens, only, at=6)).backward()
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, full[name], rtol=1e-4, atol=1e-5), name
 
 
 # ---------------------------------------------------------------- rotary positions, tied weights
@@ -295,7 +334,7 @@ def test_generation_stops_work_early(monkeypatch):
         batches.append(len(logits))
         return torch.tensor([0 if (len(batches), row) in ends else 5 for row in range(len(logits))])
 
-    monkeypatch.setattr(model_py, "choose", scripted)
+    monkeypatch.setattr(model_py, "sample_next_token", scripted)
     assert [len(row) for row in generate(gpt, [[1], [2], [3], [4]], 9, torch.Generator())] == [1, 2, 4, 5]
     assert batches == [4, 4, 4, 2, 2, 1]
 
@@ -312,35 +351,32 @@ def test_generation_of_what_cannot_be():
 
 
 def test_generation_asks_for_signals(monkeypatch):
-    monkeypatch.setattr(model_py, "_signal", [2])
-    with pytest.raises(model_py.Stopped):
+    monkeypatch.setattr(data, "signals", [2])
+    with pytest.raises(data.Stopped):
         generate(loud(STORY), PROMPTS, 3, torch.Generator())
 
 
 @torch.no_grad()
 def test_sampling_follows_the_softmax():
-    """Over 8,000 rows: frequencies are the softmax's, at temperatures 1 and .5 and over the top_k likeliest."""
+    """Over 8,000 rows: frequencies are the softmax's, at temperatures 1, .5 and 2."""
     gpt, n = loud(replace(STORY, d_model=6)), 8_000
     logits = gpt(torch.tensor([[3, 7]]))[0, -1]
-    for temperature, top_k in ((1., 0), (.5, 0), (1., 4), (2., 99)):
-        kept = logits.clone()
-        if top_k in range(1, 29):
-            kept[logits.argsort(descending=True)[top_k:]] = -torch.inf
-        p = (kept / temperature).softmax(-1)
+    for temperature in (1., .5, 2.):
+        p = (logits / temperature).softmax(-1)
         assert p.max() < .95
-        rows = generate(gpt, [[3, 7]] * n, 1, torch.Generator().manual_seed(8), temperature, top_k, end=-1)
+        rng = torch.Generator().manual_seed(8)
+        rows = generate(gpt, [[3, 7]] * n, 1, rng, temperature, end=-1)
         counts = torch.bincount(torch.tensor(rows)[:, 0], minlength=29)
         assert (counts[p == 0] == 0).all()
         assert ((counts / n - p).abs() <= 4.5 * (p * (1 - p) / n).sqrt() + 1e-4).all()
 
 
-def test_choose_by_hand():
-    """u falls into the cumulative distribution; tokens of no probability are never chosen, at either end."""
+def test_sample_next_token_by_hand():
+    """u falls into the cumulative distribution; tokens of no probability are never drawn."""
     logits = torch.tensor([[-torch.inf, math.log(.25), math.log(.5), math.log(.25), -torch.inf]])
     for u, token in ((0., 1), (.2, 1), (.26, 2), (.7, 2), (.8, 3), (1 - 2 ** -24, 3)):
-        assert choose(logits, torch.tensor([u])).tolist() == [token]
-    assert choose(logits, None, temperature=0).tolist() == [2]
-    assert [choose(logits, torch.tensor([u]), 1., 1).tolist() for u in (0., .99)] == [[2], [2]]
+        assert sample_next_token(logits, torch.tensor([u])).tolist() == [token]
+    assert sample_next_token(logits, None, temperature=0).tolist() == [2]
 
 
 def test_samples_depend_on_the_seed_and_not_on_who_ends_when():
@@ -348,7 +384,7 @@ def test_samples_depend_on_the_seed_and_not_on_who_ends_when():
     gpt = loud(STORY)
 
     def sample(seed, **kw):
-        return generate(gpt, PROMPTS, 9, torch.Generator().manual_seed(seed), top_k=20, **kw)
+        return generate(gpt, PROMPTS, 9, torch.Generator().manual_seed(seed), **kw)
 
     free = sample(1, end=-1)
     assert sample(1, end=-1) == free != sample(2, end=-1)
@@ -532,23 +568,37 @@ def checkpoint(gpt, **other):
     optimizer = torch.optim.AdamW(gpt.parameters())
     gpt(torch.arange(8)[None]).square().mean().backward()
     optimizer.step()
-    return {"model": gpt.state_dict(), "optimizer": optimizer.state_dict(), "config": asdict(gpt.config),
-            "args": {"lr": .1, "prior": [1., 0., 0.], "seed": 0}, "setup": "pcfg", "scale": "small", "stage": "pretrain", "step": 1,
-            "steps": 1, "finished": True, "parent": None, "capability": {"task": "count", "operand": "a"}, **other}
+    return {"model": gpt.state_dict(), "optimizer": optimizer.state_dict(),
+            "config": asdict(gpt.config), "args": {"lr": .1, "prior": [1., 0., 0.], "seed": 0},
+            "setup": "pcfg", "scale": "small", "stage": "pretrain", "step": 1, "steps": 2,
+            "finished": False, "parent": None, "capability": {"task": "count", "operand": "a"},
+            **other}
 
 
-def test_checkpoint_round_trip(model, tokens, tmp_path):
-    """Weights, moments and everything beside them come back equal, and nothing else is left in the folder."""
+@pytest.mark.parametrize("finished", [False, True])
+def test_checkpoint_round_trip(model, tokens, tmp_path, finished):
+    """
+    Weights, moments and everything beside them come back equal, and nothing else is left in the
+    folder. A finished run keeps no moments: a third of the size; the caller's dict keeps them.
+    """
     path = tmp_path / "x.pt"
-    ckpt = checkpoint(model)
+    ckpt = checkpoint(model, finished=finished)
     save(path, ckpt)
-    again, read = load(path)
+    again, read = load(path, unfinished=not finished)
     assert set(read) == set(ckpt) | {"path", "sha256"} and read["path"] == str(path)
-    assert read["sha256"] == model_py.sha256(path)
+    assert read["sha256"] == data.sha256(path)
     with torch.no_grad():
         assert torch.equal(again(tokens), model(tokens)) and same(again, copy_of(model))
-    for number, moments in ckpt["optimizer"]["state"].items():
-        assert all(torch.equal(read["optimizer"]["state"][number][name], x) for name, x in moments.items())
+    assert len(ckpt["optimizer"]["state"]) == len(list(model.parameters()))
+    if finished:
+        assert read["optimizer"] == {}
+        save(tmp_path / "y.pt", {**ckpt, "finished": False})
+        assert path.stat().st_size < .4 * (tmp_path / "y.pt").stat().st_size
+        (tmp_path / "y.pt").unlink()
+    else:
+        for number, moments in ckpt["optimizer"]["state"].items():
+            for name, x in moments.items():
+                assert torch.equal(read["optimizer"]["state"][number][name], x)
     assert {k: read[k] for k in ckpt if k not in ("model", "optimizer")} == \
         {k: ckpt[k] for k in ckpt if k not in ("model", "optimizer")}
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
@@ -559,12 +609,13 @@ def test_checkpoint_of_a_story_model(tokens, tmp_path):
     gpt = loud(STORY)
     ckpt = checkpoint(gpt)
     save(tmp_path / "x.pt", ckpt)
-    again, read = load(tmp_path / "x.pt")
-    assert again.config == STORY and again.head.weight is again.tok.weight and same(again, copy_of(gpt))
+    again, read = load(tmp_path / "x.pt", unfinished=True)
+    assert again.config == STORY and again.head.weight is again.tok.weight
+    assert same(again, copy_of(gpt))
     with torch.no_grad():
         assert torch.equal(again(tokens), gpt(tokens))
     optimizer = torch.optim.AdamW(again.parameters())
-    model_py.restore(optimizer, read)
+    restore(optimizer, read)
     assert len(optimizer.state) == len(list(gpt.parameters()))
     save(tmp_path / "y.pt", {**ckpt, "config": {**asdict(STORY), "rotary": False}})
     with pytest.raises(UserError, match="weights do not fit"):
@@ -574,7 +625,7 @@ def test_checkpoint_of_a_story_model(tokens, tmp_path):
 def test_checkpoints_from_before_there_were_stories(model, tokens, tmp_path):
     """A config without the newer fields is that of a model with learned positions and its own output map."""
     config = {k: v for k, v in asdict(CONFIG).items() if k not in ("rotary", "tied", "words")}
-    save(tmp_path / "x.pt", checkpoint(model, config=config))
+    save(tmp_path / "x.pt", checkpoint(model, config=config, finished=True))
     again, _ = load(tmp_path / "x.pt")
     with torch.no_grad():
         assert again.config == CONFIG and torch.equal(again(tokens), model(tokens))
@@ -599,7 +650,7 @@ def test_saving_is_all_or_nothing(model, tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError):
-        model_py.replace_file(path, half)
+        data.replace_file(path, half)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
 
 
@@ -624,8 +675,17 @@ def test_checkpoints_of_the_wrong_kind(model, tmp_path, wrong):
     assert "\n" not in str(error.value)
 
 
+def answer_column(setup):
+    """The position (of ART) whose output is the answer."""
+    relation = data.Relation("count", "a", "b", 1)
+    return setup.ask(setup.text(1, relation, "natural", data.rng(0)), "count", "a").at
+
+
 def test_default_shapes_are_mingpt():
     """The two scales of the paper's table: heads divide the width, the context holds a whole sequence."""
     for scale in ("small", "paper"):
-        sc = data.scale_of(scale)
-        assert sc.d_model % sc.n_head == 0 and sc.length + 9 == data.answer_position(sc) + 3
+        setup = data.SETUPS["pcfg"]("pcfg", scale)
+        config, at = Config(**setup.config()), answer_column(setup)
+        assert config.d_model == config.n_head * config.d_head
+        assert config.d_mlp == 4 * config.d_model
+        assert config.n_ctx == setup.length + 9 == at + 3
