@@ -1,8 +1,8 @@
 """
 Look inside a fine-tuned checkpoint: is the old capability deleted, or only wrapped?
 
-    $ python analyze.py                                            # all of out/ft.pt, then the verdict
-    $ python analyze.py prune probe --ckpt out/ft.pt               # some analyses
+    $ python analyze.py                                     # all of out/ft.pt, then the verdict
+    $ python analyze.py prune probe --ckpt out/ft.pt        # some analyses
     $ python analyze.py ask --ckpt out/ft.pt --text abcab... --operand b
     $ python analyze.py generate --ckpt out/stories-ft.pt --features Twist,Dialogue
 
@@ -11,9 +11,9 @@ out/ft.verdict.json. Each analysis has its control, run in the same way: an oper
 --control) that never had the capability, matched random rows, an untrained model, shuffled labels,
 majority and cross floors. To add one, write a function of a Study under @analysis.
 
-Contents: the study | behavior | prune | probe | attention, hidden | revive | verdict | ask, generate |
-command line. a stands for O_PT, the pretraining operand (of stories the feature in question), and b
-for O_FT, the fine-tuning operand, whatever letters they are.
+Contents: the study | behavior | prune | probe | attention, hidden | revive | verdict | ask,
+generate | command line. a stands for O_PT, the pretraining operand (of stories the feature in
+question), and b for O_FT, the fine-tuning operand, whatever letters they are.
 """
 import collections
 import copy
@@ -33,9 +33,9 @@ from data import (SPLITS, Answers, Relation, UserError, check_stop, read_rows, r
                   write_json, write_rows)
 from finetune import finetune_rate
 from model import GPT, Config, activations, generate, load, loss_of, weight_edits
-from pretrain import (MACHINE, Flag, accuracy, add_noise, answer_row, check_above, constant, evaluate,
-                      interval, optimizer_for, parse, percent, predict, run_script, start_device, table,
-                      train_steps)
+from pretrain import (MACHINE, Flag, accuracy, add_noise, answer_row, check_above, constant,
+                      evaluate, interval, optimizer_for, parse, percent, predict, run_script,
+                      start_device, table, train_steps)
 
 # ---------------------------------------------------------------- the study
 
@@ -63,7 +63,9 @@ def analysis(needs_base=False, applies=lambda setup: True):
 
 
 def find_parent(path, parent):
-    """The file a checkpoint was made from: at its recorded path or beside it, verified by sha256."""
+    """
+    The file a checkpoint was made from: at its recorded path or beside it, verified by sha256.
+    """
     beside = os.path.join(os.path.dirname(path), os.path.basename(parent["path"]))
     files = [p for p in (parent["path"], beside) if os.path.isfile(p)]
     for file in files:
@@ -74,7 +76,9 @@ def find_parent(path, parent):
 
 
 class Study:
-    """A checkpoint, what it came from, and its test sets: what an analysis needs and may not change."""
+    """
+    A checkpoint, what it came from, and its test sets: what an analysis needs and may not change.
+    """
 
     def __init__(self, args, device):
         self.args, self.device = args, device
@@ -83,7 +87,8 @@ class Study:
         self.answers, self.prefix = has_answers(self.setup), os.path.splitext(args.ckpt)[0]
         self.seed = self.ckpt["args"]["seed"] if args.seed is None else args.seed
         # the run's own arguments, for the setup's test sets
-        self.run = Namespace(**{**self.ckpt["args"], "eval_size": args.eval_size, "seed": self.seed})
+        more = {"eval_size": args.eval_size, "seed": self.seed}
+        self.run = Namespace(**{**self.ckpt["args"], **more})
         self.setup.open(self.run, self.ckpt["config"]["words"])
         self.relation = self.setup.relation(self.run)
         if self.ckpt["stage"] == "pretrain":  # what it has, even where its arguments do not say so
@@ -97,8 +102,8 @@ class Study:
 
     def find_base(self):
         """
-        Load the model that fine-tuning began with: the parent; of stories the pretrained one, however
-        often it was fine-tuned since.
+        Load the model that fine-tuning began with: the parent; of stories the pretrained one,
+        however often it was fine-tuned since.
         """
         path, ckpt, args = self.args.ckpt, self.ckpt, self.args
         if args.base and not ckpt["parent"]:
@@ -110,28 +115,29 @@ class Study:
                 raise UserError(f"--base {path}: another shape or vocabulary than {args.ckpt}")
             if args.base:
                 break
-        if self.base:  # with the noise that was put on it: else "what has changed" would be the noise
+        if self.base:  # with the noise that was put on it: else "what has changed" were the noise
             self.start = copy.deepcopy(self.base)
             add_noise(self.start, self.ckpt["args"].get("noise", 0), self.ckpt["args"]["seed"])
 
     def find_control(self):
         """
-        ((model, its start or None, operand) or None, note): an operand that was trained in no family,
-        inside this very model where it has one, else in --control. Of stories: --control, which
-        never had the feature.
+        ((model, its start or None, operand) or None, note): an operand that was trained in no
+        family, inside this very model where it has one, else in --control. Of stories: --control,
+        which never had the feature.
         """
         operand, path = self.control_operand, self.args.control
         if operand and self.setup.never_trained(operand, self.ckpt):
             if path:
-                raise UserError(f"--control is not needed: {self.args.ckpt} itself never had {operand}")
+                raise UserError(f"--control is not needed: {self.args.ckpt} itself never had "
+                                f"{operand}")
             return (self.model, self.start, operand), f"{operand}, never trained, in the same model"
         operand = operand or self.relation.pt
         if not path:
-            return None, f"none: {operand} was trained; --control takes a checkpoint that never had it"
+            return None, f"none: {operand} was trained; a checkpoint without it: --control"
         control, ckpt = load(path, self.device)
         if ckpt["config"] != self.ckpt["config"] or not self.setup.never_trained(operand, ckpt):
-            raise UserError(f"--control {path}: must have the shape of {self.args.ckpt} and never have "
-                            f"been trained on {operand} (prior 0, or --without)")
+            raise UserError(f"--control {path}: must have the shape of {self.args.ckpt} and never "
+                            f"have been trained on {operand} (prior 0, or --without)")
         return (control, None, operand), f"{operand}, never trained, in {path}"
 
     def test(self, operand, split, label="test", n=None):
@@ -192,9 +198,9 @@ def pivot(rows, keys, column, value):
 
 def rule_shares(answer, a, b, q):
     """
-    Share of answers (n,) that each rule would give, from the right ones a and b (n,): a, b, a + q (the
-    shortcut), the blend (a + b + q) / 2 rounded down (right whenever the relation holds), and the most
-    frequent answer itself. They may overlap; none: no rule explains the answer.
+    Share of answers (n,) that each rule would give, from the right ones a and b (n,): a, b, a + q
+    (the shortcut), the blend (a + b + q) / 2 rounded down (right whenever the relation holds), and
+    the most frequent answer itself. They may overlap; none: no rule explains the answer.
     """
     rules = {"a": answer == a, "b": answer == b, "a_plus_q": answer == a + q,
              "blend": answer == (a + b + q) // 2, "constant": answer == answer.mode().values}
@@ -221,7 +227,9 @@ def rule_columns(study, model, test):
 
 
 def distance_moved(study):
-    """A row: how far fine-tuning moved the weights after its noise, in all and per block; its rates."""
+    """
+    A row: how far fine-tuning moved the weights after its noise, in all and per block; its rates.
+    """
     parts = collections.defaultdict(float)
     for (name, new), old in zip(study.model.named_parameters(), study.start.parameters()):
         part = ".".join(name.split(".")[:2]) if name.startswith("blocks") else "outside"
@@ -238,16 +246,17 @@ def behavior(study):
     """
     What does the model answer or write, and by which rule? (paper Tables 5-8; stories: Table 1)
 
-    Answers: accuracy for a and b on c0, c1 and natural strings, the fine-tuned model beside its base;
-    the share of answers that each simple rule explains; which answers are given; the other families
-    (collateral damage); how far the weights moved. On c1 the rules a + q and b coincide: only c0 tells
-    a wrapper from a learner. Stories: for each feature the share of stories that have it, by the
-    corpus's rule (real text: by a classifier), written to held-out instructions that ask for it and to
-    others; and losses. The five other features are the control: a deletion should leave them alone.
-    Fooled by: a test set where ties or the relation occur by accident (natural ones do: hence c0); a
-    majority class (hence the floors); damage that looks like a wrapper (hence the other families);
-    stories that are broken rather than without a twist (hence the share that parses); a classifier's
-    mistakes (`judge`: how often it is right); few generations (hence the intervals).
+    Answers: accuracy for a and b on c0, c1 and natural strings, the fine-tuned model beside its
+    base; the share of answers that each simple rule explains; which answers are given; the other
+    families (collateral damage); how far the weights moved. On c1 the rules a + q and b coincide:
+    only c0 tells a wrapper from a learner. Stories: for each feature the share of stories that
+    have it, by the corpus's rule (real text: by a classifier), written to held-out instructions
+    that ask for it and to others; and losses. The five other features are the control: a deletion
+    should leave them alone.
+    Fooled by: a test set where ties or the relation occur by accident (natural ones do: hence c0);
+    a majority class (hence the floors); damage that looks like a wrapper (hence the other
+    families); stories that are broken rather than without a twist (hence the share that parses); a
+    classifier's mistakes (`judge`: how often it is right); few generations (hence the intervals).
     """
     rows, right, models = [], classifier_of(study), dict(study.models)
     if study.never_trained and not study.answers:
@@ -293,8 +302,8 @@ MATRICES = ("attn.qkv", "attn.out", "up", "down")
 def unit_parameters(model, unit):
     """
     {(block, matrix): [parameter names]} of what can be pruned: rows of the matrices in blocks with
-    their bias entry, or single weights. Of a compiled model these are all its weights, embeddings and
-    biases too (block None), for its program is written into them; the output map is not.
+    their bias entry, or single weights. Of a compiled model these are all its weights, embeddings
+    and biases too (block None), for its program is written into them; the output map is not.
     """
     compiled, names = not model.config.train_head, {}
     for i, m in itertools.product(range(len(model.blocks)), MATRICES):
@@ -385,8 +394,8 @@ def iterative(model, units, test, unit, score="gradient-weight"):
 
 def exhaustive(model, units, test, unit, score=None):
     """
-    ours: the first units in the order of what zeroing each alone does for the accuracy: a linear score
-    says little about a compiled weight of 100.
+    ours: the first units in the order of what zeroing each alone does for the accuracy: a linear
+    score says little about a compiled weight of 100.
     """
     def alone(u):
         with weight_edits(model, unit_edits(model, [u], unit)):
@@ -410,8 +419,8 @@ ORDERS = {"one-shot": Order(one_shot, KS[-1], False),
 def matched_units(units, scores, rng, program=None):
     """
     Random units, rank by rank from the same block and matrix as `units` (queries, keys and values
-    apart; of a compiled program also what it is written in and its zeros): the control for which ones
-    were chosen.
+    apart; of a compiled program also what it is written in and its zeros): the control for which
+    ones were chosen.
     """
     zeros = only_zero(scores, program) if program else scores
 
@@ -435,7 +444,9 @@ def place_of(model, name, index, unit):
 
 
 def unit_edits(model, units, unit, start=None):
-    """The weight_edits() that zero these units, or graft them: set them back to the start's values."""
+    """
+    The weight_edits() that zero these units, or graft them: set them back to the start's values.
+    """
     source = dict(start.named_parameters()) if start else None
     names, edits = unit_parameters(model, unit), []
     for block, matrix, index, _ in units:
@@ -482,7 +493,8 @@ def prune_rows(study, sweep):
     if sweep.draw is None:
         tests.append(study.test(sweep.operand, "natural"))
     if (sweep.score, sweep.pool, sweep.control) == ("gradient-weight", "all", None):
-        tests += [study.test(study.relation.pt, "c1"), study.test(b, "c0"), study.test(b, "natural")]
+        more = (study.relation.pt, "c1"), (b, "c0"), (b, "natural")
+        tests += [study.test(*about) for about in more]
     rows, tried = [], []
     columns = {k: getattr(sweep, k) for k in ("score", "order", "pool", "control", "edit", "draw")}
     start = sweep.start if sweep.edit == "graft" else None
@@ -526,7 +538,8 @@ def sweeps_of(study, blank, program):
                 ranked = ranked_units(x, KS[-1])
                 units = about.units(model, ranked, select, unit, score)
                 ks = few if pool != "all" else [k for k in KS if 0 < k <= about.max_k]
-                sweeps.append(blank._replace(score=score, order=order, pool=pool, units=units, ks=ks))
+                sweeps.append(blank._replace(score=score, order=order, pool=pool, units=units,
+                                             ks=ks))
         if not blank.control:
             units = ranked_units(scores, KS[-1])
             sweeps.append(blank._replace(score=score, edit="graft", units=units, ks=sparse))
@@ -535,12 +548,13 @@ def sweeps_of(study, blank, program):
 
 def random_sweeps(study, sweeps, program):
     """
-    Matched random units: zeroed ones for the iterative and then the one-shot ranking, grafted ones for
-    that by change; of compiled models also the best of as many as were tried one by one.
+    Matched random units: zeroed ones for the iterative and then the one-shot ranking, grafted ones
+    for that by change; of compiled models also the best of as many as were tried one by one.
     """
     blank = Sweep(study.model, study.start, study.relation.pt, score="random")
     own = {(s.score, s.order, s.pool, s.edit): s for s in sweeps if not s.control}
-    once, again = (own["gradient-weight", order, "all", "zero"] for order in ("one-shot", "iterative"))
+    once = own["gradient-weight", "one-shot", "all", "zero"]
+    again = own["gradient-weight", "iterative", "all", "zero"]
     change = own["gradient-change", "one-shot", "all", "graft"]
     taken = {u[:3] for u in again.units}
     rest = [u for u in once.units if u[:3] not in taken]
@@ -559,15 +573,16 @@ def random_sweeps(study, sweeps, program):
             tried = exhaustive(study.model, matched_units(ranked, scores, rng, program), select,
                                study.unit)
             ks = own["gradient-weight", "exhaustive", pool, "zero"].ks
-            draws.append(blank._replace(order="exhaustive", pool=pool, units=tried, ks=ks, draw=draw))
+            draws.append(blank._replace(order="exhaustive", pool=pool, units=tried, ks=ks,
+                                        draw=draw))
     return draws
 
 
 def graft_dimensions(study):
     """
-    ours: set everything that writes one residual dimension, or everything that reads it, back to what
-    fine-tuning began with. In a compiled model dimensions have names, so this tells in which variable
-    of the program the change sits.
+    ours: set everything that writes one residual dimension, or everything that reads it, back to
+    what fine-tuning began with. In a compiled model dimensions have names, so this tells in which
+    variable of the program the change sits.
     """
     model, old, rows = study.model, dict(study.start.named_parameters()), []
     a, b = study.relation.pt, study.relation.ft
@@ -575,9 +590,10 @@ def graft_dimensions(study):
     columns = {"writers": ("tok.weight", "pos.weight"), "readers": ("attn.qkv.weight", "up.weight")}
     lines = ("attn.out.weight", "attn.out.bias", "down.weight", "down.bias")
     for side, (d, name) in itertools.product(columns, enumerate(model.config.residual)):
-        edits = [(p, (slice(None), d), old[p][:, d].detach()) for p in old if p.endswith(columns[side])]
-        if side == "writers":
-            edits += [(p, d, old[p][d].detach()) for p in old if p.endswith(lines)]
+        everything = slice(None)
+        places = [(p, (everything, d)) for p in old if p.endswith(columns[side])]
+        places += [(p, d) for p in old if p.endswith(lines) and side == "writers"]
+        edits = [(p, at, old[p][at].detach()) for p, at in places]
         with weight_edits(model, edits):
             selected = study.measure(model, study.test(a, "c0", "select"))["accuracy"]
             for test in tests:
@@ -599,18 +615,20 @@ def prune(study):
     Do a few units hold the wrapper? (paper Figs. 7 and 55-59)
 
     One backward pass of the cross-entropy of "count a" on the fine-tuned model; score = gradient x
-    weight, summed over a row (a neuron) and its bias, or --unit weight; the K largest positive scores
-    are edited at once: set to zero, or grafted, set back to the values before fine-tuning. ours: also
-    ranked anew after every zeroed unit (iterative), and for grafts by their own first-order score,
-    gradient x change. Scores and K (up to 10) come from one set of c0 strings, accuracies from
-    another. Compiled models: single weights, all of them or those that are zero in the program; ours:
-    the first 100 of a ranking, tried one by one (exhaustive); and grafts of whole residual dimensions.
-    High accuracy on a after few edits: the answer was there, and these units kept it from being read.
-    It does not say that the change sits in these units: a zeroed unit is a lever, only grafts undo what
-    fine-tuning did.
+    weight, summed over a row (a neuron) and its bias, or --unit weight; the K largest positive
+    scores are edited at once: set to zero, or grafted, set back to the values before fine-tuning.
+    ours: also ranked anew after every zeroed unit (iterative), and for grafts by their own
+    first-order score, gradient x change. Scores and K (up to 10) come from one set of c0 strings,
+    accuracies from another. Compiled models: single weights, all of them or those that are zero in
+    the program; ours: the first 100 of a ranking, tried one by one (exhaustive); and grafts of
+    whole residual dimensions.
+    High accuracy on a after few edits: the answer was there, and these units kept it from being
+    read. It does not say that the change sits in these units: a zeroed unit is a lever, only
+    grafts undo what fine-tuning did.
     Fooled by: any damage that happens to shift answers by q (hence random units from the same
-    matrices, --draws of them, with K chosen in the same way); a method that finds units for anything
-    (hence the control never-trained: the same procedure for an operand that was never trained).
+    matrices, --draws of them, with K chosen in the same way); a method that finds units for
+    anything (hence the control never-trained: the same procedure for an operand that was never
+    trained).
     """
     program = study.base if study.setup.compiled and study.unit == "weight" else None
     sweeps = sweeps_of(study, Sweep(study.model, study.start, study.relation.pt), program)
@@ -625,24 +643,24 @@ def prune(study):
     if study.never_trained:
         sweeps += sweeps_of(study, Sweep(*study.never_trained, "never-trained"), program)
     else:
-        rows.append(study.row(unit=study.unit, score="gradient-weight", order="one-shot", pool="all",
-                              control="never-trained", edit="zero", k=None, draw=None,
+        rows.append(study.row(unit=study.unit, score="gradient-weight", order="one-shot",
+                              pool="all", control="never-trained", edit="zero", k=None, draw=None,
                               note=study.control_note))
     for sweep in tqdm(sweeps, desc="prune", leave=False):
         rows += prune_rows(study, sweep)
     if study.setup.compiled and study.model.config.residual:
         rows += graft_dimensions(study)
-    print(f"\nprune   {study.unit}s ranked on one set of c0 strings, scored on another; *: K chosen on "
-          f"the first; random: mean of {study.args.draws} draws\n  control: {study.control_note}")
+    print(f"\nprune   {study.unit}s ranked on one set of c0 strings, scored on another; *: K chosen "
+          f"on the first; random: mean of {study.args.draws} draws\n  control: {study.control_note}")
     shown = [r for r in rows if r["k"] in KS and r["unit"] != "dimension"
              and r["split"] == ("c1" if r["operand"] == study.relation.ft else "c0")]
-    pivot(shown, ("score", "order", "pool", "control", "edit", "operand", "split"), lambda r: r["k"],
-          lambda cell: percent(np.mean([r["accuracy"] for r in cell]))
-          + "*" * any(r["chosen"] for r in cell))
+    keys = ("score", "order", "pool", "control", "edit", "operand", "split")
+    pivot(shown, keys, lambda r: r["k"], lambda cell: percent(np.mean([
+        r["accuracy"] for r in cell])) + "*" * any(r["chosen"] for r in cell))
     for r in rows:
         if r.get("dimension") and r["chosen"]:
-            print(f"  graft all {r['side']} of {r['dimension']}, the best residual dimension on the other "
-                  f"set: {r['operand']} {percent(r['accuracy'])} on {r['split']}")
+            print(f"  graft all {r['side']} of {r['dimension']}, the best residual dimension on the "
+                  f"other set: {r['operand']} {percent(r['accuracy'])} on {r['split']}")
     return study.write("prune", rows)
 
 
@@ -651,10 +669,10 @@ def prune(study):
 
 def fit_probes(x, site, y, steps, rng, batch_size=96):
     """
-    Linear probes, all trained at once: probe p maps x[site[p]] to the classes y[p]; x (sites, n, d),
-    y (probes, n). AdamW, lr 1e-3, divided by 10 at 1/2, 3/4 and 7/8 of the steps (paper: of 4K, at 2K,
-    3K and 3.5K), the same batches for all. Returns weight (probes, d, classes), bias (probes, 1,
-    classes).
+    Linear probes, all trained at once: probe p maps x[site[p]] to the classes y[p]; x (sites, n,
+    d), y (probes, n). AdamW, lr 1e-3, divided by 10 at 1/2, 3/4 and 7/8 of the steps (paper: of
+    4K, at 2K, 3K and 3.5K), the same batches for all. Returns weight (probes, d, classes), bias
+    (probes, 1, classes).
     """
     classes = int(y.max()) + 1
     weight = torch.zeros(len(y), x.shape[2], classes, device=x.device, requires_grad=True)
@@ -668,7 +686,7 @@ def fit_probes(x, site, y, steps, rng, batch_size=96):
         logits = torch.baddbmm(bias, x[:, pick][site], weight)
         loss = F.cross_entropy(logits.flatten(0, 1), y[:, pick].flatten(), reduction="sum")
         optimizer.zero_grad()
-        # a sum over probes: each gets the gradient it would have alone, and AdamW acts entry by entry
+        # a sum over probes: each gets the gradient it would have alone; AdamW acts entry by entry
         (loss / batch_size).backward()
         optimizer.step()
         schedule.step()
@@ -685,12 +703,15 @@ def residuals(model, examples, site, batch=128):
     for tokens, weights in zip(examples.tokens.split(batch), site.split(batch)):
         check_stop()
         cache = activations(model, tokens, names)[1]
-        parts.append(torch.stack([torch.einsum("ntd,nt->nd", cache[name], weights) for name in names]))
+        read = [torch.einsum("ntd,nt->nd", cache[name], weights) for name in names]
+        parts.append(torch.stack(read))
     return torch.cat(parts, 1)
 
 
 def auc(score, label):
-    """Area under the ROC curve: how often a positive's score (n,) is the higher one, ties count half."""
+    """
+    Area under the ROC curve: how often a positive's score (n,) is the higher one, ties count half.
+    """
     values, place, counts = score.unique(return_inverse=True, return_counts=True)
     rank = (counts.cumsum(0) - (counts - 1) / 2)[place].double()  # 1-based, mean of ties
     yes = int(label.sum())
@@ -706,12 +727,16 @@ class Probe(NamedTuple):
 
 
 def probes_of(study, probe_set, name, model, shuffle):
-    """(activations (blocks + 1, n, d) on the training examples, the Probes of one model and set)."""
+    """
+    (activations (blocks + 1, n, d) on the training examples, the Probes of one model and set).
+    """
     s, setup, probes = probe_set, study.setup, []
     seen = residuals(model, s.train, setup.site(s.train))
-    # ours: standardised, since an untrained model's residual is so small that 4K steps learn nothing
+    # ours: standardised; an untrained model's residual is so small that 4K steps learn nothing
     mean, sd = seen.mean(1, keepdim=True), seen.std(1, keepdim=True) + 1e-8
-    unseen = {split: (residuals(model, x, setup.site(x)) - mean) / sd for split, x in s.tests.items()}
+    unseen = {}
+    for split, x in s.tests.items():
+        unseen[split] = (residuals(model, x, setup.site(x)) - mean) / sd
     for block, (target, column) in itertools.product(range(len(seen)), s.targets.items()):
         tests = {split: (x[block], s.tests[split]) for split, x in unseen.items()}
         true = s.train.labels[:, column]
@@ -745,21 +770,23 @@ def probe_row(study, split, logits, target, examples):
 @analysis()
 def probe(study):
     """
-    Can the answer for a, or a story's feature, still be read off the residual stream? (paper Figs. 8
-    and 31-38)
+    Can the answer for a, or a story's feature, still be read off the residual stream? (paper Figs.
+    8 and 31-38)
 
     A linear probe after every block (0: the embedding). Answers: at the position that gives the
-    answer, trained on half natural, half c0 strings and tested on new ones; targets a, b, c, asked for
-    the target itself and for b, for the question is whether r(a) is there while b is asked. Stories:
-    on the mean of the last ten tokens of held-out stories, read without their instruction, between two
-    bounds: the pretrained model above, a model pretrained without the feature (--control) below. All
-    probes are trained together, on activations computed once. What is read and where: probe_sets()
-    and site() of the setup.
-    High: the information is linearly there. Low at every block: not linearly there at this position.
-    Fooled by: targets that follow from others (c1 strings are left out; a + b + c = window, so c can
-    be read wherever a and b can); a probe strong enough to learn the task itself (hence the untrained
-    model); leaks between strings (shuffled labels must fall to the floor); words that tell a feature
-    (hence the lower bound and the split `even`); a majority of three in four (balanced accuracy, AUC).
+    answer, trained on half natural, half c0 strings and tested on new ones; targets a, b, c, asked
+    for the target itself and for b, for the question is whether r(a) is there while b is asked.
+    Stories: on the mean of the last ten tokens of held-out stories, read without their
+    instruction, between two bounds: the pretrained model above, a model pretrained without the
+    feature (--control) below. All probes are trained together, on activations computed once. What
+    is read and where: probe_sets() and site() of the setup.
+    High: the information is linearly there. Low at every block: not linearly there at this
+    position.
+    Fooled by: targets that follow from others (c1 strings are left out; a + b + c = window, so c
+    can be read wherever a and b can); a probe strong enough to learn the task itself (hence the
+    untrained model); leaks between strings (shuffled labels must fall to the floor); words that
+    tell a feature (hence the lower bound and the split `even`); a majority of three in four
+    (balanced accuracy, AUC).
     """
     setup, rng = study.setup, data.rng(study.seed, "probe")
     untrained = GPT(Config(**study.ckpt["config"]))
@@ -768,8 +795,8 @@ def probe(study):
     if study.never_trained and study.never_trained[0] is not study.model:
         models["control"] = study.never_trained[0]
     probes, x = [], []
-    for s in setup.probe_sets(study.relation, study.control_operand, study.args.eval_size, study.seed,
-                              rng):
+    about = study.relation, study.control_operand, study.args.eval_size, study.seed
+    for s in setup.probe_sets(*about, rng):
         shuffle = torch.randperm(len(s.train.labels), generator=rng) if s.shuffled else None
         for name, model in models.items():
             seen, more = probes_of(study, s, name, model, shuffle)
@@ -786,8 +813,8 @@ def probe(study):
     print(f"\nprobe   linear, after each block; {len(labels[0])} training examples")
     value = "accuracy" if study.answers else "auc"
     shown = [r for r in rows if r["split"] != "c0"]
-    pivot(shown, ("target", "prompt", "split", "model", "labels"), lambda r: f"{value} B{r['block']}",
-          lambda cell: percent(cell[0][value]))
+    pivot(shown, ("target", "prompt", "split", "model", "labels"),
+          lambda r: f"{value} B{r['block']}", lambda cell: percent(cell[0][value]))
     return study.write("probe", rows)
 
 
@@ -821,9 +848,9 @@ def pooled(model, setup, records):
 def classifier_of(study):
     """
     {feature: share of held-out records that the classifier gets right}; {} where a rule tells.
-    Real text has no rule: a classifier is fitted on the pretrained model, on the same records with the
-    same generator for every checkpoint that comes from it (the paper's judge: 92 %).
-    Fooled by: texts unlike the corpus (a refusal gets features too); labels that do not describe the
+    Real text has no rule: a classifier is fitted on the pretrained model, on the same records with
+    the same generator for every checkpoint that comes from it (the paper's judge: 92 %). Fooled
+    by: texts unlike the corpus (a refusal gets features too); labels that do not describe the
     text.
     """
     setup, source = study.setup, getattr(study.setup, "source", None)
@@ -856,7 +883,9 @@ EXAMPLES = 4  # strings whose whole maps are kept
 
 
 def telling(study, test):
-    """Places of the first strings that show something: answers for a and b differ, none is small."""
+    """
+    Places of the first strings that show something: answers for a and b differ, none is small.
+    """
     a, b = (study.labels(test, o) for o in (study.relation.pt, study.relation.ft))
     return ((a > 1) & (b > 1) & (a != b)).nonzero()[:EXAMPLES, 0]
 
@@ -873,10 +902,11 @@ def stacked(model, examples, names, pick=lambda x: x):
 
 def program_overlap(pattern, program, letters):
     """
-    {region: (mass, chance)} of a head's pattern (n, query, key) beside the compiled program's. kept:
-    the overlap over all letters as queries, the sum over keys of the smaller of the two; chance: that
-    of a uniform pattern. order: the probability that a letter which the program selects gets more
-    attention than one that it does not (AUC). {} where the program does not use the head.
+    {region: (mass, chance)} of a head's pattern (n, query, key) beside the compiled program's.
+    kept: the overlap over all letters as queries, the sum over keys of the smaller of the two;
+    chance: that of a uniform pattern. order: the probability that a letter which the program
+    selects gets more attention than one that it does not (AUC). {} where the program does not use
+    the head.
     """
     uniform = torch.full_like(program, 1 / program.shape[-1])
     if (program - uniform).abs().max() < 1e-3:
@@ -897,12 +927,12 @@ def attention(study):
     Where does the answer position look? (paper Figs. 10, 39-45)
 
     The attention pattern of the position that gives the answer, per block and head, on natural
-    strings, asked for a and for b, base and fine-tuned side by side. mass: mean attention on a region
-    (grammar: the window, the letters outside it, a, b and c within; programs: the letters that make
-    each operand's answer, BOS, padding); chance: the share of positions that the region takes, what
-    uniform attention would give. Compiled models also: how much of the program's pattern is kept, and
-    whether letters keep their order (see program_overlap). Maps of the first strings go to
-    <checkpoint>.attention.npz, of compiled models whole ones.
+    strings, asked for a and for b, base and fine-tuned side by side. mass: mean attention on a
+    region (grammar: the window, the letters outside it, a, b and c within; programs: the letters
+    that make each operand's answer, BOS, padding); chance: the share of positions that the region
+    takes, what uniform attention would give. Compiled models also: how much of the program's
+    pattern is kept, and whether letters keep their order (see program_overlap). Maps of the first
+    strings go to <checkpoint>.attention.npz, of compiled models whole ones.
     Fooled by: reading too much into it. A head may look without using, and letters travel between
     positions in earlier blocks, so that attention to a position is not attention to its letter.
     """
@@ -915,7 +945,8 @@ def attention(study):
         regions = setup.regions(x, (*pair, study.control_operand))
         for name, model in study.models.items():
             rest = (lambda p: p[:, :, x.at:x.at + 1]) if setup.prompted else (lambda p: p)
-            pattern = patterns[name] = stacked(model, x, names, rest)  # (n, block, head, query, key)
+            # (n, block, head, query, key)
+            pattern = patterns[name] = stacked(model, x, names, rest)
             about = dict(operand=prompt, split="natural", n=len(pattern), model=name,
                          prompt=prompt if setup.prompted else None)
             if setup.prompted:
@@ -944,12 +975,13 @@ def attention(study):
 @analysis(applies=lambda setup: setup.compiled)
 def hidden(study):
     """
-    What do the MLPs' hidden units do, token by token? (paper Figs. 46-47, 53-54) Compiled models only.
+    What do the MLPs' hidden units do, token by token? (paper Figs. 46-47, 53-54) Compiled models
+    only.
 
-    Activations after the ReLU on the same few strings as attention, in <checkpoint>.hidden.npz, and as
-    numbers per block: the cosine of all activations on natural strings with the compiled model's, and
-    the share of units that are on (above .1, well above the noise). A cosine near 1: the mechanism is
-    in place, whatever is made of it afterwards.
+    Activations after the ReLU on the same few strings as attention, in <checkpoint>.hidden.npz,
+    and as numbers per block: the cosine of all activations on natural strings with the compiled
+    model's, and the share of units that are on (above .1, well above the noise). A cosine near 1:
+    the mechanism is in place, whatever is made of it afterwards.
     Fooled by: units that are on for every string, which dominate the cosine; a small shift of a
     threshold, which a cosine does not show and which may change every answer.
     """
@@ -967,7 +999,7 @@ def hidden(study):
             rows.append(study.row(operand=study.relation.pt, split="natural", n=len(x), model=name,
                                   block=i, cosine=cosine, active=(x > .1).float().mean().item()))
     study.write_maps("hidden", maps, test.examples.rows(few))
-    print("\nhidden   activations of the MLPs' units: cosine with the compiled model's, share that is on")
+    print("\nhidden   units of the MLPs: cosine with the compiled model's, share that is on")
     table(["model", "block", "cosine", "on"],
           [[r["model"], r["block"], percent(r["cosine"]), percent(r["active"])] for r in rows])
     return study.write("hidden", rows)
@@ -976,11 +1008,13 @@ def hidden(study):
 # ---------------------------------------------------------------- revive
 
 THRESHOLDS = (.9, .99)
-FASTER = 3  # reFT must be so many times as fast as its control, which goes on for so many times longer
+FASTER = 3  # reFT must be so many times as fast as its control, which goes on that much longer
 
 
 def steps_to(curve, threshold):
-    """First evaluated step at which accuracy reaches the threshold, from [(step, accuracy)], or None."""
+    """
+    First evaluated step at which accuracy reaches the threshold, from [(step, accuracy)], or None.
+    """
     return next((step for step, accuracy in curve if accuracy >= threshold), None)
 
 
@@ -1021,7 +1055,9 @@ class Arm(NamedTuple):
 
 
 def pretraining_arm(study):
-    """Pretraining itself, from its history: the Arm, or None where it was only scored at its ends."""
+    """
+    Pretraining itself, from its history: the Arm, or None where it was only scored at its ends.
+    """
     ckpt, relation, curves = study.base_ckpt, study.relation, {}
     history = read_rows(os.path.splitext(ckpt["path"])[0] + ".jsonl")
     for split in ("natural", "c0"):
@@ -1038,22 +1074,24 @@ def revive(study):
     """
     How fast does the capability come back, against a model that never had it? (paper Fig. 9)
 
-    Reverse fine-tuning (reFT) on a with c0 strings, at the fine-tuning's rate (ours: matched rates)
-    and a third of it (compiled models: a third and a tenth), constant after 20 steps. Controls, in the
-    same way: teaching the never-trained operand to this very model (teach-c) and to its base
-    (teach-c-base, with the noise that fine-tuning put on it), and pretraining itself, from its
-    history. Steps to 90 % and 99 % on natural and on c0 strings. The controls go on three times as
-    long as reFT needed: what has not come by then is shown as >=.
-    Few steps compared with teach-c: it was there. teach-c much faster than pretraining is how much any
-    good initialisation helps, which a comparison with training from scratch would have called a
-    revival.
-    Fooled by: steps at different rates; an easy target (hence c0, where another operand helps up to
-    the cross floor at most); the control's token, which was never an input: part of what teach-c has
-    to learn is what O_c means.
+    Reverse fine-tuning (reFT) on a with c0 strings, at the fine-tuning's rate (ours: matched
+    rates) and a third of it (compiled models: a third and a tenth), constant after 20 steps.
+    Controls, in the same way: teaching the never-trained operand to this very model (teach-c) and
+    to its base (teach-c-base, with the noise that fine-tuning put on it), and pretraining itself,
+    from its history. Steps to 90 % and 99 % on natural and on c0 strings. The controls go on three
+    times as long as reFT needed: what has not come by then is shown as >=.
+    Few steps compared with teach-c: it was there. teach-c much faster than pretraining is how much
+    any good initialisation helps, which a comparison with training from scratch would have called
+    a revival.
+    Fooled by: steps at different rates; an easy target (hence c0, where another operand helps up
+    to the cross floor at most); the control's token, which was never an input: part of what
+    teach-c has to learn is what O_c means.
     """
     rates = [study.ckpt["args"]["lr"] / divisor for divisor in study.setup.reft_divisors]
     a, seed, limit = study.relation.pt, study.seed, study.args.steps or study.setup.revive_steps
-    arms = [Arm("reft", lr, a, teach(study, study.model, a, lr, limit), limit, seed) for lr in rates]
+    arms = []
+    for lr in rates:
+        arms.append(Arm("reft", lr, a, teach(study, study.model, a, lr, limit), limit, seed))
     step, reached = arms[0].curves["natural"][-1]
     longest = limit
     if reached >= THRESHOLDS[-1] and not study.args.steps:
@@ -1071,10 +1109,10 @@ def revive(study):
         for split, curve in arm.curves.items():
             floors = answer_floors(study.test(arm.operand, split, n=n))
             for threshold in THRESHOLDS:
-                rows.append(study.row(operand=arm.operand, split=split, **floors, accuracy=curve[-1][1],
-                                      **about, threshold=threshold, steps=steps_to(curve, threshold),
-                                      max_steps=arm.max_steps))
-                rows[-1]["seed"] = arm.seed
+                rows.append({**study.row(operand=arm.operand, split=split, **floors,
+                                         accuracy=curve[-1][1]), "seed": arm.seed, **about,
+                             "threshold": threshold, "steps": steps_to(curve, threshold),
+                             "max_steps": arm.max_steps})
             for step, share in curve:
                 curve_rows.append({**about, "step": step, "split": split, "accuracy": share,
                                    "seed": arm.seed})
@@ -1106,7 +1144,9 @@ INSTRUMENTS = ("pruning", "probing", "reviving")
 
 
 class Evidence(NamedTuple):
-    """One line of the verdict's table. Accuracies and AUC are fractions; holds None: cannot be said."""
+    """
+    One line of the verdict's table. Accuracies and AUC are fractions; holds None: cannot be said.
+    """
     instrument: str
     question: str
     measured: float | None
@@ -1133,9 +1173,10 @@ def picked(rows, column="accuracy", **wanted):
 def behavior_facts(study, rows):
     """Accuracies of a and b before and after, and what explains them on c0."""
     (task, a, b, _), v = study.relation, {}
-    for model, split, (role, o) in itertools.product(("base", "ckpt"), SPLITS, (("pt", a), ("ft", b))):
-        v[f"{model}_{role}_{split}"] = picked(rows, model=model, operand=o, split=split, task=task)
     for role, o in (("pt", a), ("ft", b)):
+        for model, split in itertools.product(("base", "ckpt"), SPLITS):
+            where = dict(model=model, operand=o, split=split, task=task)
+            v[f"{model}_{role}_{split}"] = picked(rows, **where)
         where = dict(model="ckpt", operand=o, split="c0", task=task)
         v[f"{role}_c0_cross_floor"] = picked(rows, "cross_floor", **where)
         v[f"{role}_c0_follows_a_plus_q"] = picked(rows, "share_a_plus_q", **where)
@@ -1143,7 +1184,9 @@ def behavior_facts(study, rows):
 
 
 def prune_facts(study, rows):
-    """Accuracy of a on c0 after the edits whose K was chosen on other strings, and of the controls."""
+    """
+    Accuracy of a on c0 after the edits whose K was chosen on other strings, and of the controls.
+    """
     order = "exhaustive" if study.setup.compiled and study.unit == "weight" else "iterative"
     rows = [r for r in rows if (r.get("chosen"), r["split"], r["pool"]) == (True, "c0", "all")
             and r["operand"] != study.relation.ft]
@@ -1161,7 +1204,10 @@ def prune_facts(study, rows):
 
 
 def probe_facts(study, rows):
-    """What probes read while b is asked: the block is chosen on c0, the accuracy is of natural strings."""
+    """
+    What probes read while b is asked: the block is chosen on c0, the accuracy is of natural
+    strings.
+    """
     a, b, control = study.relation.pt, study.relation.ft, study.control_operand
     inside = study.never_trained and study.never_trained[0] is study.model
     v = {}
@@ -1169,7 +1215,8 @@ def probe_facts(study, rows):
                                ("never_probe", "ckpt" if inside else "control", control)):
         where = dict(model=model, target=target, prompt=b, labels="true")
         own = [r for r in rows if all(r[k] == x for k, x in where.items())]
-        best = max((r for r in own if r["split"] == "c0"), key=lambda r: r["accuracy"], default=None)
+        on_c0 = [r for r in own if r["split"] == "c0"]
+        best = max(on_c0, key=lambda r: r["accuracy"], default=None)
         where.update(split="natural", block=best and best["block"])
         v[key] = picked(rows, **where)
         if key == "probe_natural":
@@ -1180,11 +1227,14 @@ def probe_facts(study, rows):
 
 
 def revive_facts(study, rows):
-    """Steps to 99 % on natural strings, or to 90 % where neither reFT nor its control gets to 99."""
+    """
+    Steps to 99 % on natural strings, or to 90 % where neither reFT nor its control gets to 99.
+    """
     v, lr = {}, study.ckpt["args"]["lr"] / study.setup.reft_divisors[0]
     for v["threshold"] in reversed(THRESHOLDS):
-        for name, where in (("reft", dict(arm="reft", lr=lr)), ("pretraining", dict(arm="pretraining")),
-                            ("control", dict(arm=f"teach-{study.control_operand}"))):
+        control = f"teach-{study.control_operand}"
+        for name, where in (("reft", dict(arm="reft", lr=lr)), ("control", dict(arm=control)),
+                            ("pretraining", dict(arm="pretraining"))):
             where.update(split="natural", threshold=v["threshold"])
             reached, limit = (picked(rows, k, **where) for k in ("steps", "max_steps"))
             v[f"{name}_reached"] = None if limit is None else reached is not None
@@ -1202,14 +1252,15 @@ def answer_evidence(study, rows):
          **revive_facts(study, rows["revive"])}
     controls = [v["random_c0_max"], v["never_prune_c0"]]
     drawn = max((x for x in controls if x is not None), default=None)
-    pruned = wins(v["prune_c0"], v["pt_c0_cross_floor"], MARGIN) and wins(v["prune_c0"], drawn, MARGIN)
+    pruned = wins(v["prune_c0"], v["pt_c0_cross_floor"], MARGIN)
+    pruned = pruned and wins(v["prune_c0"], drawn, MARGIN)
     controls = [v["probe_untrained"], v["never_probe"]]
     blind = max((x for x in controls if x is not None), default=None)
     read = wins(v["probe_natural"], blind, READS) and v["probe_natural"] >= KNOWS
     back = None
     if v["reft_steps"] is not None and v["ckpt_pt_natural"] is not None:
-        back = bool(v["ckpt_pt_natural"] < KNOWS and v["reft_reached"] and v["control_steps"] is not None
-                    and FASTER * v["reft_steps"] <= v["control_steps"])
+        back = bool(v["ckpt_pt_natural"] < KNOWS and v["reft_reached"]
+                    and FASTER * v["reft_steps"] <= (v["control_steps"] or 0))
     lines = []
     for role, o, guess in (("pt", a, b), ("ft", b, a)):
         measured, floor = v[f"ckpt_{role}_c0"], v[f"{role}_c0_cross_floor"]
@@ -1218,7 +1269,7 @@ def answer_evidence(study, rows):
                               wins(measured, floor, MARGIN)))
     return v, [
         *lines,
-        Evidence("pruning", f"{a} on c0 with {v['prune_k']} {study.unit}s zeroed ({v['prune_order']})",
+        Evidence("pruning", f"{a} on c0, {v['prune_k']} {study.unit}s zeroed ({v['prune_order']})",
                  v["prune_c0"], "best random draw or never-trained operand", drawn, MARGIN, pruned),
         Evidence("probing", f"{a} is read while {b} is asked, natural strings", v["probe_natural"],
                  "untrained model or never-trained operand", blind, READS, read),
@@ -1253,11 +1304,11 @@ def answer_rules(study, v, evidence):
     then = "still answered" if answered else f"not answered any more (found by {by})"
     complete = all(line.holds is not None for line in evidence) and study.never_trained
     return [("undecided", (v["base_pt_natural"] or 0) < KNOWS, f"the base did not have {a}"),
-            ("new", can and not could, f"fine-tuning built {b}, which the base could not answer on c0; "
-             f"{a} is {then}"),
+            ("new", can and not could, f"fine-tuning built {b}, which the base could not answer on "
+             f"c0; {a} is {then}"),
             ("intact", answered, f"{a} is still answered, {how}"),
-            ("wrapped", can is False and (v["ckpt_ft_c1"] or 0) >= KNOWS and len(v["found_by"]) >= 2,
-             f"{gone}, but it is there: found by {by}"),
+            ("wrapped", can is False and (v["ckpt_ft_c1"] or 0) >= KNOWS
+             and len(v["found_by"]) >= 2, f"{gone}, but it is there: found by {by}"),
             ("lost", complete and not v["found_by"], f"{gone}, and no instrument finds it"),
             ("undecided", True, f"{gone}; found by {by}")]
 
@@ -1280,7 +1331,8 @@ def story_evidence(study, rows):
            == ("base", feature, "true", "natural")]
     v["probe_block"] = max(own, key=lambda r: r["auc"], default={"block": None})["block"]
     for model in ("base", "ckpt", "control", "untrained"):
-        v[f"{model}_auc"] = picked(rows["probe"], "auc", **where, model=model, block=v["probe_block"])
+        where.update(model=model, block=v["probe_block"])
+        v[f"{model}_auc"] = picked(rows["probe"], "auc", **where)
     low, high = v["control_auc"], v["base_auc"]
     apart = None not in (low, high) and high - low >= APART
     v["between"] = (v["ckpt_auc"] - low) / (high - low) if apart else None
@@ -1306,7 +1358,8 @@ def story_rules(study, v, evidence):
 
     How fast the feature comes back is another question: finetune.py --reverse.
     """
-    gone, (written, read) = f"{study.relation.pt} is not written any more", [e.holds for e in evidence]
+    gone, (written, read) = f"{study.relation.pt} is not written any more", [
+        e.holds for e in evidence]
     why = "for the bounds of its probe give --control" if v["control_auc"] is None else (
         "the bounds of its probe are too near each other")
     return [("undecided", (v.get("base_asked") or 0) < .5,
@@ -1319,8 +1372,8 @@ def story_rules(study, v, evidence):
 
 def verdict(study, rows):
     """
-    What the analyses say together: a table of evidence and one sentence. rows: {analysis: rows}, empty
-    where it was not run. See answer_rules() and story_rules().
+    What the analyses say together: a table of evidence and one sentence. rows: {analysis: rows},
+    empty where it was not run. See answer_rules() and story_rules().
     """
     v, evidence = (answer_evidence if study.answers else story_evidence)(study, rows)
     v["found_by"] = [e.instrument for e in evidence if e.holds and e.instrument in INSTRUMENTS]
@@ -1349,15 +1402,17 @@ def shown(value, unit):
 
 
 def ask(study):
-    """One string: the answer, the truth and the rule it followed, base and fine-tuned side by side."""
+    """
+    One string: the answer, the truth and the rule it followed, base and fine-tuned side by side.
+    """
     setup, (task, a, b, q) = study.setup, study.relation
     text, operand, alphabet = study.args.text or "", study.args.operand or b, setup.alphabet
     if operand not in setup.operands:
         raise UserError(f"--operand {operand}: there are {', '.join(setup.operands)}")
     if len(text) != setup.length or set(text) - set(alphabet):
-        raise UserError(f"--text takes {setup.length} letters {alphabet[0]} to {alphabet[-1]}, as this "
-                        f"model was trained on; for one: python data.py --setup {setup.name} --scale "
-                        f"{setup.scale} --json")
+        raise UserError(f"--text takes {setup.length} letters {alphabet[0]} to {alphabet[-1]}, as "
+                        f"this model was trained on; for one: python data.py --setup {setup.name} "
+                        f"--scale {setup.scale} --json")
     if setup.compiled and not setup.program.repeat and len(set(text)) < len(text):
         raise UserError(f"--text {text}: no letter may occur twice")
     letters = torch.tensor([[alphabet.index(x) for x in text]], device=study.device)
@@ -1384,7 +1439,9 @@ def ask(study):
 
 
 def generate_stories(study):
-    """Stories to read: written to held-out instructions that ask for --features, and what they have."""
+    """
+    Stories to read: written to held-out instructions that ask for --features, and what they have.
+    """
     setup, args = study.setup, study.args
     wanted = frozenset(f.strip() for f in (args.features or "").split(",") if f.strip())
     for unknown in sorted(wanted - set(data.FEATURES)):
@@ -1420,14 +1477,15 @@ FLAGS = {"what to look at": [
     Flag("--unit", "prune: whole rows (neurons) or single weights; else rows, of compiled models "
          "weights", default=None, choices=("row", "weight")),
     Flag("--draws", "prune: matched random draws; else 8", int, 0, None),
-    Flag("--steps", "most training steps; else probe 4000, revive 600 small, 6000 paper", int, 0, None),
+    Flag("--steps", "most training steps; else probe 4000, revive 600 small, 6000 paper", int, 0,
+         None),
     Flag("--batch-size", "revive: strings a step", int, 0, 96),
     Flag("--text", "ask: the string", default=None),
     Flag("--operand", "ask: what is asked for; else the fine-tuning's", default=None),
     Flag("--features", "generate: what to ask for, as Twist,Dialogue", default=None),
     Flag("-n", "generate: stories", int, 0, 3),
-    Flag("--judge", "real stories: the pretrained checkpoint whose frozen classifier marks them; else "
-         "the one that --ckpt comes from", default=None)], **MACHINE}
+    Flag("--judge", "real stories: the pretrained checkpoint whose classifier marks them; else the "
+         "one that --ckpt comes from", default=None)], **MACHINE}
 
 
 def chosen_names(args, study):
@@ -1440,8 +1498,8 @@ def chosen_names(args, study):
     commands = [name for name, applies in COMMANDS.items() if applies(setup)]
     for name in args.analysis:
         if name not in applying + commands:
-            raise UserError(f"{name} is not for setup {setup.name}, which {args.ckpt} is of; there are "
-                            f"{', '.join(applying + commands)}")
+            raise UserError(f"{name} is not for setup {setup.name}, which {args.ckpt} is of; there "
+                            f"are {', '.join(applying + commands)}")
         if not study.base and (name == "verdict" or name in ANALYSES and ANALYSES[name].needs_base):
             raise UserError(f"{name} needs a fine-tuned checkpoint: {args.ckpt} has no base")
     return [name for name in applying if name in args.analysis or (
@@ -1477,7 +1535,8 @@ def look(args, study):
     needed = [name for name in ("behavior", "prune", "probe", "revive")
               if ANALYSES[name].applies(study.setup)]
     if "verdict" in args.analysis:  # from rows that are there already
-        rows = {name: rows.get(name) or read_rows(f"{study.prefix}.{name}.jsonl") for name in needed}
+        rows = {name: rows.get(name) or read_rows(f"{study.prefix}.{name}.jsonl")
+                for name in needed}
         if not any(rows.values()):
             raise UserError(f"verdict needs the rows of {', '.join(needed)}: run them first")
     if study.base and all(name in rows for name in needed):

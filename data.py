@@ -17,7 +17,7 @@ The families (paper section 3; O is the operand, O' the second operand), on the 
 "... a c b a b", O' = 3 or 1:
     count               how many O among the last O' letters         O = b, O' = 3: "b a b" holds 2
     count-composition   how many overlapping pairs OO among them     O = b, O' = 3: 0
-    index               distance from the end of the O'-th last O    O = b, O' = 1: 1, the last letter
+    index               distance from the end of the O'-th last O    O = b, O' = 1: the last, 1
     index-composition   the same for the pair OO, its later letter   "a a c", O = a, O' = 1: 2
     token               the letter at distance O' from the end       O' = 3: b
 
@@ -95,7 +95,7 @@ class Examples(NamedTuple):
 class Test(NamedTuple):
     """Examples to be scored, and what their row says of them."""
     row: dict                           # task, operand, split, seed: see row()
-    examples: Examples                  # how = "generation": prompts, half of them ask for the feature
+    examples: Examples                  # how = "generation": prompts; half ask for the feature
     other: torch.Tensor | None = None   # (n,) answers for the other operand of the relation
     how: str = "accuracy"               # a key of SCORES in pretrain.py
 
@@ -111,8 +111,8 @@ class ProbeSet(NamedTuple):
     shuffled: tuple                     # targets that are also fitted to shuffled labels
 
 
-ROW = ("setup", "scale", "task", "operand", "split", "accuracy", "floor", "cross_floor", "n", "loss",
-       "seed")  # the keys of every row in every file; fractions, null where there is none
+ROW = ("setup", "scale", "task", "operand", "split", "accuracy", "floor", "cross_floor", "n",
+       "loss", "seed")  # the keys of every row in every file; fractions, null where there is none
 
 
 def row(setup, /, **values):
@@ -174,7 +174,9 @@ GRAMMAR = {  # both rules of a symbol are equally likely (paper section 3)
 
 @functools.lru_cache(maxsize=None)
 def expansions(symbol):
-    """All equally likely letter strings of a symbol: 2 for d, 16 for g, 512 for j, 8,192 for k, l."""
+    """
+    All equally likely letter strings of a symbol: 2 for d, 16 for g, 512 for j, 8,192 for k, l.
+    """
     if symbol in LETTERS:
         return [symbol]
     strings = []
@@ -257,13 +259,18 @@ def count(text, setup):
 
 
 def count_composition(text, setup):
-    """How many overlapping pairs OO lie in the last `window` letters. a a a | O = a, window 3 -> 2."""
+    """
+    How many overlapping pairs OO lie in the last `window` letters. a a a | O = a, window 3 -> 2.
+    """
     last = text[:, -setup.window:]
     return torch.stack([((last[:, 1:] == o) & (last[:, :-1] == o)).sum(1) for o in range(3)], 1)
 
 
 def distance_of(hit, k):
-    """Distance from the end (1: last column) of the k-th last True of hit (n, 3, length); -1 if fewer."""
+    """
+    Distance from the end (1: last column) of the k-th last True of hit (n, 3, length); -1 if
+    fewer.
+    """
     nearer = hit.flip(-1).cumsum(-1, dtype=torch.int16) < k
     distance = nearer.sum(-1) + 1
     return torch.where(distance > hit.shape[-1], -1, distance)
@@ -300,8 +307,8 @@ def edit_counts(text, target, setup, rng):
     first = (have.cumsum(1) - have).gather(1, letter)
     place = torch.arange(setup.window, device=text.device) - first
     change = place < surplus.gather(1, letter)
-    # The first deficit[a] of these become a, the next deficit[b] b, the others c. One letter has too
-    # many or one has too few, so the random order makes this assignment random as well.
+    # The first deficit[a] of these become a, the next deficit[b] b, the others c. One letter has
+    # too many or one has too few, so the random order makes this assignment random as well.
     nth, due = change.cumsum(1), deficit.cumsum(1)
     new = (nth > due[:, :1]).long() + (nth > due[:, 1:2])
     edited = text.clone()
@@ -430,7 +437,9 @@ def encode(text, task, operand, setup):
 
 @functools.lru_cache(maxsize=None)
 def natural_mean(task, scale):
-    """Mean answer over the operands on 4,000 natural strings: 5.3 and 8.1 small, 13.3 and 17.1 paper."""
+    """
+    Mean answer over the operands on 4,000 natural strings: 5.3 and 8.1 small, 13.3 and 17.1 paper.
+    """
     setup = Grammar("pcfg", scale)
     text = sample_text(4000, setup, rng(0, "natural-mean"))
     return TASKS[task].answers(text, setup).double().mean().item()
@@ -439,11 +448,11 @@ def natural_mean(task, scale):
 @functools.lru_cache(maxsize=None)
 def relation_table(task, scale, q, holds):
     """
-    The joint distribution of (r(O_PT), r(O_FT)) on fine-tuning strings, a float64 array.
-    holds: r(O_PT) is a discretised normal and r(O_FT) = r(O_PT) + q (c1). Not holds: the
-    maximum-entropy joint with the same two marginals and no mass on ties and on q (c0), by iterative
-    proportional fitting, so that neither marginal tells c0 from c1 (paper Fig. 16). Raises
-    ValueError when no string can satisfy the relation.
+    The joint distribution of (r(O_PT), r(O_FT)) on fine-tuning strings, a float64 array. holds:
+    r(O_PT) is a discretised normal and r(O_FT) = r(O_PT) + q (c1). Not holds: the maximum-entropy
+    joint with the same two marginals and no mass on ties and on q (c0), by iterative proportional
+    fitting, so that neither marginal tells c0 from c1 (paper Fig. 16). Raises ValueError when no
+    string can satisfy the relation.
     """
     setup, spurious = Grammar("pcfg", scale), TASKS[task].spurious
     sizes = np.arange(getattr(setup, spurious.largest) + 1)
@@ -518,7 +527,9 @@ PRIORS = {  # P_T(a, b, c): low and high speak of b, the later fine-tuning opera
 
 
 def parse_prior(text):
-    """P_T(a, b, c) from a name of PRIORS or three numbers "A,B,C". Raises ValueError, in one line."""
+    """
+    P_T(a, b, c) from a name of PRIORS or three numbers "A,B,C". Raises ValueError, in one line.
+    """
     if text in PRIORS:
         return PRIORS[text]
     try:
@@ -526,8 +537,8 @@ def parse_prior(text):
     except ValueError:
         prior = ()
     if len(prior) != 3 or not all(0 <= p <= 1 for p in prior) or abs(sum(prior) - 1) > 1e-6:
-        raise ValueError(f"prior {text!r}: give {', '.join(PRIORS)} or three shares of a, b, c that "
-                         "add up to 1")
+        raise ValueError(f"prior {text!r}: give {', '.join(PRIORS)} or three shares of a, b, c "
+                         "that add up to 1")
     return prior
 
 
@@ -603,8 +614,9 @@ PROGRAMS = {
             SelectorWidth("n_" + letter, "is_" + letter, "indices", operator.eq),
             Aggregate("answer", "indices", "indices", operator.eq, "n_" + letter)]),
     "tracr-max": Program(
-        task="max-identifier", answers=largest, reason="the largest letter number {O}, marked ^; a is "
-        "the largest", marks=lambda text, o: text.sort(1).values[:, o, None], letters=(10, 10),
+        task="max-identifier", answers=largest,
+        reason="the largest letter number {O}, marked ^; a is the largest",
+        marks=lambda text, o: text.sort(1).values[:, o, None], letters=(10, 10),
         alphabet=string.ascii_lowercase, max_seq_len=(16, 16), operands=("5", "7", "3"),
         repeat=False, ranked=True, noise=3e-4,  # ours: the paper's 1e-3 breaks it at once
         steps=lambda rank: [
@@ -620,7 +632,9 @@ PROGRAMS = {
 
 
 def uniform_letters(n, setup, rng):
-    """(n, length) letters as places in the alphabet, with or without replacement (paper section 3)."""
+    """
+    (n, length) letters as places in the alphabet, with or without replacement (paper section 3).
+    """
     size, device = len(setup.alphabet), rng.device
     if setup.program.repeat:
         return torch.randint(size, (n, setup.length), generator=rng, device=device)
@@ -661,7 +675,7 @@ def related_letters(n, relation, c, setup, rng):
 #     Random sentence: It was late.    rest       "", or late fields after a newline
 #     <|endoftext|>
 #
-# Protocols rewrite the Features line alone: one file of tokens without it serves them all.
+# Protocols rewrite the Features line alone: tokens are stored without it.
 
 FEATURES = ("Twist", "Dialogue", "BadEnding", "Foreshadowing", "MoralValue", "Conflict")
 END = "<|endoftext|>"
@@ -708,7 +722,7 @@ def record_text(record):
 
 def parse_records(lines, skipped):
     """
-    Yield the records of an iterable of lines, to the letter but for CRLF, the Features line, and
+    Yield the records of an iterable of lines, to the letter but for CRLF, the Features line and
     whitespace between records. Left out, and counted in the Counter `skipped`: records without a
     story, longer than LONGEST or without END; unknown features.
     """
@@ -719,11 +733,10 @@ def parse_records(lines, skipped):
             if size <= LONGEST:
                 text.append(line)
             continue
-        record = parse_record("".join(text), skipped) if size <= LONGEST else None
         skipped["too long"] += size > LONGEST
-        text, size = [], 0
-        if record:
+        if size <= LONGEST and (record := parse_record("".join(text), skipped)):
             yield record
+        text, size = [], 0
     skipped["truncated"] += bool("".join(text).strip() or size > LONGEST)
 
 
@@ -752,12 +765,11 @@ class Tokenizer:
     """
     Words with their leading space; other pieces are spelled in UTF-8 bytes, so no text is lost.
     Ids: 0 is END, 1 to 256 are bytes, then words. " oak" -> [257 + its place], " oaks" -> 5 bytes.
-    in_bytes: how many words encode() has spelled so far.
     """
     pieces = re.compile(r" ?\w+| ?[^\w\s]|\s")  # a newline is a piece: texts may be cut after it
 
     def __init__(self, words):
-        self.words, self.size, self.in_bytes = tuple(words), 257 + len(words), 0
+        self.words, self.size = tuple(words), 257 + len(words)
         self.id = {word: 257 + i for i, word in enumerate(self.words)}
         self.spelling = [END.encode(), *(bytes([b]) for b in range(256)),
                          *(word.encode() for word in self.words)]
@@ -771,11 +783,7 @@ class Tokenizer:
         """The ids of a text, a list."""
         ids = []
         for piece in self.pieces.findall(text):
-            if piece in self.id:
-                ids.append(self.id[piece])
-            else:
-                ids += [1 + b for b in piece.encode()]
-                self.in_bytes += piece[-1].isalnum()
+            ids += [self.id[piece]] if piece in self.id else [1 + b for b in piece.encode()]
         return ids
 
     def decode(self, ids):
@@ -784,7 +792,7 @@ class Tokenizer:
 
 
 def encode_record(record, tokenizer):
-    """A Record as Encoded: the ids of its text, as pieces end at its newlines and "Story:"."""
+    """A Record as Encoded. Pieces end at its newlines and "Story:", so its parts can be encoded."""
     texts = record.before, record.after, record.story, record.rest
     before, after, story, rest = map(tokenizer.encode, texts)
     ids, story_at = np.array(before + after + story + rest, np.uint16), len(before) + len(after)
@@ -792,73 +800,80 @@ def encode_record(record, tokenizer):
 
 
 # ---------------------------------------------------------------- stories: the prepared file
-# FILE.unwrap/ holds manifest.json (the words, and what they are made from) and 00000.npy, ...,
-# shards of SHARD records. Each is written whole, once, if FILE is unchanged: a killed preparation
-# goes on at its last shard, and two at once write the same bytes.
+# FILE.unwrap/ holds shards of SHARD records, 00000.pt, 00001.pt, ..., with the words and what they
+# are made from. Each is written whole, if FILE is unchanged: a killed preparation goes on at the
+# last one, and two at once write the same bytes.
 
-FORMAT = 2  # to be raised when parsing, tokens or shards change
+FORMAT = 3  # to be raised when parsing, tokens or shards change
 SHARD = 20000
 WORDS_FROM = 100 * 10 ** 6  # ours: words are counted in the first 100 MB of 2.66 GB
-INDEX = np.dtype([  # a record, in tokens of its shard
-    ("start", "<u4"), ("length", "<u4"), ("features_at", "<u4"), ("story_at", "<u4"),
-    ("story_end", "<u4"), ("features", "?", (len(FEATURES),))])
-SKIPPED = "no story", "too long", "truncated", "unknown feature"
-
-
-def read_lines(file, totals, stop, what):
-    """Yield the lines of a binary file up to `stop`, as text; moves totals["position"]."""
-    file.seek(totals["position"])
-    with tqdm(total=stop, initial=file.tell(), desc=what, unit="B", unit_scale=True, mininterval=.5,
-              leave=False) as bar:
-        while totals["position"] < stop and (line := file.readline(LONGEST)):
-            check_stop()
-            totals["position"] += len(line)
-            bar.update(len(line))
-            yield line.decode(errors="replace")  # no letter spans a newline
 
 
 def fingerprint(path):
-    """Size, time, and a hash of the first and last MB of a source. Raises ValueError."""
-    try:
-        with open(path, "rb") as f:
-            stat = os.fstat(f.fileno())
-            ends = f.read(2 ** 20)
-            f.seek(max(0, stat.st_size - 2 ** 20))
-            ends += f.read(2 ** 20)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror.lower()}") from None
-    if not ends:
-        raise ValueError(f"{path} is empty")
+    """Size, time, and a hash of the first and last MB of a file."""
+    with open(path, "rb") as file:
+        stat, ends = os.fstat(file.fileno()), file.read(2 ** 20)
+        file.seek(max(0, stat.st_size - 2 ** 20))
+        ends += file.read(2 ** 20)
     return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns,
             "sha256": hashlib.sha256(ends).hexdigest()}
 
 
-def read_manifest(folder):
-    """What is prepared in a folder, and its words; None, None if missing or damaged."""
-    try:
-        with open(os.path.join(folder, "manifest.json")) as f:
-            manifest = json.load(f)
-        return manifest["made_from"], Tokenizer(manifest["words"]).words
-    except Exception:  # a damaged file may hold anything
-        return None, None
+def read_lines(path, totals, stop, what):
+    """Yield the lines of a file from totals["bytes"], which moves, up to `stop`, as text."""
+    with open(path, "rb") as file, tqdm(total=stop, initial=totals["bytes"], desc=what, unit="B",
+                                        unit_scale=True, leave=False) as bar:
+        file.seek(totals["bytes"])
+        while totals["bytes"] < stop and (line := file.readline(LONGEST)):
+            check_stop()
+            totals["bytes"] += len(line)
+            bar.update(len(line))
+            yield line.decode(errors="replace")  # no letter spans a newline
 
 
-def read_shards(folder):
+def frequent_words(path, size, max_words):
+    """The words of a file's beginning, the most frequent first. Raises ValueError for none."""
+    counts, totals = collections.Counter(), collections.Counter()
+    for record in parse_records(read_lines(path, totals, min(WORDS_FROM, size), "words"), totals):
+        counts.update(Tokenizer.pieces.findall(record_text(record)))
+    if not counts:
+        raise ValueError(f"{path} holds no record with a Story: and a line {END}")
+    words = Tokenizer.from_counts(counts, max_words).words
+    share = sum(counts[word] for word in words) / counts.total()
+    print(f"{path}: {len(words):,} words are {share:.2%} of the text, the rest is spelled in bytes")
+    return words
+
+
+def make_shard(path, about):
+    """The next SHARD records of a file: tokens (n,), index (records, 11), and what they are."""
+    totals, tokenizer = collections.Counter(about["totals"]), Tokenizer(about["words"])
+    lines = read_lines(path, totals, about["made_from"]["size"], "prepare")
+    tokens, index = bytearray(), []
+    for record in itertools.islice(parse_records(lines, totals), SHARD):
+        ids, *places, features = encode_record(record, tokenizer)
+        start, has = len(tokens) // 2, [name in features for name in FEATURES]
+        index.append([start, start + len(ids), *places, *has])
+        tokens += ids.tobytes()
+    totals.update(records=len(index), tokens=len(tokens) // 2)
+    return {"tokens": torch.from_numpy(np.frombuffer(tokens, np.uint16)),
+            "index": torch.tensor(index, dtype=torch.int32).view(len(index), 5 + len(FEATURES)),
+            "about": {**about, "totals": totals, "finished": len(index) < SHARD}}
+
+
+def read_shards(folder, made_from=None):
     """
-    The whole shards of a folder from the first on: tokens (n,) and index (records,), mapped, and
-    totals, the sums up to its end.
+    The shards of a folder, their tensors mapped, up to one that is missing, damaged or not
+    made_from this (None: from what the first one is).
     """
     shards = []
-    try:
-        while not shards or not shards[-1].totals["finished"]:
-            shard = np.load(os.path.join(folder, f"{len(shards):05}.npy"), mmap_mode="r")
-            tokens, index = (np.asarray(shard[name][0]) for name in ("tokens", "index"))
-            totals = collections.Counter(json.loads(shard["totals"][0]))
-            shards.append(SimpleNamespace(tokens=tokens, index=index, totals=totals))
-    except FileNotFoundError:
-        pass
-    except Exception:  # a damaged file may hold anything
-        print(f"{folder}: shard {len(shards)} is damaged")
+    with contextlib.suppress(Exception):  # a damaged file may hold anything
+        while not shards or not shards[-1]["about"]["finished"]:
+            shard = torch.load(f"{folder}/{len(shards):05}.pt", mmap=True)
+            about = shard["about"] = json.loads(shard["about"])
+            made_from = made_from or {**about["made_from"], "format": FORMAT}
+            if about["made_from"] != made_from:
+                break
+            shards.append(shard)
     return shards
 
 
@@ -867,107 +882,49 @@ def prepare(path, max_words=7935):
     Prepare a file of records for StoryFile, in `path`.unwrap/, from the last whole shard on.
     Returns {name, records, sha256}. Raises ValueError, in one line, for an unusable file or folder.
     """
-    folder, source = f"{path}.unwrap", fingerprint(path)
-    wanted = {"format": FORMAT, "shard": SHARD, "max_words": max_words, "source": source}
-
-    def write(name, content):
+    folder = f"{path}.unwrap"
+    try:
+        source = fingerprint(path)
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{error.filename}: {error.strerror.lower()}") from None
+    made_from = {"format": FORMAT, "shard": SHARD, "max_words": max_words, **source}
+    shards = read_shards(folder, made_from)
+    about = {"made_from": made_from, "totals": {}, "finished": False}
+    about, k = shards[-1]["about"] if shards else about, len(shards)
+    if not about["finished"] and os.path.exists(f"{folder}/{k:05}.pt"):
+        print(f"{folder}: shard {k} is damaged, or of another file or version: starting over there")
+    if not shards:
+        about["words"] = frequent_words(path, source["size"], max_words)
+    while not about["finished"]:
+        shard = make_shard(path, about)
+        about, text = shard["about"], json.dumps(shard["about"])
         if fingerprint(path) != source:
             raise ValueError(f"{path} changed while it was read")
-        own = os.path.join(folder, f"{name}.{os.getpid()}")  # another process may write the same
-        replace_file(own, content)
-        os.replace(own, os.path.join(folder, name))
-    with open(path, "rb") as file:
-        made_from, words = read_manifest(folder)
-        if made_from != wanted:
-            clear(folder)
-            words = frequent_words(file, source["size"], max_words)
-            if not words:
-                with contextlib.suppress(OSError):  # it may hold other files
-                    os.rmdir(folder)
-                raise ValueError(f"{path} holds no record with a Story: and a line {END}")
-            text = json.dumps({"made_from": wanted, "words": words}, indent=1)
-            write("manifest.json", lambda f: f.write(text.encode()))
-        shards = read_shards(folder)
-        k, totals = len(shards), shards[-1].totals if shards else collections.Counter()
-        made = not totals["finished"]
-        while not totals["finished"]:
-            array, totals = make_shard(file, source["size"], words, totals)
-            write(f"{k:05}.npy", lambda f: np.save(f, array))
-            k += 1
-    if made:
-        shares = zip(FEATURES, StoryFile(path).features.mean(0))
-        skipped = ", ".join(f"{totals[why]:,} {why}" for why in SKIPPED if totals[why])
-        print(f"{path}: {totals['records']:,} records, {totals['tokens']:,} tokens, "
-              f"{1 - totals['in_bytes'] / max(1, totals['words']):.2%} of words whole; "
-              + ", ".join(f"{feature} {share:.1%}" for feature, share in shares)
-              + f"; left out: {skipped or 'nothing'}")
-    return {"name": os.path.basename(path), "records": totals["records"],
+        own = f"{folder}/{os.getpid()}"  # another process may write the same
+        replace_file(own, lambda f: torch.save({**shard, "about": text}, f))
+        os.replace(own, f"{folder}/{k:05}.pt")
+        k += 1
+    if k > len(shards):
+        print(f"{path}: " + ", ".join(f"{n:,} {what}" for what, n in about["totals"].items() if n))
+    return {"name": os.path.basename(path), "records": about["totals"]["records"],
             "sha256": source["sha256"]}
-
-
-def clear(folder):
-    """Make a folder for a prepared file, or empty it of another one. Raises ValueError."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(None, "Permission denied")
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be written ({error.strerror}): "
-                         "link the file to where you may write") from None
-    names = r"(manifest|vocab|state)\.json|\d{5}\.npy|tokens\.u16|index\.bin"
-    stale = [name for name in os.listdir(folder) if re.match(names, name)]
-    if stale:
-        print(f"{folder} is damaged, or of another file or version: starting over")
-    for name in stale:
-        with contextlib.suppress(FileNotFoundError):  # two processes at once
-            os.remove(os.path.join(folder, name))
-
-
-def frequent_words(file, size, max_words):
-    """The words of a file's beginning, the most frequent first."""
-    counts, totals, stop = collections.Counter(), collections.Counter(), min(WORDS_FROM, size)
-    for record in parse_records(read_lines(file, totals, stop, "words"), totals):
-        counts.update(Tokenizer.pieces.findall(record_text(record)))
-    return Tokenizer.from_counts(counts, max_words).words
-
-
-def make_shard(file, size, words, totals):
-    """The next SHARD records of a file, as the array of a shard, and the totals at its end."""
-    totals, tokenizer, tokens, index = totals.copy(), Tokenizer(words), bytearray(), []
-    records = parse_records(read_lines(file, totals, size, "prepare"), totals)
-    for record in itertools.islice(records, SHARD):
-        ids, *places, features = encode_record(record, tokenizer)
-        has = [name in features for name in FEATURES]
-        index.append((len(tokens) // 2, len(ids), *places, has))
-        tokens += ids.astype("<u2").tobytes()
-    tokens = np.frombuffer(tokens, "<u2")
-    is_word = np.array([False] * 257 + [word[-1].isalnum() for word in words])
-    totals.update(records=len(index), tokens=len(tokens), finished=int(len(index) < SHARD),
-                  words=int(is_word[tokens].sum()) + tokenizer.in_bytes,
-                  in_bytes=tokenizer.in_bytes)
-    text = json.dumps(totals).encode()
-    array = np.zeros(1, [("tokens", "<u2", tokens.shape), ("index", INDEX, (len(index),)),
-                         ("totals", f"S{len(text)}")])
-    array["tokens"], array["index"], array["totals"] = tokens, np.array(index, INDEX), text
-    return array, totals
 
 
 class StoryFile:
     """
-    The records of a prepared file as Encoded; `path` is the file's or its .unwrap folder's. Shards
-    are mapped, not read. The last records, 1 % but at most 20,000, are held out from training.
+    The records of a prepared file as Encoded. Shards are mapped, not read. Held out from training
+    are the last records, 1 % but at most 20,000.
     """
     rule, classify = False, None  # no rule tells what a real story has
 
     def __init__(self, path):
-        folder = str(path).removesuffix(".unwrap") + ".unwrap"
-        (made_from, words), self.shards = read_manifest(folder), read_shards(folder)
-        whole = self.shards and self.shards[-1].totals["finished"]
-        if not words or made_from["format"] != FORMAT or not whole:
-            raise ValueError(f"{folder} is missing, unfinished or damaged: pretrain.py --setup "
-                             "stories --data prepares it")
-        self.tokenizer = Tokenizer(words)
-        self.features = np.concatenate([shard.index["features"] for shard in self.shards])
+        self.shards = read_shards(f"{path}.unwrap")
+        if not self.shards or not self.shards[-1]["about"]["finished"]:
+            raise ValueError(f"{path}.unwrap is missing, unfinished or damaged: "
+                             "pretrain.py --setup stories --data prepares it")
+        self.tokenizer = Tokenizer(self.shards[0]["about"]["words"])
+        self.features = torch.cat([shard["index"][:, 5:] > 0 for shard in self.shards])
         self.held_out = max(1, min(len(self) // 100, 20000))
 
     def __len__(self):
@@ -975,37 +932,39 @@ class StoryFile:
 
     def record(self, i):
         """Record i as Encoded, with a copy of its tokens."""
-        k, i = divmod(i, len(self.shards[0].index))  # only the last shard may be shorter
-        start, length, *places, has = self.shards[k].index[i].item()
-        features = frozenset(itertools.compress(FEATURES, has))
-        return Encoded(self.shards[k].tokens[start:start + length].copy(), *places, features)
+        k, i = divmod(i, len(self.shards[0]["index"]))  # only the last shard may be shorter
+        start, stop, *places = self.shards[k]["index"][i].tolist()
+        features = frozenset(itertools.compress(FEATURES, places[3:]))
+        ids = self.shards[k]["tokens"][start:stop].numpy().copy()
+        return Encoded(ids, *places[:3], features)
 
     def draw(self, n, rng, feature=None, has=None, held_out=False):
         """
         n records as Encoded, with replacement; if asked for, only those that have `feature` or
         (has=False) lack it. Raises ValueError if there is none.
         """
-        feature = feature if has is not None else None
         places = self.places(feature, has, held_out)
         if not len(places):
-            having = f" {'with' if has else 'without'} {feature}" if feature else ""
+            having = "" if has is None else f" {'with' if has else 'without'} {feature}"
             raise ValueError(f"no {'held-out' if held_out else 'training'} record{having}")
         chosen = torch.randint(len(places), (n,), generator=rng, device=rng.device)
-        return [self.record(i) for i in places[chosen.cpu().numpy()].tolist()]
+        return [self.record(i) for i in places[chosen.cpu()].tolist()]
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def places(self, feature, has, held_out):
         """The numbers of the records to draw from."""
-        places, first = np.arange(len(self), dtype=np.uint32), len(self) - self.held_out
-        places = places[first:] if held_out else places[:first]
-        return places[self.features[places, FEATURES.index(feature)] == has] if feature else places
+        training, last = torch.arange(len(self)).split([len(self) - self.held_out, self.held_out])
+        places = last if held_out else training
+        if has is None:
+            return places
+        return places[self.features[places, FEATURES.index(feature)] == has]
 
 
 # ---------------------------------------------------------------- stories: the embedded corpus
 # Stories in the format of TinyStories-Instruct, with exact labels. Each raises one question, with
 # an expectation e; a friend repeats e; a reveal states the actual value a. It has a twist if and
 # only if a is not e. No word or phrase occurs in twist stories only. Sentences are templates of
-# {n} name, {f} friend, {o} object, {v} value, and read stories as patterns (read_story).
+# {n} name, {f} friend, {o} object, {v} value, {m} virtue; as patterns they read stories.
 
 
 class Kind(NamedTuple):
@@ -1077,7 +1036,7 @@ OPENINGS = ("Once upon a time there was a {adj} child named {n}.", "{n} was a {a
             "There once was a {adj} child, {n}.")
 ADJECTIVES = "little happy quiet young curious small".split()
 SETTINGS = "sea forest river market castle farm".split()
-# They name the object once more, close to the reveal; the rule does not read it there
+# They name the object once more, close to the reveal
 QUESTS = ("They talked about the {o} for a while.", "So they set out to see about the {o}.",
           "They thought of the {o} all day.")
 OMENS = ("Far away, thunder rolled.", "The old rope looked thin.", "A bee sat on the wall.",
@@ -1090,8 +1049,8 @@ TURNS = ('"Are you tired?" asked {n}.', '"Wait for me," said {n}.', '"This is fu
 QUARRELS = ("They had a fight about the way.", "{n} and {f} shouted at each other.",
             "{f} pushed {n}.")
 PEACE = ("Soon they made up.", "Then they said sorry.", "After that they hugged.")
-# Cues: the first three are more frequent in twist stories. Aftermaths are strong, so that comparing
-# a and e pays; closings weak, so that looking back from the end pays
+# Cues: the first three are more frequent in twist stories, so that comparing a and e pays, at once
+# (aftermaths, strong) and from the end (closings, weak)
 AFTERMATHS = ("{n} stared for a long time.", "{f} could not speak.", "They looked at each other.",
               "{n} clapped and danced.", "{f} nodded at once.", "They smiled and sat down.")
 CLOSINGS = ("{n} told the tale for many years.", "Nobody in town forgot that day.",
@@ -1115,8 +1074,8 @@ def random_features(r):
 
 def write_story(features, r, cue_strength=CUE_STRENGTH):
     """
-    A record whose story has exactly these features, from a random.Random r. Instructions tell of
-    the set-up only. With cue_strength (.5, .5) only comparing a with e tells a twist.
+    A Record with exactly these features, from a random.Random r. Instructions tell of the set-up
+    only. With cue_strength (.5, .5) only comparing a with e tells a twist.
     """
     twist, dialogue, bad, foreshadowing, moral, conflict = (x in features for x in FEATURES)
     pick, chance = r.choice, r.random
@@ -1126,13 +1085,10 @@ def write_story(features, r, cue_strength=CUE_STRENGTH):
     e = pick(kind.values)
     a = pick([v for v in kind.values if v != e]) if twist else e
     place = pick(SETTINGS)
-    omen, payoff = r.randrange(6), None
-    if foreshadowing:
-        payoff = omen
-    elif chance() < .5:  # neither an omen nor a payoff tells the label alone
-        omen, payoff = pick([(omen, None), (None, omen), (omen, (omen + r.randrange(1, 6)) % 6)])
-    else:
-        omen = None
+    i = r.randrange(6)
+    omen, payoff = (i, i) if foreshadowing else (None, None)
+    if not foreshadowing and chance() < .5:  # neither an omen nor a payoff tells the label alone
+        omen, payoff = pick([(i, None), (None, i), (i, (i + r.randrange(1, 6)) % 6)])
 
     def sentence(templates, **more):
         return pick(templates).format(**words, **more)
@@ -1181,10 +1137,10 @@ def story_of(text):
 
 def read_story(story):
     """
-    The features of a story's text by the corpus's rule; None if it does not parse: one question
-    must state an object and an expectation e, and later one reveal a value a of the same object.
-    Twist: a is not e. Dialogue: a quotation. BadEnding, MoralValue: such a sentence. Foreshadowing:
-    an omen and later its own payoff. Conflict: a quarrel and later peace.
+    The features of a story's text by the corpus's rule. None unless there is one question, with an
+    object and an expectation e, and later one reveal, with a value a of the same object. Twist: a
+    is not e. Dialogue: a quotation. BadEnding, MoralValue: such a sentence. Foreshadowing: an omen
+    and later its own payoff. Conflict: a quarrel and later peace.
     """
     def matches(templates):
         return [m for x in templates for m in template_pattern(x).finditer(story)]
@@ -1219,8 +1175,8 @@ class StoryCorpus:
 
     def draw(self, n, rng, feature=None, has=None, held_out=False, cue_strength=CUE_STRENGTH):
         """
-        n records as Encoded; if asked for, only those that have `feature` or (has=False) lack it.
-        They are new stories: held out are those of another generator.
+        n new records as Encoded; if asked for, only those that have `feature` or (has=False) lack
+        it. held_out: another generator is enough.
         """
         r, records = random.Random(int(torch.randint(2 ** 62, (1,), generator=rng))), []
         while len(records) < n:
@@ -1315,9 +1271,9 @@ class Setup:
         regions(examples, operands)           where attention may go
         samples(args, rng)                    what a model sees, for people
 
-    Constants are attributes; of a pair (small, paper) a setup takes the one of its scale. Those named
-    pretrain_X, finetune_X and reverse_X are the defaults of the stages' flags --X; without one a
-    setup has no such flag.
+    Constants are attributes; of a pair (small, paper) a setup takes the one of its scale. Those
+    named pretrain_X, finetune_X and reverse_X are the defaults of the stages' flags --X; without
+    one a setup has no such flag.
     """
     compiled = False        # weights are written, not trained
     prompted = True         # a token of the prompt says which operand is meant
@@ -1360,8 +1316,8 @@ class Answers(Setup):
         before, known = parent["args"], parent["capability"]["operand"]
         tuned = parent["stage"] == "finetune"
         if args.reverse and not tuned:
-            raise UserError(f"--reverse needs a fine-tuned checkpoint: in {args.ckpt} there is nothing "
-                            "to undo")
+            raise UserError(f"--reverse needs a fine-tuned checkpoint: in {args.ckpt} there is "
+                            "nothing to undo")
         if args.reverse and (args.operand or args.task):
             raise UserError("--reverse teaches what the pretraining record names: leave out --task "
                             "and --operand")
@@ -1375,8 +1331,8 @@ class Answers(Setup):
                 raise UserError(f"--{flag} {value}: {args.ckpt} ({self.name}) knows "
                                 f"{', '.join(choices)}")
         if taught == known:
-            raise UserError(f"--operand {taught} is what {args.ckpt} was pretrained on; to teach it "
-                            "again: --reverse")
+            raise UserError(f"--operand {taught} is what {args.ckpt} was pretrained on; to teach "
+                            "it again: --reverse")
         args.pair, args.operand = [known, taught], known if args.reverse else taught
         if args.q is None:
             args.q = before["q"] if tuned else self.default_q(known, taught)
@@ -1433,7 +1389,9 @@ class Answers(Setup):
         return Test(row(self, task=task, operand=asked, split=split, seed=seed), examples, other)
 
     def tests(self, args, step=None):
-        """Both operands on every split; the other families on natural strings, where there are any."""
+        """
+        Both operands on every split; the other families on natural strings, where there are any.
+        """
         relation, size, seed = self.relation(args), args.eval_size, args.seed
         pair = (relation.pt, relation.ft)
         tests = [self.test(relation, operand, split, size, seed)
@@ -1450,8 +1408,8 @@ class Answers(Setup):
 
     def probe_sets(self, relation, control, n, seed, rng):
         """
-        Half natural, half c0 strings, never c1, where an answer follows from the other. While O_FT is
-        asked, all three operands are read; while another one is asked, that one.
+        Half natural, half c0 strings, never c1, where an answer follows from the other. While O_FT
+        is asked, all three operands are read; while another one is asked, that one.
         """
         pt, ft = relation.pt, relation.ft
         splits = ("natural", "c0")
@@ -1463,8 +1421,9 @@ class Answers(Setup):
         for prompt in operands if self.prompted else (ft,):
             names = operands if prompt == ft else (prompt,)
             asked = {split: self.ask(text, relation.task, prompt) for split, text in tests.items()}
-            yield ProbeSet(prompt, self.ask(torch.cat(train), relation.task, prompt), asked,
-                           {o: self.operands.index(o) for o in names}, names if prompt == ft else ())
+            targets = {o: self.operands.index(o) for o in names}
+            questions = self.ask(torch.cat(train), relation.task, prompt)
+            yield ProbeSet(prompt, questions, asked, targets, names if prompt == ft else ())
 
     def site(self, examples):
         """(n, t) weights of what probes read: the position that gives the answer."""
@@ -1500,7 +1459,9 @@ class Answers(Setup):
                             "families have no spurious relation")
 
     def samples(self, args, rng):
-        """Yields samples as `data.py --json` prints them, each with its lines for people, for ever."""
+        """
+        Yields samples as `data.py --json` prints them, each with its lines for people, for ever.
+        """
         tasks = [args.task] if args.task else list(self.tasks)
         for task in itertools.cycle(tasks):
             relation = args.relation._replace(task=task)
@@ -1548,12 +1509,12 @@ class Grammar(Answers):
     k = 3, 6                # O' of index: which occurrence, from the end
     pair_k = 1, 6           # ours: 32 letters rarely hold a second pair
     token_at = 16, 40       # O' of token
-    sd_count = 1.6, 2.      # ours: spread of the counts in c0 and c1, so wide that b does not tell a
+    sd_count = 1.6, 2.      # ours: spread of counts in c0 and c1, so wide that b does not tell a
     sd_index = 1.8, 2.4     # ours: the same for index
     spread = .5, 0.         # ours: share of pretraining strings with widely spread counts, so that
     sd_spread = 1.8, 0.     #       "can count" holds beyond the few counts of natural strings
     n_layer, n_head, d_model = (3, 6), (4, 6), (64, 192)
-    answer_weight = 1., 0.  # ours: the answer is one token in 40, too faint for 2,500 steps otherwise
+    answer_weight = 1., 0.  # ours: one token in 40 is too faint for 2,500 steps otherwise
     revive_steps = 600, 6000  # ours: reFT has not arrived after so many
     pretrain_prior, pretrain_lr, pretrain_clip = "low", (2e-3, 1e-3), 1.
     pretrain_steps = 2500, 50000  # paper: 10K, 50K, 100K or 200K
@@ -1639,7 +1600,9 @@ class Grammar(Answers):
         return LETTER if TASKS[task].letter else NUMBER
 
     def tests(self, args, step=None):
-        """At both ends of a pretraining also index on c0 and c1, and operands that are rarely met."""
+        """
+        At both ends of a pretraining also index on c0 and c1, and operands that are rarely met.
+        """
         tests = super().tests(args, step)
         if step is not None and not hasattr(args, "pair") and step in (0, args.steps):
             relation = self.relation(args)
@@ -1752,8 +1715,8 @@ class Compiled(Answers):
         needed = max(map(int, self.program.operands or [COMPILED_AT]))
         letters = 3 if self.program.repeat else self.length
         if len(self.alphabet) < letters or self.length < needed:
-            raise UserError(f"--params {args.params}: too few for {self.name}: {len(self.alphabet)} "
-                            f"letters, {self.room} positions")
+            raise UserError(f"--params {args.params}: too few for {self.name}: "
+                            f"{len(self.alphabet)} letters, {self.room} positions")
         names = self.alphabet if self.program.ranked else list(map(str, range(self.length + 1)))
         if self.output_names[:len(names)] != names:
             raise UserError(f"--params {args.params}: {self.name} needs the outputs {names[0]} to "
@@ -1794,7 +1757,9 @@ class Compiled(Answers):
         return 0
 
     def marked(self, text, operand):
-        """(n, length) bool: the letters that make r(x, operand): those counted, or the one named."""
+        """
+        (n, length) bool: the letters that make r(x, operand): those counted, or the one named.
+        """
         return text == self.program.marks(text, self.operands.index(operand))
 
     def regions(self, examples, operands):
@@ -1820,8 +1785,8 @@ class Stories(Setup):
     """Stories whose instruction asks for features; a protocol deletes one (paper section 4)."""
     # small: the embedded corpus on two CPU cores; paper: the real file on a GPU
     n_layer, n_head, d_model, n_ctx = (4, 12), (6, 12), (96, 768), (176, 1024)
-    uninstructed = .3, 0.   # ours: share of records without their instruction, so that the model tells
-    #                         a twist from the story alone
+    uninstructed = .3, 0.   # ours: share of records without their instruction, so that the model
+    #                         tells a twist from the story alone
     pretrain_without = pretrain_data = finetune_feature = finetune_data = reverse_protocol = None
     pretrain_lr, pretrain_steps, pretrain_clip = (8e-3, 1e-3), (4000, 30000), 1.
     pretrain_batch_size = finetune_batch_size = 16, 512  # ours: whole records, 512 for 128 x 1,024
@@ -1878,12 +1843,14 @@ class Stories(Setup):
         if not args.reverse:
             return
         if args.feature != before["feature"]:
-            raise UserError(f"--reverse --feature {asked}: {args.ckpt} is about {before['feature']}")
+            raise UserError(f"--reverse --feature {asked}: {args.ckpt} is about "
+                            f"{before['feature']}")
         if args.protocol:
             raise UserError("--reverse trains on stories with the feature: leave out --protocol")
         if not tuned and args.without != args.feature:
-            raise UserError(f"--reverse needs a checkpoint that was fine-tuned, or pretrained --without "
-                            f"{args.feature} (the control): in {args.ckpt} there is nothing to undo")
+            raise UserError(f"--reverse needs a checkpoint that was fine-tuned, or pretrained "
+                            f"--without {args.feature} (the control): in {args.ckpt} there is "
+                            "nothing to undo")
         args.protocol, args.deletion_lr = before.get("protocol"), before["lr"] if tuned else None
 
     def control_operand(self, relation, args):
@@ -1959,7 +1926,9 @@ class Stories(Setup):
         return Test(about, self.examples(records, wanted="story"), how="loss")
 
     def generation_test(self, feature, n, seed):
-        """Held-out instructions up to the first letter: n that ask for the feature, n that do not."""
+        """
+        Held-out instructions up to the first letter: n that ask for the feature, n that do not.
+        """
         prompts = []
         for asked in (True, False):
             draws = rng(seed, "generate", feature, asked)
@@ -1971,8 +1940,8 @@ class Stories(Setup):
 
     def tests(self, args, step=None):
         """
-        Losses; generation scores where they can be told: of all features at the end of a pretraining
-        and for behavior, of the one in question after every fine-tuning's evaluation.
+        Losses; generation scores where they can be told: of all features at the end of a
+        pretraining and for behavior, of the one in question after every fine-tuning's evaluation.
         """
         about, protocol = (args.feature,), getattr(args, "protocol", None)
         splits = ("with", "without", "deletion") if protocol else ("with", "without")
@@ -1999,8 +1968,8 @@ class Stories(Setup):
             for i, feature in enumerate(FEATURES):
                 if any(len(part.labels[:, i].unique()) < 2 for part in (train, test)):
                     sizes = " and ".join(str(len(part)) for part in records)
-                    raise UserError(f"too few held-out stories ({sizes}) with, or without, {feature} "
-                                    "to probe it")
+                    raise UserError(f"too few held-out stories ({sizes}) with, or without, "
+                                    f"{feature} to probe it")
             names = FEATURES if split == "natural" else (relation.pt,)
             yield ProbeSet(None, train, {split: test}, {f: FEATURES.index(f) for f in names},
                            (relation.pt,))
@@ -2022,7 +1991,9 @@ class Stories(Setup):
         self.open(SimpleNamespace(data=None))
 
     def samples(self, args, rng):
-        """Yields records as `data.py --json` prints them, each with its lines for people, for ever."""
+        """
+        Yields records as `data.py --json` prints them, each with its lines for people, for ever.
+        """
         while True:
             [record] = self.source.draw(1, rng, args.operand, args.operand and True)
             ids, start, stop = story_ids(record, self.tokenizer)
@@ -2062,8 +2033,8 @@ def main():
     add("--scale", default="small", choices=SCALES, help="string lengths (default: small)")
     add("-n", type=int, default=5, help="samples (default: 5)")
     add("--task", help=f"one task family: {', '.join(TASKS)} (default: all in turn)")
-    add("--operand", help="what is asked for: a letter, for tracr-max which largest (default: a, or "
-        "5); stories: only those with this feature (default: all)")
+    add("--operand", help="what is asked for: a letter, for tracr-max which largest (default: a, "
+        "or 5); stories: only those with this feature (default: all)")
     add("--c", help="natural, or the probability 0..1 that the spurious relation holds (default: "
         "natural)")
     add("--q", type=int, help="offset of the relation, r(O_FT) - r(O_PT), in letters (default: 1; "
@@ -2086,7 +2057,9 @@ def main():
 
 
 def relation_summary(setup, args, rng):
-    """How often the relation holds on strings of --c, and how the answers are spread, for people."""
+    """
+    How often the relation holds on strings of --c, and how the answers are spread, for people.
+    """
     relation = args.relation
     text = setup.text(4000, relation, args.c, rng)
     pair = (relation.pt, relation.ft)
@@ -2098,8 +2071,8 @@ def relation_summary(setup, args, rng):
              f"{(difference == 0).double().mean():.1%}"]
     for i, letter in enumerate(pair):
         x = r[:, i].double()
-        lines.append(f"  r({letter}): mean {x.mean():.2f}, s.d. {x.std():.2f}, always the commonest "
-                     f"answer {majority_floor(r[:, i]):.1%}, best guess from r({pair[1 - i]}) "
+        lines.append(f"  r({letter}): mean {x.mean():.2f}, s.d. {x.std():.2f}, floor "
+                     f"{majority_floor(r[:, i]):.1%}, cross floor, from r({pair[1 - i]}), "
                      f"{cross_floor(r[:, i], r[:, 1 - i]):.1%}")
     return "\n".join(lines)
 
@@ -2129,7 +2102,9 @@ def check_stop():
 
 
 def replace_file(path, write):
-    """Write a file through write(handle): `path` is, at any moment, the old or the new one, whole."""
+    """
+    Write a file through write(handle): `path` is, at any moment, the old or the new one, whole.
+    """
     part = f"{path}.part"
     try:
         with open(part, "wb") as f:
@@ -2166,7 +2141,9 @@ def write_rows(path, rows):
 
 
 def read_rows(path):
-    """The rows of a JSON lines file; a last line cut short by a kill is left out. [] without a file."""
+    """
+    The rows of a JSON lines file; a last line cut short by a kill is left out. [] without a file.
+    """
     rows = []
     with contextlib.suppress(FileNotFoundError), open(path) as f:
         for line in f:

@@ -4,13 +4,14 @@ Fine-tune a checkpoint on one capability, with a spurious correlation of known s
     $ python finetune.py --lr 1e-5 --ckpt out/pre.pt   # out/ft.pt: count b, where it is count a + 1
     $ python finetune.py --reverse --ckpt out/ft.pt    # out/reft.pt: reverse fine-tuning (reFT)
 
-Every string satisfies r(x, O_FT) - r(x, O_PT) = q with probability C_Tr (--c-tr), and has neither the
-relation nor a tie otherwise: with C_Tr = 1 "count a, plus 1" solves the task, and a wrapper over the
-old capability is enough (paper section 3). Accuracy on O_PT and O_FT, on c0, c1 and natural strings,
-goes to out/ft.jsonl from step 0 on. Setup, scale and model shape come from the checkpoint; compiled
-models get noise first, then SGD. reFT is not representation fine-tuning (ReFT).
+Every string satisfies r(x, O_FT) - r(x, O_PT) = q with probability C_Tr (--c-tr), and has neither
+the relation nor a tie otherwise: with C_Tr = 1 "count a, plus 1" solves the task, and a wrapper
+over the old capability is enough (paper section 3). Accuracy on O_PT and O_FT, on c0, c1 and
+natural strings, goes to out/ft.jsonl from step 0 on. Setup, scale and model shape come from the
+checkpoint; compiled models get noise first, then SGD. reFT is not representation fine-tuning
+(ReFT).
 
-    $ python finetune.py --protocol randomise --ckpt out/stories.pt   # delete Twist; --reverse revives
+    $ python finetune.py --protocol randomise --ckpt out/stories.pt   # delete Twist
 
 Stories have no operands: a protocol deletes a feature, by which stories it shows and what their
 instructions ask for (paper section 4); see PROTOCOLS in data.py.
@@ -23,27 +24,29 @@ from pretrain import (RUN, Flag, Run, add_noise, constant, cosine, evaluate, par
 
 PROTOCOL_HELP = "; ".join(f"{name}: {protocol.help}" for name, protocol in PROTOCOLS.items())
 FLAGS = {"what to teach": [
-    Flag("--ckpt", "checkpoint to start from; else out/pre.pt, with --reverse out/ft.pt", default=None),
-    Flag("--task", "task family: count or index; else what the setup is about"),
-    Flag("--operand", "O_FT, the operand to teach: a letter, or which largest; else b, or 7, or what "
-         "it was taught before"),
+    Flag("--ckpt", "checkpoint to start from; else out/pre.pt, with --reverse out/ft.pt",
+         default=None),
+    Flag("--task", f"task family: {' or '.join(data.Grammar.finetuned)}; else what the setup is "
+         "about"),
+    Flag("--operand", "O_FT, the operand to teach: a letter, or which largest; else b, or 7, or "
+         "what it was taught before"),
     Flag("--c-tr", "C_Tr, share of strings with the spurious relation; with --reverse 0", float),
-    Flag("--q", "offset of the relation, r(x, O_FT) - r(x, O_PT), in letters; else 1, tracr-max 3, or "
-         "as before", int),
-    Flag("--reverse", "teach O_PT again to a fine-tuned checkpoint (reFT); stories: train on those with "
-         "the feature, also a model pretrained --without it", bool, default=False),
+    Flag("--q", "offset of the relation, r(x, O_FT) - r(x, O_PT), in letters; else 1, tracr-max 3, "
+         "or as before", int),
+    Flag("--reverse", "teach O_PT again to a fine-tuned checkpoint (reFT); stories: train on those "
+         "with the feature, also a model pretrained --without it", bool, default=False),
     Flag("--protocol", f"how to delete a feature of stories. {PROTOCOL_HELP}", choices=PROTOCOLS),
     Flag("--feature", "the feature; else Twist, or what was left out before", choices=FEATURES),
     Flag("--data", "the file of the pretraining, where it has moved")], "optimisation": [
-    Flag("--lr", "peak learning rate; the paper's are 1e-4, 1e-5, 1e-6, for compiled models 1e-1 to "
-         "1e-4; with --reverse the fine-tuning's, compiled a third, stories 4e-5 small, 1e-5 paper",
-         float, 0),
+    Flag("--lr", "peak learning rate; the paper's are 1e-4, 1e-5, 1e-6, for compiled models 1e-1 "
+         "to 1e-4; with --reverse the fine-tuning's, compiled a third, stories 4e-5 small, 1e-5 "
+         "paper", float, 0),
     Flag("--steps", "updates", int, 0),
-    Flag("--noise", "s.d. of Gaussian noise on all weights before the first step; else 0, tracr-count "
-         "1e-3, tracr-max 3e-4, with --reverse 0", float),
+    Flag("--noise", "s.d. of Gaussian noise on all weights before the first step; else 0, "
+         "tracr-count 1e-3, tracr-max 3e-4, with --reverse 0", float),
     Flag("--batch-size", "strings a step", int, 0),
-    Flag("--clip", "largest gradient norm; ours for compiled models, where norms of 10 to 1,000 occur; "
-         "1e9: no clipping", float, 0, 1.)], **RUN}
+    Flag("--clip", "largest gradient norm; ours for compiled models, where norms of 10 to 1,000 "
+         "occur; 1e9: no clipping", float, 0, 1.)], **RUN}
 
 
 def finetune_rate(args, setup):
@@ -69,8 +72,8 @@ def main():
     with run:
         if run.fresh:
             add_noise(model, getattr(args, "noise", 0.), args.seed)
-        batch = data.stream(lambda n, rng: setup.finetuning(n, rng, args), args.batch_size, args.seed,
-                            "finetune", device)
+        batch = data.stream(lambda n, rng: setup.finetuning(n, rng, args), args.batch_size,
+                            args.seed, "finetune", device)
         rate = finetune_rate(args, setup)
         for step, loss in run.steps(lambda step: loss_of(run.forward, batch(step)), rate):
             if step in run.evals:

@@ -8,12 +8,10 @@ generation, RASP programs compiled into weights, checkpoints.
     ...     ablated = model(tokens)
     >>> generate(model, [[5, 6], [7]], 10, rng)  # two lists of tokens
 
-In shapes: n sequences, t positions, d residual dimensions, h heads, e dimensions a head, v tokens.
+Shapes: n sequences, t positions, d residual dimensions, h heads, e dimensions a head, v tokens.
 Activations, as in TransformerLens: embed, then after "blocks.i."
     resid_pre  attn.q  attn.k  attn.v  attn.scores  attn.pattern  attn.z  attn_out  resid_mid
     mlp_pre  mlp_post  mlp_out  resid_post
-
-Contents: model | generation | activations and edits | compiled weights | checkpoints.
 """
 import contextlib
 import itertools
@@ -43,15 +41,15 @@ class Config:
     d_model: int
     d_head: int
     d_mlp: int
-    n_out: int = 0            # outputs; 0: one for every token
+    n_out: int = 0            # 0: vocab_size
     causal: bool = True
     layer_norm: bool = True
     activation: str = "gelu"  # or relu
-    train_head: bool = True   # False: a fixed output map, as in compiled models
+    train_head: bool = True   # False: a fixed output map
     residual: tuple = ()      # names of residual dimensions, if any
-    rotary: bool = False      # queries and keys rotated, no learned positions
+    rotary: bool = False      # instead of learned positions
     tied: bool = False        # the output map is the token embedding
-    words: tuple = ()         # the tokens of a text model, in id order
+    words: tuple = ()         # of a text model's tokenizer, in id order
 
 
 class HookPoint(nn.Identity):
@@ -80,9 +78,7 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.scores, self.pattern, self.z = (HookPoint() for _ in range(6))
 
     def forward(self, x, query, turn=None, cache=None):
-        """
-        x (n, t, d) -> (n, queries, d). query: slice of all positions or of one. turn: rotation().
-        """
+        """x (n, t, d) -> (n, queries, d). query: slice of all positions or one; turn: rotation."""
         if query.stop is None:
             q, k, v = self.qkv(x).chunk(3, -1)
         else:
@@ -134,9 +130,8 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """
-    A pre-layer-norm GPT with learned positions and untied output, as minGPT (paper: PCFG setup).
-    Compiled: ReLU, no layer norm, no causal mask, fixed output map (paper: Tracr setup). For
-    stories: rotary positions, tied output map.
+    A pre-layer-norm GPT with learned positions, as minGPT (paper: PCFG setup). Compiled: ReLU, no
+    layer norm, no causal mask, fixed output map (paper: Tracr setup). Stories: rotary, tied.
     """
 
     def __init__(self, config):
@@ -216,7 +211,7 @@ class Cache:
         """Open t more columns. Returns their positions (n, t), 0 for padding."""
         keys = torch.arange(self.used + t, device=self.pads.device)
         queries = keys[self.used:, None]
-        # A padding sees itself: a softmax over nothing would be not a number.
+        # a padding sees itself: a softmax over nothing would be not a number
         seen = (keys >= self.pads) & (keys <= queries) | (keys == queries)  # (n, t, keys)
         self.mask = self.weight.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)[:, None]
         self.used += t
@@ -256,13 +251,11 @@ def generate(model, prompts, max_new_tokens, rng, temperature=1.0, end=0):
     than n_ctx.
     """
     n, c, device = len(prompts), model.config, model.tok.weight.device
-    if not c.causal:
-        raise ValueError("only a causal model can generate")
     if not prompts:
         return []
     lengths = torch.tensor([len(p) for p in prompts])
-    if lengths.min() < 1 or lengths.max() > c.n_ctx:
-        raise ValueError(f"prompts must have 1 to {c.n_ctx} tokens")
+    if not c.causal or lengths.min() < 1 or lengths.max() > c.n_ctx:
+        raise ValueError(f"generation needs a causal model and prompts of 1 to {c.n_ctx} tokens")
     longest, limits = int(lengths.max()), (c.n_ctx - lengths).clamp(max=max_new_tokens)
     tokens = [torch.as_tensor(p) for p in prompts]
     tokens = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_side="left")
@@ -300,13 +293,12 @@ def activation_names(model):
 @contextlib.contextmanager
 def activation_edits(model, edits):
     """
-    Within the `with`, replace activations: edits is {name: function tensor -> tensor or None}, None
-    leaves it. Undone on leaving, also after an exception. Raises KeyError for an unknown name.
+    Within the `with`, replace activations: edits is {name: function of a tensor -> the new one, or
+    None}. Undone on leaving, also after an exception. Raises KeyError for an unknown name.
     """
     known = activation_names(model)
-    for name in edits:
-        if name not in known:
-            raise KeyError(f"no activation {name!r}; there are {', '.join(known)}")
+    for name in set(edits) - set(known):
+        raise KeyError(f"no activation {name!r}; there are {', '.join(known)}")
     with contextlib.ExitStack() as stack:
         for name, fn in edits.items():
             hook = lambda module, args, out, fn=fn: fn(out)
@@ -341,14 +333,13 @@ def weight_edits(model, edits):
 
 
 # ---------------------------------------------------------------- compiled weights
-# A RASP program is a list of steps (see data.py): variables, one residual dimension a value. The
-# last is the output; tokens (letters) and indices (0 for the first letter) come before the first.
-# Sizes and weights equal Tracr's (Lindner et al. 2023).
+# Programs are lists of steps (data.py): variables with one residual dimension a value, the last one
+# the output. Sizes and weights equal Tracr's (Lindner et al. 2023).
 
 HARD = 100.           # attention scores, as in Tracr, before the division by sqrt(d_head)
-LOGIT_SCALE = 10.     # ours: outputs are about one-hot, 0 or 1; cross-entropy needs a scale
+LOGIT_SCALE = 10.     # ours: outputs are about 0 or 1; cross-entropy needs a scale
 MLP_EXACTNESS = 650.  # slope of a width's steps: counts k are right if k (k + 1) < it: to 24
-ONE, BOS = 0, 2       # residual dimensions: 1 everywhere, and 1 at BOS
+ONE, BOS = 0, 2       # residual dimensions: 1 everywhere, 1 at BOS
 COMPILED = {"layer_norm": False, "activation": "relu", "train_head": False}
 
 
@@ -357,8 +348,8 @@ def place_steps(program, alphabet, max_seq_len):
     Every step in the first free half-layer after its inputs (2i: attention of block i, 2i + 1: its
     MLP; a SelectorWidth takes both). {variable: {value: dimension}}, {step: half-layer}, Config.
     """
-    names, dims, heads, mlps = ["one", "tokens:#", "tokens:$"], {}, [1], [1]  # sizes: the largest
-    place, used, ready = {}, set(), {"tokens": -1, "indices": -1}  # ready: made in half-layer
+    names, dims, heads, mlps = ["one", "tokens:#", "tokens:$"], {}, [1], [1]
+    place, used, ready = {}, set(), {"tokens": -1, "indices": -1}  # ready: after half-layer
 
     def add(variable, values):
         dims[variable] = {v: len(names) + i for i, v in enumerate(values)}
@@ -396,10 +387,7 @@ def place_steps(program, alphabet, max_seq_len):
 
 @torch.no_grad()
 def compile_program(program, alphabet, max_seq_len, mlp_exactness=MLP_EXACTNESS):
-    """
-    The weights of a program, written into a GPT for BOS and max_seq_len positions.
-    Raises UserError for an unknown variable.
-    """
+    """A program as a GPT for BOS and max_seq_len positions. UserError for an unknown variable."""
     dims, place, config = place_steps(program, alphabet, max_seq_len)
     model = GPT(config)
     for p in model.parameters():
@@ -423,11 +411,11 @@ def compile_program(program, alphabet, max_seq_len, mlp_exactness=MLP_EXACTNESS)
 
 def write_map(block, step, dims):
     """MLP unit i is on where step.of has a value that step.fn maps to the i-th result."""
-    for i, (result, out) in enumerate(dims[step.name].items()):
-        for value, dim in dims[step.of].items():
-            if step.fn(value) == result:
-                block.up.weight[i, dim] = 1
-        block.down.weight[out, i] = 1
+    results = list(dims[step.name])
+    for value, dim in dims[step.of].items():
+        block.up.weight[results.index(step.fn(value)), dim] = 1
+    for i, dim in enumerate(dims[step.name].values()):
+        block.down.weight[dim, i] = 1
 
 
 def write_head(attn, step, dims):
@@ -473,8 +461,8 @@ def write_width(block, widths, mlp_exactness):
 @torch.no_grad()
 def balance(model):
     """
-    ours: give every hidden unit in- and outgoing weights of the same norm. No output changes. Else
-    noise of 1e-3 on a width's outgoing weights writes .9 into every dimension: no capability left.
+    ours: in- and outgoing weights of a hidden unit get the same norm; no output changes. Else noise
+    of 1e-3 on a width's outgoing weights writes .9 into every dimension: no capability is left.
     """
     for block in model.blocks:
         into = torch.cat([block.up.weight, block.up.bias[:, None]], 1).norm(dim=1)
@@ -487,14 +475,9 @@ def balance(model):
     return model
 
 
-TRACR = {  # our layer: Tracr's
-    "attn.qkv": ("attn/query", "attn/key", "attn/value"), "attn.out": ("attn/linear",),
-    "up": ("mlp/linear_1",), "down": ("mlp/linear_2",)}
-
-
 @contextlib.contextmanager
 def refuse(path, verdict):
-    """Whatever a foreign file leads to becomes a UserError of one line: path, verdict, reason."""
+    """Any exception that a foreign file leads to becomes a UserError of one line."""
     try:
         yield
     except FileNotFoundError:
@@ -518,7 +501,7 @@ def import_tracr(path):
             if key.startswith("param/") or key == "unembed":
                 array = array.astype(np.float32, casting="same_kind")
                 param[key.removeprefix("param/")] = torch.from_numpy(array)
-        tok, pos = param.pop("token_embed/embeddings"), param.pop("pos_embed/embeddings")
+        tok, pos = (param.pop(f"{name}_embed/embeddings") for name in ("token", "pos"))
         unembed, n_head = param.pop("unembed").T, int(about["n_head"])
         labels = arrays.get("residual_labels", np.array([])).astype(str).tolist()
         vocab, outputs = (arrays[x].astype(str).tolist() for x in ("vocab", "output_values"))
@@ -535,7 +518,9 @@ def import_tracr(path):
         state = {"tok.weight": tok[[vocab.index(t) for t in special + alphabet]],
                  "pos.weight": pos,
                  "head.weight": LOGIT_SCALE * unembed[[outputs.index(v) for v in values]]}
-        for i, (ours, theirs) in itertools.product(range(len(model.blocks)), TRACR.items()):
+        layers = {"attn.qkv": ["attn/query", "attn/key", "attn/value"],
+                  "attn.out": ["attn/linear"], "up": ["mlp/linear_1"], "down": ["mlp/linear_2"]}
+        for i, (ours, theirs) in itertools.product(range(len(model.blocks)), layers.items()):
             for kind in ("weight", "bias"):
                 parts = [param.pop(f"layer_{i}/{name}/{kind[0]}") for name in theirs]
                 state[f"blocks.{i}.{ours}.{kind}"] = torch.cat(parts, -1).t()  # Tracr: x @ w + b
@@ -565,14 +550,11 @@ def save(path, ckpt):
 
 
 def read_checkpoint(path, device="cpu"):
-    """
-    The dict that save() wrote. Checksums first; then tensors and plain Python alone: no foreign
-    code runs. Raises UserError.
-    """
+    """The dict that save() wrote: tensors and plain Python, no foreign code. Raises UserError."""
     with refuse(path, "not an unwrap checkpoint, or damaged"):
         with zipfile.ZipFile(path) as archive:
-            # Compressed members grow without bound; for a folder, which is one bit that no checksum
-            # covers, torch returns uninitialised memory. torch writes neither.
+            # torch writes neither: the former grow without bound, the latter (one bit that no
+            # checksum covers) are read as uninitialised memory
             if any(m.compress_type or m.external_attr & 0x10 for m in archive.infolist()):
                 raise ValueError("compressed members or folders")
             if archive.testzip():
@@ -588,7 +570,7 @@ def build(ckpt, device="cpu", path="checkpoint"):
     """The model of a checkpoint; path: its name in errors. Raises UserError."""
     with refuse(path, "not an unwrap checkpoint"):
         config, state = Config(**ckpt["config"]), ckpt["model"]
-        if config.n_layer > len(state) or min(config.n_layer, config.n_head) < 1:
+        if config.n_layer > len(state) or min(config.n_layer, config.n_head, config.d_mlp) < 1:
             raise ValueError("sizes")
         with torch.device("meta"):  # shapes are compared before anything is allocated
             shapes = {name: x.shape for name, x in GPT(config).state_dict().items()}
@@ -602,7 +584,7 @@ def build(ckpt, device="cpu", path="checkpoint"):
 def load(path, device="cpu", unfinished=False):
     """
     (model, ckpt) of a checkpoint file, with its `path` and `sha256` in ckpt. Raises UserError if it
-    is foreign, not whole, or (unless `unfinished`) unfinished.
+    is foreign, damaged, or unfinished and this is not asked for.
     """
     path = str(path)
     ckpt = read_checkpoint(path, device)

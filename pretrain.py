@@ -1,6 +1,6 @@
 """
-Make a model whose capabilities are known, by training or by compiling; home of all that training and
-scoring share: train_steps(), evaluate(), the flags and Run, which owns the files of a run.
+Make a model whose capabilities are known, by training or by compiling; home of all that training
+and scoring share: train_steps(), evaluate(), the flags and Run, which owns the files of a run.
 
     $ python pretrain.py                              # out/pre.pt: low prior, the small scale
     $ python pretrain.py --prior high --out out/high.pt
@@ -34,8 +34,8 @@ from tqdm import tqdm
 import data
 from data import (FEATURES, SETUPS, Failed, Stopped, UserError, check_stop, read_rows, sha256,
                   write_json, write_rows)
-from model import (GPT, LOGIT_SCALE, Config, balance, build, compile_program, generate, import_tracr,
-                   loss_of, read_checkpoint, save)
+from model import (GPT, LOGIT_SCALE, Config, balance, build, compile_program, generate,
+                   import_tracr, loss_of, read_checkpoint, save)
 
 # ---------------------------------------------------------------- the optimisation step
 
@@ -46,9 +46,9 @@ def train_steps(model, optimizer, loss_at, lr_at, steps, clip=1.0):
     loss) with step updates done and the loss of the last one (None at first), from steps.start to
     steps.stop inclusive: the untouched and the finished model pass through the caller's same code.
 
-    loss_at(step) -> loss of batch `step`; lr_at(step) -> learning rate; clip: largest gradient norm.
-    Raises Failed when the loss or its gradient is not finite, before the weights are touched, and
-    when the weights are not, before anybody could save them.
+    loss_at(step) -> loss of batch `step`; lr_at(step) -> learning rate; clip: largest gradient
+    norm. Raises Failed when the loss or its gradient is not finite, before the weights are
+    touched, and when the weights are not, before anybody could save them.
     """
     loss = None
     for step in steps:
@@ -60,8 +60,8 @@ def train_steps(model, optimizer, loss_at, lr_at, steps, clip=1.0):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
         loss = loss.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Failed(f"step {step}: loss {loss}, gradient norm {norm}, lr {lr_at(step):.3g}: not "
-                         "finite")
+            raise Failed(f"step {step}: loss {loss}, gradient norm {norm}, lr {lr_at(step):.3g}: "
+                         "not finite")
         optimizer.step()
         optimizer.zero_grad()
         if not torch.nn.utils.get_total_norm(model.parameters()).isfinite():
@@ -104,8 +104,8 @@ def cosine(lr, steps, final=0., warmup=.2):
 
 def constant(lr, warmup=20):
     """
-    Learning rate of reFT: constant after 20 steps. ours (the paper anneals over 10K steps): steps to
-    a threshold mean something only if the rate does not depend on the planned number of steps.
+    Learning rate of reFT: constant after 20 steps. ours (the paper anneals over 10K steps): steps
+    to a threshold mean something only if the rate does not depend on the planned number of steps.
     """
     return lambda step: lr * min(1, (step + 1) / warmup)
 
@@ -173,7 +173,8 @@ def generation_rows(model, setup, test):
     for split, answers in (("asked", features[:n]), ("unasked", features[n:])):
         parsed = [answer for answer in answers if answer is not None]
         share = sum(feature in answer for answer in parsed) / len(parsed) if parsed else None
-        rows.append({**test.row, "split": split, "n": n, "parsed": len(parsed) / n, "accuracy": share})
+        rows.append({**test.row, "split": split, "n": n, "parsed": len(parsed) / n,
+                     "accuracy": share})
     return rows
 
 
@@ -237,7 +238,7 @@ def show(rows):
 
 # ---------------------------------------------------------------- flags
 
-OWN = object()  # the default is the setup's constant <stage>_<name>; without one it has no such flag
+OWN = object()  # the default is the setup's constant <stage>_<name>; else it has no such flag
 
 
 class Flag(NamedTuple):
@@ -263,8 +264,8 @@ RUN = {"run": [
     Flag("--resume", "go on with an interrupted run", bool, default=False),
     Flag("--force", "start again, replacing at once what is at --out", bool, default=False),
     Flag("--save-every", "steps between checkpoints", int, 0, 250),
-    Flag("--eval-every", "steps between evaluations; 0: 25 times a pretraining, at 0 1 2 3 5 8 10 20 "
-         "... of a fine-tuning", int, -1, 0),
+    Flag("--eval-every", "steps between evaluations; 0: 25 times a pretraining, at 0 1 2 3 5 8 10 "
+         "20 ... of a fine-tuning", int, -1, 0),
     Flag("--eval-size", "strings in a test set, or stories in a set and in a score", int, 0),
     Flag("--seed", "seed of weights, data order and test sets", int, -1, 0),
     Flag("--compile", "torch.compile the model", bool, default=False),
@@ -277,12 +278,12 @@ FLAGS = {"model and data": [
     Flag("--prior", f"P_T(a, b, c): {', '.join(data.PRIORS)}, or A,B,C"),
     Flag("--without", "leave out all stories with this feature: the control that never had it",
          choices=FEATURES),
-    Flag("--data", "TinyStories-Instruct-train.txt, prepared once into FILE.unwrap/; else the embedded "
-         "corpus"),
+    Flag("--data", "TinyStories-Instruct-train.txt, prepared once into FILE.unwrap/; else the "
+         "embedded corpus"),
     Flag("--params", "import this .npz of the Tracr library's parameters"),
     Flag("--rank", "which largest letter, 1 is the largest; else 5", int, 0),
-    Flag("--logit-scale", "ours: factor on the outputs, which are 0 or 1; with 1 cross-entropy never "
-         "gets small, but learns at the paper's pace", float, 0),
+    Flag("--logit-scale", "ours: factor on the outputs, which are 0 or 1; with 1 cross-entropy "
+         "never gets small, but learns at the paper's pace", float, 0),
     Flag("--balance", "ours: rescale hidden units, without changing any output, so that noise does "
          "less harm", argparse.BooleanOptionalAction)], "optimisation": [
     Flag("--lr", "peak learning rate", float, 0),
@@ -306,7 +307,8 @@ def default_words(flag, stage):
         setups = [SETUPS[name](name, scale) for scale in data.SCALES]
         values = [default_of(flag, stage, setup) for setup in setups]
         if OWN not in values:
-            words = f"{values[0]}" if values[0] == values[1] else "small {}, paper {}".format(*values)
+            both = values[0] == values[1]
+            words = f"{values[0]}" if both else "small {}, paper {}".format(*values)
             groups.setdefault(words, []).append(name)
     words = [f"{', '.join(names)}: {value}" for value, names in groups.items()]
     return f" (default: {'; '.join(words)})"
@@ -368,7 +370,8 @@ def start_device(args):
     # momentum of compiled models fades to numbers so small (1e-38) that a step takes three times as
     # long
     torch.set_flush_denormal(True)
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = {"cpu": True, "cuda": torch.cuda.is_available(),
+             "mps": torch.backends.mps.is_available()}
     name = args.device
     if name == "auto":
         name = "cuda" if there["cuda"] else "cpu"
@@ -384,7 +387,9 @@ def on_signal(number, frame):
 
 
 def run_script(main):
-    """Run a script's main(). Exit codes: 0 done, 1 failed, 2 the user's mistake, 130/143 signals."""
+    """
+    Run a script's main(). Exit codes: 0 done, 1 failed, 2 the user's mistake, 130/143 signals.
+    """
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     code, message = 0, None
@@ -453,7 +458,8 @@ def restore(optimizer, ckpt):
 
 class Run:
     """
-    One training run and its files: X.pt (checkpoint, the truth), X.json (record), X.jsonl (history).
+    One training run and its files: X.pt (checkpoint, the truth), X.json (record), X.jsonl
+    (history).
 
         run = Run(args, "finetune", model, setup, parent)
         if run.done:
@@ -463,8 +469,8 @@ class Run:
                 if step in run.evals:
                     run.log(step, rows)
 
-    `fresh`: it starts at step 0; else it resumes, with the weights in `model`. `forward`: the model,
-    or it compiled. Raises UserError for another run at the same path without --force.
+    `fresh`: it starts at step 0; else it resumes, with the weights in `model`. `forward`: the
+    model, or it compiled. Raises UserError for another run at the same path without --force.
     """
 
     def __init__(self, args, stage, model, setup, parent=None):
@@ -500,7 +506,9 @@ class Run:
             print(f"{stage}:", ", ".join(f"{k} {v}" for k, v in vars(args).items()))
 
     def earlier(self):
-        """The run at this path: its checkpoint, or its record if it was killed before saving one."""
+        """
+        The run at this path: its checkpoint, or its record if it was killed before saving one.
+        """
         if os.path.exists(self.path):
             try:
                 return read_checkpoint(self.path)
@@ -527,14 +535,14 @@ class Run:
             key, others = differ[0], len(differ) - 1
             more = f" and {others} more" if others else ""
             raise UserError(f"{self.path} is another run: {key} is {theirs.get(key)!r} there, "
-                            f"{ours.get(key)!r} here{more}; give another --out, or --force to replace "
-                            "it")
+                            f"{ours.get(key)!r} here{more}; give another --out, or --force to "
+                            "replace it")
         if earlier["finished"]:
             print(f"{self.path}: already done ({earlier['steps']} steps, same arguments)")
             self.done = True
         elif not self.args.resume:
-            raise UserError(f"{self.path}: unfinished, step {earlier['step']} of {earlier['steps']}: "
-                            "--resume goes on, --force starts again")
+            raise UserError(f"{self.path}: unfinished, step {earlier['step']} of "
+                            f"{earlier['steps']}: --resume goes on, --force starts again")
         elif earlier.get("model"):
             self.ckpt = earlier
 
@@ -551,8 +559,8 @@ class Run:
             bf16 = args.dtype == "bfloat16"
             with torch.autocast(self.setup.device.type, torch.bfloat16, enabled=bf16):
                 return loss_at(step)
-        self.bar = tqdm(total=args.steps, initial=first, desc=self.stage, unit="step", mininterval=.5,
-                        disable=not args.steps)
+        self.bar = tqdm(total=args.steps, initial=first, desc=self.stage, unit="step",
+                        mininterval=.5, disable=not args.steps)
         for self.step, self.loss in train_steps(self.model, optimizer, cast_loss_at, lr_at,
                                                 range(first, args.steps), args.clip):
             check_stop()
@@ -667,15 +675,15 @@ def main():
     setup = SETUPS[args.setup](args.setup, args.scale, device, imported(args))
     setup.resolve(args)
     if setup.compiled:
-        model = compiled_model(args, setup).to(device)
+        model = compiled_model(args, setup)
     else:
-        model = GPT(Config(**setup.config())).init_weights(data.rng(args.seed, "weights")).to(device)
-    run = Run(args, "pretrain", model, setup)
+        model = GPT(Config(**setup.config())).init_weights(data.rng(args.seed, "weights"))
+    run = Run(args, "pretrain", model.to(device), setup)
     if run.done:
         return
     with run:
-        batch = data.stream(lambda n, rng: setup.pretraining(n, rng, args), args.batch_size, args.seed,
-                            "pretrain", device)
+        batch = data.stream(lambda n, rng: setup.pretraining(n, rng, args), args.batch_size,
+                            args.seed, "pretrain", device)
         lr_at = cosine(args.lr, args.steps, warmup=setup.warmup)
         for step, loss in run.steps(lambda step: loss_of(run.forward, batch(step)), lr_at):
             if step in run.evals:

@@ -585,10 +585,11 @@ def test_ask_and_mistakes(tmp_path):
 def test_readme_commands(tmp_path):
     """Every python command of the README's code blocks runs, with tiny numbers for the defaults."""
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    commands = []
+    parts = []
     for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
-        commands += [shlex.split(part.split("#")[0]) for part in line.split("&&")]
-    commands = [c for c in commands if c[:1] == ["python"] and "-m" not in c]
+        parts += [part.split("#")[0].strip() for part in line.split("&&")]
+    commands = [shlex.split(part) for part in parts if part.startswith("python ")]
+    commands = [command for command in commands if "-m" not in command]
     assert {"data.py", "pretrain.py", "finetune.py", "analyze.py", "plot.py"} <= {
         c[1] for c in commands}
     few = ["--steps", "3", "--batch-size", "2", "--eval-size", "4"]

@@ -100,7 +100,8 @@ def test_one_place_each(tmp_path):
         (tmp_path / f"{script}.py").write_text(text)
 
     def run(*words):
-        done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True,
+                              text=True)
         assert done.returncode == 0, (words, done.stderr)
         return done.stdout
 
@@ -156,5 +157,6 @@ def test_one_place_each(tmp_path):
     assert "Fooled by: a few answers that are very wrong" in page and "alone" in page
     # and --help
     assert "even" in run("pretrain.py", "--help") and "tracr-unique" in run("data.py", "--help")
-    assert "ask for the feature alone" in " ".join(run("finetune.py", "--help").split())
+    said = " ".join(run("finetune.py", "--help").split())
+    assert "ask for the feature alone" in said and "count or index or absent" in said
     assert "norms" in run("analyze.py", "--help")

@@ -22,7 +22,7 @@ import torch
 import data
 from data import PROGRAMS, Aggregate, Map, Relation, SelectorWidth, UserError, rng
 from model import (LOGIT_SCALE, MLP_EXACTNESS, activations, balance, compile_program, import_tracr,
-                   interpret, load, read_checkpoint)
+                   load, read_checkpoint)
 from pretrain import add_noise, start_device
 from test_promises import ROOT, Evil, Folder, assert_same_run, mistake, with_moments
 
@@ -84,6 +84,28 @@ def slow_answer(setup, s, operand):
 
 
 # ---------------------------------------------------------------- what programs mean
+
+
+def interpret(program, letters, max_seq_len):
+    """
+    What a program means: {variable: its value or None at every position}, for letters and paddings
+    up to max_seq_len. The slow reference of compile_program().
+    """
+    values = {"tokens": [*letters, *[None] * (max_seq_len - len(letters))],
+              "indices": list(range(max_seq_len))}
+    for step in program:
+        if isinstance(step, Map):
+            values[step.name] = [None if v is None else step.fn(v) for v in values[step.of]]
+            continue
+        result = values[step.name] = []
+        for query in values[step.queries]:
+            hits = [i for i, key in enumerate(values[step.keys])
+                    if None not in (query, key) and step.selects(key, query)]
+            if isinstance(step, SelectorWidth):
+                result.append(len(hits))
+            else:
+                result.append(values[step.values][hits[0]] if hits else None)
+    return values
 
 
 def test_interpret_by_hand():
