@@ -270,9 +270,10 @@ def behavior(study):
     print(f"\nbehavior   n = {study.args.eval_size}; share_: answers that a rule explains")
     facts = list(dict.fromkeys(k for k in itertools.chain(*rows) if k.startswith("share_")))
     facts = ["accuracy", "floor", "cross_floor", "loss", *facts]
-    table(["task", "asked", "split", "model", *facts],
-          [[r["task"], r["operand"] or "-", r["split"], r["model"], *(fact(r, k) for k in facts)]
-           for r in rows])
+    head, body = ["task", "operand", "split", "model"], []
+    for r in rows:
+        body.append([r[k] or "-" for k in head] + [fact(r, k) for k in facts])
+    table(head + facts, body)
     if study.base and study.answers:
         rows.append(distance_moved(study))
         print(f"  the weights moved by {rows[-1]['distance']:.3f} (norm; the base's is "
@@ -650,8 +651,8 @@ def prune(study):
         rows += prune_rows(study, sweep)
     if study.setup.compiled and study.model.config.residual:
         rows += graft_dimensions(study)
-    print(f"\nprune   {study.unit}s ranked on one set of c0 strings, scored on another; *: K chosen "
-          f"on the first; random: mean of {study.args.draws} draws\n  control: {study.control_note}")
+    print(f"\nprune   {study.unit}s ranked on one set of c0 strings, scored on another; *: K chosen on "
+          f"the first; random: {study.args.draws} draws\n  control: {study.control_note}")
     shown = [r for r in rows if r["k"] in KS and r["unit"] != "dimension"
              and r["split"] == ("c1" if r["operand"] == study.relation.ft else "c0")]
     keys = ("score", "order", "pool", "control", "edit", "operand", "split")
@@ -659,8 +660,8 @@ def prune(study):
         r["accuracy"] for r in cell])) + "*" * any(r["chosen"] for r in cell))
     for r in rows:
         if r.get("dimension") and r["chosen"]:
-            print(f"  graft all {r['side']} of {r['dimension']}, the best residual dimension on the "
-                  f"other set: {r['operand']} {percent(r['accuracy'])} on {r['split']}")
+            print(f"  graft all {r['side']} of {r['dimension']}, the best residual dimension on "
+                  f"the other set: {r['operand']} {percent(r['accuracy'])} on {r['split']}")
     return study.write("prune", rows)
 
 
@@ -1164,9 +1165,18 @@ def wins(measured, control, margin):
     return measured - control >= margin
 
 
-def picked(rows, column="accuracy", **wanted):
+def select(rows, **values):
+    """The rows that have these values."""
+    return [r for r in rows if values.items() <= {k: r.get(k) for k in values}.items()]
+
+
+def picked(rows, column="accuracy", **values):
     """The largest value of a column among the rows that have these values; None without one."""
-    values = [r[column] for r in rows if all(r.get(k) == v for k, v in wanted.items())]
+    return largest(*(r[column] for r in select(rows, **values)))
+
+
+def largest(*values):
+    """The largest of the values that are not None; None without one."""
     return max((v for v in values if v is not None), default=None)
 
 
@@ -1196,8 +1206,8 @@ def prune_facts(study, rows):
                         ("graft", dict(own, score="gradient-change", edit="graft"))):
         v[f"{name}_c0"], v[f"{name}_k"] = picked(rows, **where), picked(rows, "k", **where)
     random = dict(own, score="random", order="one-shot" if order == "iterative" else order)
-    draws = [r["accuracy"] for r in rows if all(r[k] == x for k, x in random.items())]
-    v["random_draws"], v["random_c0_max"] = len(draws), max(draws, default=None)
+    draws = [r["accuracy"] for r in select(rows, **random)]
+    v["random_draws"], v["random_c0_max"] = len(draws), largest(*draws)
     v["random_c0_mean"] = float(np.mean(draws)) if draws else None
     v["never_prune_c0"] = picked(rows, edit="zero", control="never-trained")
     return v
@@ -1214,8 +1224,7 @@ def probe_facts(study, rows):
     for key, model, target in (("probe_natural", "ckpt", a), ("probe_untrained", "untrained", a),
                                ("never_probe", "ckpt" if inside else "control", control)):
         where = dict(model=model, target=target, prompt=b, labels="true")
-        own = [r for r in rows if all(r[k] == x for k, x in where.items())]
-        on_c0 = [r for r in own if r["split"] == "c0"]
+        on_c0 = select(rows, split="c0", **where)
         best = max(on_c0, key=lambda r: r["accuracy"], default=None)
         where.update(split="natural", block=best and best["block"])
         v[key] = picked(rows, **where)
@@ -1250,17 +1259,15 @@ def answer_evidence(study, rows):
     v = {"task": task, "operands": [a, b], **behavior_facts(study, rows["behavior"]),
          **prune_facts(study, rows["prune"]), **probe_facts(study, rows["probe"]),
          **revive_facts(study, rows["revive"])}
-    controls = [v["random_c0_max"], v["never_prune_c0"]]
-    drawn = max((x for x in controls if x is not None), default=None)
+    drawn = largest(v["random_c0_max"], v["never_prune_c0"])
     pruned = wins(v["prune_c0"], v["pt_c0_cross_floor"], MARGIN)
     pruned = pruned and wins(v["prune_c0"], drawn, MARGIN)
-    controls = [v["probe_untrained"], v["never_probe"]]
-    blind = max((x for x in controls if x is not None), default=None)
+    blind = largest(v["probe_untrained"], v["never_probe"])
     read = wins(v["probe_natural"], blind, READS) and v["probe_natural"] >= KNOWS
     back = None
-    if v["reft_steps"] is not None and v["ckpt_pt_natural"] is not None:
+    if None not in (v["reft_steps"], v["control_steps"], v["ckpt_pt_natural"]):
         back = bool(v["ckpt_pt_natural"] < KNOWS and v["reft_reached"]
-                    and FASTER * v["reft_steps"] <= (v["control_steps"] or 0))
+                    and FASTER * v["reft_steps"] <= v["control_steps"])
     lines = []
     for role, o, guess in (("pt", a, b), ("ft", b, a)):
         measured, floor = v[f"ckpt_{role}_c0"], v[f"{role}_c0_cross_floor"]
@@ -1284,9 +1291,9 @@ def answer_rules(study, v, evidence):
 
         new        b is answered on c0 where the base could not: fine-tuning built it
         intact     a is still answered on c0 when it is asked for
-        wrapped    a is not answered, b only where the shortcut serves, and at least two of the three
-                   instruments find a
-        lost       a is not answered, and none of the three finds it, all with a never-trained control
+        wrapped    a is not answered, b only where the shortcut serves, and at least two of the
+                   three instruments find a
+        lost       a is not answered, and none of the three finds it, each beside a control
         undecided  anything else
 
     Answered: above the cross floor by MARGIN. Found, by pruning (ours: ranked anew after each row):
@@ -1317,22 +1324,19 @@ def story_evidence(study, rows):
     """(numbers, Evidence lines) for stories."""
     feature, v = study.relation.pt, {"feature": study.relation.pt}
     scored = [r for r in rows["behavior"] if "parsed" in r]
-    for r in scored:
-        if r["operand"] == feature:
-            key = f"{r['model']}_{r['split']}"
-            v[key], v[f"{key}_parsed"] = r["accuracy"], r["parsed"]
+    for r in select(scored, operand=feature):
+        key = f"{r['model']}_{r['split']}"
+        v[key], v[f"{key}_parsed"] = r["accuracy"], r["parsed"]
     fell = []
     for o in set(data.FEATURES) - {feature}:
         asked = [picked(scored, model=m, operand=o, split="asked") or 0. for m in ("base", "ckpt")]
         fell.append(asked[0] - asked[1])
     v["others_asked_fell_most"] = max(fell) if scored else None
-    where = dict(target=feature, labels="true", split="natural")
-    own = [r for r in rows["probe"] if (r["model"], r["target"], r["labels"], r["split"])
-           == ("base", feature, "true", "natural")]
-    v["probe_block"] = max(own, key=lambda r: r["auc"], default={"block": None})["block"]
+    probes = select(rows["probe"], target=feature, labels="true", split="natural")
+    bound = select(probes, model="base")
+    v["probe_block"] = max(bound, key=lambda r: r["auc"], default={"block": None})["block"]
     for model in ("base", "ckpt", "control", "untrained"):
-        where.update(model=model, block=v["probe_block"])
-        v[f"{model}_auc"] = picked(rows["probe"], "auc", **where)
+        v[f"{model}_auc"] = picked(probes, "auc", model=model, block=v["probe_block"])
     low, high = v["control_auc"], v["base_auc"]
     apart = None not in (low, high) and high - low >= APART
     v["between"] = (v["ckpt_auc"] - low) / (high - low) if apart else None
@@ -1343,16 +1347,16 @@ def story_evidence(study, rows):
         Evidence("behaviour", f"{feature} is written when it is asked for", after,
                  "half of the pretrained model's share", half, 0., wins(after or 0., half, 0.)),
         Evidence("probing", f"AUC of {feature} at the story's end, block {v['probe_block']}",
-                 v["ckpt_auc"], bounds, middle, 0., wins(v["ckpt_auc"], middle, 0.))]
+                 v["ckpt_auc"], bounds, middle, 0., v["between"] > .5 if apart else None)]
 
 
 def story_rules(study, v, evidence):
     """
     The rules of the verdict, the first that holds: (word, whether, meaning).
 
-        intact     the feature is still written when it is asked for, half as often as before or more
-        wrapped    it is not, but a probe finds it at the story's end nearly as well as before: by AUC,
-                   nearer the pretrained model (upper bound) than the one that never had it (lower)
+        intact     the feature is still written when asked for, half as often as before or more
+        wrapped    it is not, but a probe finds it at the story's end nearly as well as before: by
+                   AUC, nearer the pretrained model (upper bound) than the control (lower bound)
         lost       it is not, and the probe is nearer the lower bound
         undecided  anything else: no --control, bounds within .05, a base without the feature
 

@@ -775,8 +775,11 @@ class Tokenizer:
                          *(word.encode() for word in self.words)]
 
     @classmethod
-    def from_counts(cls, counts, max_words):
-        """The most frequent pieces of {piece: count}; ties in alphabetical order."""
+    def from_texts(cls, texts, max_words=None):
+        """With the most frequent pieces of texts as words; ties in alphabetical order."""
+        counts = collections.Counter()
+        for text in texts:
+            counts.update(cls.pieces.findall(text))
         return cls(sorted(counts, key=lambda word: (-counts[word], word))[:max_words])
 
     def encode(self, text):
@@ -831,19 +834,6 @@ def read_lines(path, totals, stop, what):
             yield line.decode(errors="replace")  # no letter spans a newline
 
 
-def frequent_words(path, size, max_words):
-    """The words of a file's beginning, the most frequent first. Raises ValueError for none."""
-    counts, totals = collections.Counter(), collections.Counter()
-    for record in parse_records(read_lines(path, totals, min(WORDS_FROM, size), "words"), totals):
-        counts.update(Tokenizer.pieces.findall(record_text(record)))
-    if not counts:
-        raise ValueError(f"{path} holds no record with a Story: and a line {END}")
-    words = Tokenizer.from_counts(counts, max_words).words
-    share = sum(counts[word] for word in words) / counts.total()
-    print(f"{path}: {len(words):,} words are {share:.2%} of the text, the rest is spelled in bytes")
-    return words
-
-
 def make_shard(path, about):
     """The next SHARD records of a file: tokens (n,), index (records, 11), and what they are."""
     totals, tokenizer = collections.Counter(about["totals"]), Tokenizer(about["words"])
@@ -895,7 +885,11 @@ def prepare(path, max_words=7935):
     if not about["finished"] and os.path.exists(f"{folder}/{k:05}.pt"):
         print(f"{folder}: shard {k} is damaged, or of another file or version: starting over there")
     if not shards:
-        about["words"] = frequent_words(path, source["size"], max_words)
+        totals, stop = collections.Counter(), min(WORDS_FROM, source["size"])
+        texts = map(record_text, parse_records(read_lines(path, totals, stop, "words"), totals))
+        about["words"] = Tokenizer.from_texts(texts, max_words).words
+        if not about["words"]:
+            raise ValueError(f"{path} holds no record with a Story: and a line {END}")
     while not about["finished"]:
         shard = make_shard(path, about)
         about, text = shard["about"], json.dumps(shard["about"])
@@ -939,10 +933,7 @@ class StoryFile:
         return Encoded(ids, *places[:3], features)
 
     def draw(self, n, rng, feature=None, has=None, held_out=False):
-        """
-        n records as Encoded, with replacement; if asked for, only those that have `feature` or
-        (has=False) lack it. Raises ValueError if there is none.
-        """
+        """As StoryCorpus.draw, with replacement. Raises ValueError if there is no such record."""
         places = self.places(feature, has, held_out)
         if not len(places):
             having = "" if has is None else f" {'with' if has else 'without'} {feature}"
@@ -953,8 +944,8 @@ class StoryFile:
     @functools.cache
     def places(self, feature, has, held_out):
         """The numbers of the records to draw from."""
-        training, last = torch.arange(len(self)).split([len(self) - self.held_out, self.held_out])
-        places = last if held_out else training
+        parts = torch.arange(len(self)).split([len(self) - self.held_out, self.held_out])
+        places = parts[held_out]
         if has is None:
             return places
         return places[self.features[places, FEATURES.index(feature)] == has]
@@ -1124,8 +1115,7 @@ def template_pattern(template):
     pattern = re.escape(template)
     for field, choices in words.items():
         slot, choice = rf"\{{{field}\}}", "|".join(choices)
-        if field in "ov":
-            pattern = pattern.replace(slot, f"(?P<{field}>{choice})", 1)
+        pattern = pattern.replace(slot, f"(?P<{field}>{choice})", 1)
         pattern = pattern.replace(slot, f"(?P={field})" if field in "ov" else f"(?:{choice})")
     return re.compile(pattern)
 
@@ -1166,17 +1156,15 @@ class StoryCorpus:
     """The embedded corpus, a source of records like StoryFile: new stories, with exact labels."""
 
     def __init__(self):
-        r, counts = random.Random(0), collections.Counter()
-        for _ in range(3000):
-            record = write_story(random_features(r), r)
-            counts.update(Tokenizer.pieces.findall(record_text(record)))
-        self.tokenizer = Tokenizer.from_counts(counts, len(counts))
+        r = random.Random(0)
+        records = (write_story(random_features(r), r) for _ in range(3000))
+        self.tokenizer = Tokenizer.from_texts(map(record_text, records))
         self.rule, self.classify = True, lambda texts: list(map(read_story, texts))
 
     def draw(self, n, rng, feature=None, has=None, held_out=False, cue_strength=CUE_STRENGTH):
         """
-        n new records as Encoded; if asked for, only those that have `feature` or (has=False) lack
-        it. held_out: another generator is enough.
+        n records as Encoded; has: only those that have (True) or lack (False) `feature`. They are
+        new stories: held out are those of another generator.
         """
         r, records = random.Random(int(torch.randint(2 ** 62, (1,), generator=rng))), []
         while len(records) < n:
@@ -1606,7 +1594,7 @@ class Grammar(Answers):
         tests = super().tests(args, step)
         if step is not None and not hasattr(args, "pair") and step in (0, args.steps):
             relation = self.relation(args)
-            done = {tuple(test.row[k] for k in ("task", "operand", "split")) for test in tests}
+            done = {(test.row["task"], test.row["operand"], test.row["split"]) for test in tests}
             for about in itertools.product(TASKS, LETTERS, SPLITS):
                 task, operand, split = about
                 exists = task in self.finetuned or split == "natural"
@@ -1882,7 +1870,8 @@ class Stories(Setup):
             last = (tokens != 0).int().mul(torch.arange(width)).amax(1, keepdim=True)
             real = place <= last + 1
         target = torch.where(real, tokens[:, 1:], -1)
-        labels = torch.tensor([[int(f in r.features) for f in FEATURES] for r in records])
+        pairs = itertools.product(records, FEATURES)
+        labels = torch.tensor([int(f in r.features) for r, f in pairs]).view(-1, len(FEATURES))
         return Examples(tokens[:, :-1].to(self.device), target.to(self.device),
                         labels.to(self.device))
 

@@ -809,11 +809,12 @@ def table3(runs):
     for g in groups:
         place, g.last = g.settings, flat(g, "history")[-1]["step"]
         g.lr, g.c_tr, prior = place["lr"], place["c_tr"], place.get("prior")
-        g.name = describe("prior", prior) if prior else program_of(place) or place["setup"]
-    for name, role in product(dict.fromkeys(g.name for g in groups), ("O_FT", "O_PT")):
+        name = describe("prior", prior) if prior else program_of(place) or place["setup"]
+        g.name = name, variant_of(place)
+    for (name, variant), role in product(dict.fromkeys(g.name for g in groups), ("O_FT", "O_PT")):
         panels = []
-        for lr in sorted({g.lr for g in groups}, reverse=True)[:4]:
-            series, members = [], [g for g in groups if (g.name, g.lr) == (name, lr)]
+        for lr in sorted({g.lr for g in groups}, reverse=True):
+            series, members = [], [g for g in groups if (*g.name, g.lr) == (name, variant, lr)]
             for split, look in SPLITS.items():
                 ours = {g.c_tr: spread(g, "history", role=role, split=split, step=g.last)
                         for g in members}
@@ -821,9 +822,10 @@ def table3(runs):
                           if (cell := (name, lr, c_tr, role, split)) in paper}
                 series += [Series(split, *look, "-", ours),
                            Series(f"{split}, the paper", look[0], "x", "", theirs)]
-            panels.append(lines(series, describe("lr", lr), "C_Tr"))
-        blocks.append((f"{name}: {role}", panels))
-    return compose(groups, "history", blocks) if len({g.c_tr for g in groups}) > 2 else None
+            if len(members) > 2:
+                panels.append(lines(series, describe("lr", lr), "C_Tr"))
+        blocks.append((f"{name} {variant}: {role}", panels[:4]))
+    return compose(groups, "history", blocks)
 
 
 @figure("prune", 8, ("fine-tuning",), height=2.8)

@@ -211,7 +211,7 @@ def test_features_line():
 
 def test_any_mix_of_lines_is_read_as_described_and_encoded_in_pieces():
     """Against the slow reader; encoding in pieces is encoding the whole."""
-    r, counts, records = random.Random(1), collections.Counter(), []
+    r, records = random.Random(1), []
     pool = ["Features: Twist, Conflict", "Features:Dialogue ,MoralValue,", "Features:",
             "Words: oak, sit", "Summary: S: x.", "Random sentence: It.", "Story: ", "Story:",
             "Story: A fox ran.", "", "", " ", "  two  spaces ", "A fox, he said.", "Features",
@@ -228,10 +228,9 @@ def test_any_mix_of_lines_is_read_as_described_and_encoded_in_pieces():
             assert not x.before or x.before.endswith("\n")
             assert x.after.endswith(("Story:", "\n")) and x.story[-1] != "\n"
             assert not x.rest or x.rest[0] == "\n"
-            counts.update(Tokenizer.pieces.findall(record_text(x)))
         records += parsed
     assert len(records) > 800 and len({x.features for x in records}) > 5
-    tokenizer = Tokenizer.from_counts(counts, 25)  # about half of the words
+    tokenizer = Tokenizer.from_texts(map(record_text, records), 25)  # about half of the words
     for x in records:
         e, line = encode_record(x, tokenizer), tokenizer.encode(features_line(x.features))
         whole = [*e.ids[:e.features_at], *line, *e.ids[e.features_at:]]
@@ -258,9 +257,9 @@ def test_tokenizer_by_hand():
 
 
 def test_most_frequent_words_with_ties_by_the_alphabet():
-    counts = {"b": 2, "a": 2, "c": 5, "d": 1}
-    assert Tokenizer.from_counts(counts, 3).words == ("c", "a", "b")
-    assert Tokenizer.from_counts(dict(reversed(counts.items())), 9).words == ("c", "a", "b", "d")
+    texts = [*"bbacdcccc", "a"]
+    assert Tokenizer.from_texts(texts, 3).words == ("c", "a", "b")
+    assert Tokenizer.from_texts(reversed(texts)).words == ("c", "a", "b", "d")
 
 
 def test_every_text_comes_back():
@@ -315,7 +314,7 @@ def test_a_hand_written_file(tmp_path, capsys):
         f.write(f"{END}\nWords: none\n{END}\nFeatures: Twist\nStory: cut".encode())
     assert prepare(path)["records"] == len(CASES) + 1
     out = capsys.readouterr().out
-    assert out.count("\n") == 2 and "words are 100.00% of the text" in out
+    assert out.count("\n") == 1
     for count in ("21 records", "1 no story", "1 truncated", "2 unknown feature"):
         assert count in out
     source = StoryFile(path)
