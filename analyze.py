@@ -651,8 +651,8 @@ def prune(study):
         rows += prune_rows(study, sweep)
     if study.setup.compiled and study.model.config.residual:
         rows += graft_dimensions(study)
-    print(f"\nprune   {study.unit}s ranked on one set of c0 strings, scored on another; *: K chosen on "
-          f"the first; random: {study.args.draws} draws\n  control: {study.control_note}")
+    print(f"\nprune   {study.unit}s, ranked on one set of c0 strings, scored on others; *: K chosen "
+          f"on the first; random: {study.args.draws} draws\n  control: {study.control_note}")
     shown = [r for r in rows if r["k"] in KS and r["unit"] != "dimension"
              and r["split"] == ("c1" if r["operand"] == study.relation.ft else "c0")]
     keys = ("score", "order", "pool", "control", "edit", "operand", "split")
@@ -1167,7 +1167,9 @@ def wins(measured, control, margin):
 
 def select(rows, **values):
     """The rows that have these values."""
-    return [r for r in rows if values.items() <= {k: r.get(k) for k in values}.items()]
+    def fits(r):
+        return all(r.get(k) == v for k, v in values.items())
+    return list(filter(fits, rows))
 
 
 def picked(rows, column="accuracy", **values):
