@@ -1,0 +1,115 @@
+"""
+The house keeps its shape, and the README its word: sizes, imports, and the numbers of "What we find",
+recomputed from the committed evidence.
+"""
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = ["data.py", "model.py", "pretrain.py", "finetune.py", "analyze.py", "plot.py"]
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_can_be_read(name):
+    """No line over 100 columns, function over 60 lines or 6 parameters, or nested comprehension."""
+    text = (ROOT / name).read_text()
+    assert not [line for line in text.splitlines() if len(line) > 100]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+            args = [a.arg for a in node.args.args + node.args.kwonlyargs if a.arg != "self"]
+            assert len(args) <= 6, node.name
+        if isinstance(node, COMPREHENSIONS):
+            assert sum(isinstance(inner, COMPREHENSIONS) for inner in ast.walk(node)) == 1, name
+
+
+def test_imports_go_one_way():
+    """data <- model <- pretrain <- finetune <- analyze; plot uses none of them, and no torch."""
+    order = ["data", "model", "pretrain", "finetune", "analyze", "plot"]
+    outside = {"numpy", "torch", "tqdm", "matplotlib"}
+    for i, name in enumerate(order):
+        tree = ast.parse((ROOT / f"{name}.py").read_text())
+        roots = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                roots |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                roots.add(node.module.split(".")[0])
+        allowed = set() if name == "plot" else set(order[:i])
+        assert roots & set(order) <= allowed
+        packages = roots - set(order) - sys.stdlib_module_names
+        assert packages <= (outside - {"torch"} if name == "plot" else outside), name
+
+
+def test_setups_are_told_apart_in_their_registries_alone():
+    """At most five comparisons with the name of a setup in all six files."""
+    names = {"pcfg", "stories", "tracr-count", "tracr-max", "tracr-histogram"}
+    count = 0
+    for name in FILES:
+        for node in ast.walk(ast.parse((ROOT / name).read_text())):
+            if isinstance(node, ast.Compare):
+                constants = [c.value for c in ast.walk(node) if isinstance(c, ast.Constant)]
+                count += any(c in names for c in constants)
+    assert count <= 5
+
+
+def test_readme_is_short_and_its_pictures_are_there():
+    """At most 200 lines; every file that it shows or links is committed."""
+    assert len(README.splitlines()) <= 200
+    for path in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / path).is_file(), path
+
+
+CASES = {"low prior, C_Tr 1": ("count", "low-"), "high prior, C_Tr .5": ("count", "high-"),
+         "low prior, C_Tr 0, lr 1e-3": ("count", "learner-"),
+         "Indexer, low prior, C_Tr 1": ("index", "low-")}
+
+
+def cells_of(line):
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def test_findings_are_what_the_evidence_says():
+    """Every number of the table "What we find", from the verdicts in results/."""
+    lines = README.split("## What we find")[1].split("![")[0].splitlines()
+    head, _, *rows = [line for line in lines if line.startswith("|")]
+    assert cells_of(head)[1:] == list(CASES) and len(rows) == 5
+    for i, (folder, start) in enumerate(CASES.values(), 1):
+        runs = map(json.loads, (ROOT / f"results/{folder}/runs.jsonl").read_text().splitlines())
+        verdicts = [run["verdict"] for run in runs if run["run"].startswith(start) and run["verdict"]]
+        assert len(verdicts) == 3
+
+        def mean(key, each=False):
+            values = [100 * v[key] for v in verdicts]
+            text = f"{sum(values) / 3:.0f}"
+            return text + f" ({', '.join(f'{x:.0f}' for x in values)})" * each
+
+        def steps(who):
+            reached = ["" if v[f"{who}_reached"] else "> " for v in verdicts]
+            return ", ".join(f"{r}{v[f'{who}_steps']:.0f}" for r, v in zip(reached, verdicts))
+        expected = [
+            f"{mean('ckpt_ft_c1', True)}; {mean('ckpt_ft_c0', True)}",
+            f"{mean('ckpt_pt_c0')}; {mean('prune_c0', True)}; {mean('random_c0_max')}; "
+            f"{mean('never_prune_c0')}",
+            f"{mean('probe_natural', True)}; {mean('probe_untrained')}; {mean('never_probe')}",
+            f"{steps('reft')}; {steps('control')}", ", ".join(v["verdict"] for v in verdicts)]
+        assert [cells_of(row)[i] for row in rows] == expected
+
+
+def test_nothing_committed_is_large():
+    """results/: at most 100 files and 10 MB; no checkpoint anywhere."""
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in done.stdout.splitlines() if (ROOT / name).is_file()]
+    results = [path for path in files if path.is_relative_to(ROOT / "results")]
+    assert len(results) <= 100 and sum(path.stat().st_size for path in results) <= 10e6
+    assert not [path for path in files if path.suffix == ".pt"]
