@@ -11,10 +11,10 @@ out/ft.verdict.json. Each analysis has its control, run in the same way: an oper
 --control) that never had the capability, matched random rows, an untrained model, shuffled labels,
 majority and cross floors. To add one, write a function of a Study under @analysis.
 
-Contents: the study | behavior | prune | probe | attention, hidden | revive | verdict | ask,
-generate | command line. a stands for O_PT, the pretraining operand (of stories the feature in
-question), and b for O_FT, the fine-tuning operand, whatever letters they are.
+a stands for O_PT, the pretraining operand (of stories the feature in question), and b for O_FT, the
+fine-tuning operand, whatever letters they are.
 """
+import bisect
 import collections
 import copy
 import itertools
@@ -34,7 +34,7 @@ from data import (SPLITS, Answers, Relation, UserError, check_stop, read_rows, r
 from finetune import finetune_rate
 from model import GPT, Config, activations, generate, load, loss_of, weight_edits
 from pretrain import (MACHINE, Flag, accuracy, add_noise, answer_row, check_above, constant,
-                      evaluate, interval, optimizer_for, parse, percent, predict, run_script,
+                      evaluate, floors, optimizer_for, parse, percent, predict, run_script, show,
                       start_device, table, train_steps)
 
 # ---------------------------------------------------------------- the study
@@ -43,8 +43,7 @@ ANALYSES = {}  # name: Analysis, in the order in which they run
 
 
 class Analysis(NamedTuple):
-    """A function of a Study that writes rows and returns them."""
-    run: Callable
+    run: Callable       # a function of a Study that writes rows and returns them
     needs_base: bool    # only for fine-tuned checkpoints
     applies: Callable   # setup -> bool
 
@@ -63,11 +62,9 @@ def analysis(needs_base=False, applies=lambda setup: True):
 
 
 def find_parent(path, parent):
-    """
-    The file a checkpoint was made from: at its recorded path or beside it, verified by sha256.
-    """
+    """The file that `path` was made from: as recorded or beside it, verified by sha256."""
     beside = os.path.join(os.path.dirname(path), os.path.basename(parent["path"]))
-    files = [p for p in (parent["path"], beside) if os.path.isfile(p)]
+    files = list(filter(os.path.isfile, (parent["path"], beside)))
     for file in files:
         if sha256(file) == parent["sha256"]:
             return file
@@ -76,69 +73,70 @@ def find_parent(path, parent):
 
 
 class Study:
-    """
-    A checkpoint, what it came from, and its test sets: what an analysis needs and may not change.
-    """
+    """A checkpoint, what it came from, its control and its test sets."""
 
     def __init__(self, args, device):
         self.args, self.device = args, device
         self.model, self.ckpt = load(args.ckpt, device)
         self.setup = data.setup_of(self.ckpt, device)
         self.answers, self.prefix = has_answers(self.setup), os.path.splitext(args.ckpt)[0]
-        self.seed = self.ckpt["args"]["seed"] if args.seed is None else args.seed
+        trained = self.ckpt["args"]
+        self.seed = trained["seed"] if args.seed is None else args.seed
         # the run's own arguments, for the setup's test sets
-        more = {"eval_size": args.eval_size, "seed": self.seed}
-        self.run = Namespace(**{**self.ckpt["args"], **more})
+        self.run = Namespace(**{**trained, "eval_size": args.eval_size, "seed": self.seed})
         self.setup.open(self.run, self.ckpt["config"]["words"])
         self.relation = self.setup.relation(self.run)
         if self.ckpt["stage"] == "pretrain":  # what it has, even where its arguments do not say so
             self.relation = self.relation._replace(pt=self.ckpt["capability"]["operand"])
-        self.unit = args.unit or self.setup.unit
-        self.base = self.base_ckpt = self.start = None
-        self.find_base()
-        self.models = {"base": self.base, "ckpt": self.model} if self.base else {"ckpt": self.model}
-        self.control_operand = self.setup.control_operand(self.relation, self.ckpt["args"])
+        self.models, self.base, self.base_ckpt, self.start = {}, *self.find_base(), None
+        if self.base:  # with the noise that was put on it: else "what has changed" were the noise
+            self.models["base"], self.start = self.base, copy.deepcopy(self.base)
+            add_noise(self.start, trained.get("noise", 0), trained["seed"])
+        self.models["ckpt"] = self.model
+        self.unit = args.unit or self.setup.unit  # of pruning; program: where it is known by weight
+        self.program = self.base if self.setup.compiled and self.unit == "weight" else None
+        self.control_operand = self.setup.control_operand(self.relation, trained)
         self.never_trained, self.control_note = self.find_control()
+        self.control = {"control": self.never_trained[0]} if args.control else {}
+
+    def load(self, path, flag):
+        """(model, checkpoint) of another file. Raises UserError unless its shape is the same."""
+        model, ckpt = load(path, self.device)
+        if ckpt["config"] != self.ckpt["config"]:
+            raise UserError(f"{flag} {path}: another shape or vocabulary than {self.args.ckpt}")
+        return model, ckpt
 
     def find_base(self):
         """
-        Load the model that fine-tuning began with: the parent; of stories the pretrained one,
-        however often it was fine-tuned since.
+        (model, checkpoint) that fine-tuning began with: the parent; of stories the pretrained one,
+        however often it was fine-tuned since. (None, None) of a pretraining.
         """
-        path, ckpt, args = self.args.ckpt, self.ckpt, self.args
-        if args.base and not ckpt["parent"]:
-            raise UserError(f"--base: {path} was not fine-tuned from anything")
-        while ckpt["parent"] and (self.base is None or not self.answers):
-            path = args.base or find_parent(path, ckpt["parent"])
-            self.base, self.base_ckpt = model, ckpt = load(path, self.device)
-            if ckpt["config"] != self.ckpt["config"]:
-                raise UserError(f"--base {path}: another shape or vocabulary than {args.ckpt}")
-            if args.base:
-                break
-        if self.base:  # with the noise that was put on it: else "what has changed" were the noise
-            self.start = copy.deepcopy(self.base)
-            add_noise(self.start, self.ckpt["args"].get("noise", 0), self.ckpt["args"]["seed"])
+        model, ckpt, given = None, self.ckpt, self.args.base
+        if given and not ckpt["parent"]:
+            raise UserError(f"--base: {self.args.ckpt} was not fine-tuned from anything")
+        while ckpt["parent"] and (model is None or not (self.answers or given)):
+            path = given or find_parent(ckpt["path"], ckpt["parent"])
+            model, ckpt = self.load(path, "--base")
+        return model, model and ckpt
 
     def find_control(self):
         """
         ((model, its start or None, operand) or None, note): an operand that was trained in no
-        family, inside this very model where it has one, else in --control. Of stories: --control,
-        which never had the feature.
+        family, in this very model where there is one, else in --control; a model without a feature.
         """
-        operand, path = self.control_operand, self.args.control
+        operand, path, ckpt = self.control_operand, self.args.control, self.args.ckpt
         if operand and self.setup.never_trained(operand, self.ckpt):
             if path:
-                raise UserError(f"--control is not needed: {self.args.ckpt} itself never had "
-                                f"{operand}")
+                raise UserError(f"--control is not needed: {ckpt} itself never had {operand}")
             return (self.model, self.start, operand), f"{operand}, never trained, in the same model"
         operand = operand or self.relation.pt
         if not path:
             return None, f"none: {operand} was trained; a checkpoint without it: --control"
-        control, ckpt = load(path, self.device)
-        if ckpt["config"] != self.ckpt["config"] or not self.setup.never_trained(operand, ckpt):
-            raise UserError(f"--control {path}: must have the shape of {self.args.ckpt} and never "
-                            f"have been trained on {operand} (prior 0, or --without)")
-        return (control, None, operand), f"{operand}, never trained, in {path}"
+        model, control = self.load(path, "--control")
+        if not self.setup.never_trained(operand, control):
+            raise UserError(f"--control {path}: must never have been trained on {operand} (prior 0,"
+                            " or --without)")
+        return (model, None, operand), f"{operand}, never trained, in {path}"
 
     def test(self, operand, split, label="test", n=None):
         """A Test: `operand` asked on strings of its relation with b."""
@@ -148,9 +146,9 @@ class Study:
         n = n or self.args.eval_size
         return self.setup.test(relation, operand, split, n, self.seed, label)
 
-    def labels(self, test, operand):
-        """The true answers (n,) for an operand on a test set, as numbers."""
-        return test.examples.labels[:, self.setup.operands.index(operand)]
+    def labels(self, examples, operand):
+        """The true answers (n,) for an operand, as numbers."""
+        return examples.labels[:, self.setup.operands.index(operand)]
 
     def row(self, **values):
         """A row of this study that is about no test set."""
@@ -165,31 +163,22 @@ class Study:
         write_rows(f"{self.prefix}.{name}.jsonl", rows)
         return rows
 
-    def write_maps(self, name, maps, examples):
+    def write_maps(self, name, maps, tokens):
         """Replace <checkpoint>.<name>.npz: arrays, with the tokens that they are about."""
-        maps = {**maps, "tokens": examples.tokens.cpu().numpy(),
+        maps = {**maps, "tokens": tokens.cpu().numpy(),
                 "vocabulary": np.array(self.setup.vocabulary)}
         replace_file(f"{self.prefix}.{name}.npz", lambda f: np.savez_compressed(f, **maps))
 
 
-def bar(total, what):
-    """A progress bar."""
-    return tqdm(total=total, desc=what, mininterval=.5, leave=False)
-
-
 def pivot(rows, keys, column, value):
-    """
-    Print rows as a table: a line for each combination of `keys`, a column for each column(row);
-    value(rows of a cell) -> text.
-    """
-    cells = collections.defaultdict(list)
+    """Print a line for each combination of `keys`, a column for each column(row), and values."""
+    lines, columns = {}, dict.fromkeys(map(column, rows))
     for r in rows:
-        cells[tuple("-" if r.get(k) is None else r[k] for k in keys), column(r)].append(r)
-    lines, columns = (list(dict.fromkeys(part)) for part in zip(*cells))
+        line = tuple("-" if r[k] is None else r[k] for k in keys)
+        lines.setdefault(line, collections.defaultdict(list))[column(r)].append(r)
     body = []
-    for line in lines:
-        own = [value(cells[line, c]) if (line, c) in cells else "" for c in columns]
-        body.append([*line, *own])
+    for line, cells in lines.items():
+        body.append([*line, *(value(cells[c]) if c in cells else "" for c in columns)])
     table([*keys, *columns], body)
 
 
@@ -210,26 +199,23 @@ def rule_shares(answer, a, b, q):
 
 def predicted(study, logits):
     """Which answers the model gives, and how often: {answer: count}."""
-    names = study.setup.output_names
-    counts = collections.Counter(names[i].lstrip("#") for i in logits.argmax(1).tolist())
-    return dict(counts.most_common())
+    counts = collections.Counter(logits.argmax(1).tolist()).most_common()
+    return {study.setup.output_names[i].lstrip("#"): n for i, n in counts}
 
 
 def rule_columns(study, model, test):
     """Rules and predicted answers, of a Test that is about a or b."""
-    relation = study.relation
-    if test.row["task"] != relation.task or not study.answers:
+    task, a, b, q = study.relation
+    if test.row["task"] != task or not study.answers:
         return {}
     logits = predict(model, test.examples)
-    answer = logits.argmax(1) - study.setup.first_answer(relation.task)
-    a, b = (study.labels(test, o) for o in (relation.pt, relation.ft))
-    return {"predicted": predicted(study, logits), **rule_shares(answer, a, b, relation.q)}
+    answer = logits.argmax(1) - study.setup.first_answer(task)
+    truths = (study.labels(test.examples, o) for o in (a, b))
+    return {"predicted": predicted(study, logits), **rule_shares(answer, *truths, q)}
 
 
 def distance_moved(study):
-    """
-    A row: how far fine-tuning moved the weights after its noise, in all and per block; its rates.
-    """
+    """A row: how far fine-tuning moved the weights after its noise, in all and per block."""
     parts = collections.defaultdict(float)
     for (name, new), old in zip(study.model.named_parameters(), study.start.parameters()):
         part = ".".join(name.split(".")[:2]) if name.startswith("blocks") else "outside"
@@ -246,21 +232,20 @@ def behavior(study):
     """
     What does the model answer or write, and by which rule? (paper Tables 5-8; stories: Table 1)
 
-    Answers: accuracy for a and b on c0, c1 and natural strings, the fine-tuned model beside its
-    base; the share of answers that each simple rule explains; which answers are given; the other
-    families (collateral damage); how far the weights moved. On c1 the rules a + q and b coincide:
-    only c0 tells a wrapper from a learner. Stories: for each feature the share of stories that
-    have it, by the corpus's rule (real text: by a classifier), written to held-out instructions
-    that ask for it and to others; and losses. The five other features are the control: a deletion
-    should leave them alone.
+    Answers: accuracy for a and b on c0, c1 and natural strings, beside the base's; the share of
+    answers that each simple rule explains; which answers are given; the other families (collateral
+    damage); how far the weights moved. On c1 the rules a + q and b coincide: only c0 tells a
+    wrapper from a learner. Stories: losses, and for each feature the share of stories that have
+    it, by the corpus's rule (real text: by a classifier), asked for or not by held-out
+    instructions. The five other features are the control: a deletion should leave them alone.
     Fooled by: a test set where ties or the relation occur by accident (natural ones do: hence c0);
     a majority class (hence the floors); damage that looks like a wrapper (hence the other
     families); stories that are broken rather than without a twist (hence the share that parses); a
     classifier's mistakes (`judge`: how often it is right); few generations (hence the intervals).
     """
     rows, right, models = [], classifier_of(study), dict(study.models)
-    if study.never_trained and not study.answers:
-        models["control"] = study.never_trained[0]
+    if not study.answers:
+        models.update(study.control)
     subjects = list(itertools.product(models.items(), study.setup.tests(study.run)))
     for (name, model), test in tqdm(subjects, desc="behavior", leave=False):
         columns = rule_columns(study, model, test)
@@ -268,26 +253,14 @@ def behavior(study):
             columns["judge"] = right.get(test.row["operand"], 1.)
         rows += [{**r, "model": name, **columns} for r in evaluate(model, study.setup, [test])]
     print(f"\nbehavior   n = {study.args.eval_size}; share_: answers that a rule explains")
-    facts = list(dict.fromkeys(k for k in itertools.chain(*rows) if k.startswith("share_")))
-    facts = ["accuracy", "floor", "cross_floor", "loss", *facts]
-    head, body = ["task", "operand", "split", "model"], []
-    for r in rows:
-        body.append([r[k] or "-" for k in head] + [fact(r, k) for k in facts])
-    table(head + facts, body)
+    shares = dict.fromkeys(k for k in itertools.chain(*rows) if k.startswith("share_"))
+    show(rows, ("task", "operand", "split", "model", "accuracy", "floor", "cross_floor", "loss",
+                *shares))
     if study.base and study.answers:
         rows.append(distance_moved(study))
         print(f"  the weights moved by {rows[-1]['distance']:.3f} (norm; the base's is "
               f"{rows[-1]['base_norm']:.1f}); sum of learning rates {rows[-1]['sum_of_rates']:.2g}")
     return study.write("behavior", rows)
-
-
-def fact(row, key):
-    """A column of a row for people; of generations the accuracy with its interval."""
-    if key == "loss":
-        return "-" if row[key] is None else f"{row[key]:.3f}"
-    if key == "accuracy" and "parsed" in row:
-        return f"{interval(row[key], row['parsed'] * row['n'])}, {row['parsed']:.0%} parse"
-    return percent(row.get(key))
 
 
 # ---------------------------------------------------------------- prune
@@ -300,22 +273,25 @@ DRAWN = 200      # strings for a random draw: eight draws together get more than
 MATRICES = ("attn.qkv", "attn.out", "up", "down")
 
 
-def unit_parameters(model, unit):
+def prunable(model, unit):
     """
-    {(block, matrix): [parameter names]} of what can be pruned: rows of the matrices in blocks with
-    their bias entry, or single weights. Of a compiled model these are all its weights, embeddings
-    and biases too (block None), for its program is written into them; the output map is not.
+    [(block, matrix)] that can be pruned, by rows with their bias or by single weights. A compiled
+    program is written into biases and embeddings (block None) too.
     """
-    compiled, names = not model.config.train_head, {}
-    for i, m in itertools.product(range(len(model.blocks)), MATRICES):
-        if unit == "row":
-            names[i, m] = [f"blocks.{i}.{m}.weight", f"blocks.{i}.{m}.bias"]
-            continue
-        for kind in ("weight", "bias") if compiled else ("weight",):
-            names[i, f"{m}.{kind}"] = [f"blocks.{i}.{m}.{kind}"]
-    if unit == "weight" and compiled:
-        names.update({(None, name): [name] for name in ("tok.weight", "pos.weight")})
-    return names
+    blocks = range(len(model.blocks))
+    if unit == "row":
+        return list(itertools.product(blocks, MATRICES))
+    if model.config.train_head:
+        return [(i, f"{m}.weight") for i, m in itertools.product(blocks, MATRICES)]
+    every = itertools.product(blocks, MATRICES, ("weight", "bias"))
+    return [*((i, f"{m}.{kind}") for i, m, kind in every), (None, "tok.weight"),
+            (None, "pos.weight")]
+
+
+def parameter_names(block, matrix):
+    """The parameters that units are of: of rows a weight and its bias, else one."""
+    name = matrix if block is None else f"blocks.{block}.{matrix}"
+    return [f"{name}.weight", f"{name}.bias"] if matrix in MATRICES else [name]
 
 
 class Score(NamedTuple):
@@ -332,50 +308,43 @@ SCORES = {
 
 def unit_scores(model, test, unit, score="gradient-weight", start=None):
     """
-    First-order effect of editing each unit: a score of the cross-entropy's gradient on a test set,
-    summed over a row and its bias entry, or weight by weight. start: the model before fine-tuning.
-    Returns {(block, matrix): scores (rows,) or (weights,)}.
+    {(block, matrix): (rows,) or (weights,)}: first-order effects of editing each unit on the
+    cross-entropy of a test set, summed over a row. start: the model before fine-tuning.
     """
+    x, start, scores = test.examples, start or model, {}
     model.zero_grad()
-    x, n = test.examples, len(test.examples.tokens)
     for part in x.split(256):
         check_stop()
         loss = F.cross_entropy(model(part.tokens, x.at), part.answer, reduction="sum")
-        (loss / n).backward()
-    before, scores = dict((start or model).named_parameters()), {}
-    with torch.no_grad():
-        for key, names in unit_parameters(model, unit).items():
-            effects = []
-            for name in names:
-                p = model.get_parameter(name)
-                effects.append(SCORES[score].effect(p.grad, p, before[name]))
-            scores[key] = effects[0].sum(1) + effects[1] if unit == "row" else effects[0].flatten()
+        (loss / len(x.tokens)).backward()
+    for key in prunable(model, unit):
+        effects = []
+        for name in parameter_names(*key):
+            p, old = model.get_parameter(name), start.get_parameter(name)
+            effects.append(SCORES[score].effect(p.grad, p.detach(), old.detach()))
+        scores[key] = effects[0].sum(1) + effects[1] if unit == "row" else effects[0].flatten()
     model.zero_grad()
     return scores
 
 
 def only_zero(scores, program):
     """The scores of the weights that are zero in a compiled program; -inf for the others."""
-    before, names, zeros = dict(program.named_parameters()), unit_parameters(program, "weight"), {}
+    zeros = {}
     for key, x in scores.items():
-        zeros[key] = torch.where(before[names[key][0]].flatten() == 0, x, -torch.inf)
+        [name] = parameter_names(*key)
+        zeros[key] = x.where(program.get_parameter(name).flatten() == 0, -torch.inf)
     return zeros
 
 
 def ranked_units(scores, max_units):
     """The units with the largest positive scores: a list of (block, matrix, index, score)."""
-    keys = list(scores)
-    flat = torch.cat([scores[k] for k in keys])
-    sizes = torch.tensor([len(scores[k]) for k in keys])
-    first = sizes.cumsum(0) - sizes
+    keys, flat = list(scores), torch.cat(list(scores.values()))
+    starts = [0, *itertools.accumulate(map(len, scores.values()))]
     values, places = flat.topk(min(max_units, int((flat > 0).sum())))
-    which = torch.searchsorted(first, places.cpu(), right=True) - 1
-    return [(*keys[w], int(p - first[w]), v)
-            for w, p, v in zip(which.tolist(), places.tolist(), values.tolist())]
-
-
-def one_shot(model, units, test, unit, score):
-    """The ranking of one backward pass, as it is (paper section 3)."""
+    units = []
+    for place, value in zip(places.tolist(), values.tolist()):
+        i = bisect.bisect(starts, place) - 1
+        units.append((*keys[i], place - starts[i], value))
     return units
 
 
@@ -386,7 +355,7 @@ def iterative(model, units, test, unit, score="gradient-weight"):
     """
     chosen = []
     for _ in range(FEW):
-        with weight_edits(model, unit_edits(model, chosen, unit)):
+        with weight_edits(model, unit_edits(model, chosen)):
             ranked = ranked_units(unit_scores(model, test, unit, score), FEW + 1)
         taken = {u[:3] for u in chosen}
         chosen += [u for u in ranked if u[:3] not in taken][:1]
@@ -395,33 +364,32 @@ def iterative(model, units, test, unit, score="gradient-weight"):
 
 def exhaustive(model, units, test, unit, score=None):
     """
-    ours: the first units in the order of what zeroing each alone does for the accuracy: a linear
-    score says little about a compiled weight of 100.
+    ours: the first units by the accuracy with each alone zeroed: a linear score says little about a
+    compiled weight of 100.
     """
     def alone(u):
-        with weight_edits(model, unit_edits(model, [u], unit)):
+        with weight_edits(model, unit_edits(model, [u])):
             return accuracy(predict(model, test.examples), test.examples.answer)
     return sorted(units[:EXHAUSTIVE], key=alone, reverse=True)
 
 
 class Order(NamedTuple):
-    """How units are put in order, from a one-shot ranking."""
+    """How units are put in order, from the ranking of one backward pass."""
     units: Callable       # model, ranked units, selection test, unit, score -> units
     max_k: int            # the largest K
     compiled: bool        # only for single weights of compiled models
     pools: tuple = ("all", "zero-in-program")
 
 
-ORDERS = {"one-shot": Order(one_shot, KS[-1], False),
+ORDERS = {"one-shot": Order(lambda model, units, *_: units, KS[-1], False),  # paper section 3
           "iterative": Order(iterative, FEW, False, ("all",)),
           "exhaustive": Order(exhaustive, FEW, True)}
 
 
 def matched_units(units, scores, rng, program=None):
     """
-    Random units, rank by rank from the same block and matrix as `units` (queries, keys and values
-    apart; of a compiled program also what it is written in and its zeros): the control for which
-    ones were chosen.
+    Random units, rank by rank from the same block and matrix as `units`: queries, keys and values
+    apart, of a compiled program also its zeros.
     """
     zeros = only_zero(scores, program) if program else scores
 
@@ -437,34 +405,29 @@ def matched_units(units, scores, rng, program=None):
     return matched
 
 
-def place_of(model, name, index, unit):
-    """The index of a unit in its parameter: a row, or a place from the flat index of a weight."""
-    if unit == "row":
-        return index
-    return tuple(map(int, np.unravel_index(index, model.get_parameter(name).shape)))
+def unit_places(model, u):
+    """[(parameter, index)] of a unit: of a row its weights and bias, else that of one weight."""
+    block, matrix, index, _ = u
+    names = parameter_names(block, matrix)
+    if matrix in MATRICES:
+        return [(name, index) for name in names]
+    return [(name, np.unravel_index(index, model.get_parameter(name).shape)) for name in names]
 
 
-def unit_edits(model, units, unit, start=None):
-    """
-    The weight_edits() that zero these units, or graft them: set them back to the start's values.
-    """
-    source = dict(start.named_parameters()) if start else None
-    names, edits = unit_parameters(model, unit), []
-    for block, matrix, index, _ in units:
-        for name in names[block, matrix]:
-            at = place_of(model, name, index, unit)
-            edits.append((name, at, source[name][at].detach() if start else 0.))
+def unit_edits(model, units, start=None):
+    """The weight_edits() that zero units, or graft them: set them back to the start's values."""
+    edits = []
+    for name, at in itertools.chain(*(unit_places(model, u) for u in units)):
+        edits.append((name, at, start.get_parameter(name)[at].detach() if start else 0.))
     return edits
 
 
-def unit_name(model, u, unit):
+def unit_name(model, u):
     """blocks.1.up[3], or blocks.1.up.weight[3, n_a:share], residual dimensions by their names."""
-    block, matrix, index, _ = u
-    if unit == "row":
-        return f"blocks.{block}.{matrix}[{index}]"
-    [name] = unit_parameters(model, unit)[block, matrix]
-    at = list(place_of(model, name, index, unit))
-    writes = name.endswith(("out.weight", "out.bias", "down.weight", "down.bias"))
+    name, at = unit_places(model, u)[0]
+    if u[1] in MATRICES:
+        return f"{name.removesuffix('.weight')}[{at}]"
+    at, writes = list(at), u[1].startswith(("attn.out", "down"))
     residual = 0 if writes else None if name.endswith("bias") else 1  # its index in `at`
     if model.config.residual and residual is not None:
         at[residual] = model.config.residual[at[residual]]
@@ -472,141 +435,139 @@ def unit_name(model, u, unit):
 
 
 class Sweep(NamedTuple):
-    """What is pruned, one K after the other. Its columns describe it in every row."""
+    """What is pruned, one K after the other."""
     model: GPT
     start: GPT | None           # the model before fine-tuning, for grafts
     operand: str                # that is asked for
     control: str | None = None  # never-trained
     score: str | None = None    # a key of SCORES, or random
-    order: str = "one-shot"     # a key of ORDERS
+    order: str = "one-shot"
     pool: str = "all"           # or zero-in-program
     edit: str = "zero"          # or graft
-    units: list = []            # in order
+    units: list = []
     ks: list = []
     draw: int | None = None
 
 
 def prune_rows(study, sweep):
     """The rows of a sweep: accuracies at each K, and the K that does best on other strings."""
-    b, unit = study.relation.ft, study.unit
-    n = None if sweep.draw is None else min(DRAWN, study.args.eval_size)
-    tests = [study.test(sweep.operand, "c0", n=n), study.test(b, "c1", n=n)]
-    if sweep.draw is None:
-        tests.append(study.test(sweep.operand, "natural"))
+    a, b, drawn = study.relation.pt, study.relation.ft, sweep.draw is not None
+    n = min(DRAWN, study.args.eval_size) if drawn else None
+    asked = [(sweep.operand, "c0"), (b, "c1")]
+    if not drawn:
+        asked.append((sweep.operand, "natural"))
     if (sweep.score, sweep.pool, sweep.control) == ("gradient-weight", "all", None):
-        more = (study.relation.pt, "c1"), (b, "c0"), (b, "natural")
-        tests += [study.test(*about) for about in more]
-    rows, tried = [], []
+        asked += [(a, "c1"), (b, "c0"), (b, "natural")]
+    tests, rows, tried = [study.test(*about, n=n) for about in asked], [], []
     columns = {k: getattr(sweep, k) for k in ("score", "order", "pool", "control", "edit", "draw")}
     start = sweep.start if sweep.edit == "graft" else None
     for k in (0, *(k for k in sweep.ks if k <= len(sweep.units))):
-        with weight_edits(sweep.model, unit_edits(sweep.model, sweep.units[:k], unit, start)):
+        with weight_edits(sweep.model, unit_edits(sweep.model, sweep.units[:k], start)):
             if k <= FEW:  # the fewest units that do best on the selection set
                 select = study.test(sweep.operand, "c0", "select", n)
                 tried.append((study.measure(sweep.model, select)["accuracy"], -k))
             for test in tests:
                 logits = predict(sweep.model, test.examples)
-                rows.append({**answer_row(logits, test), "unit": unit, **columns, "k": k})
-                if study.setup.compiled and sweep.draw is None and test is tests[0]:
+                rows.append({**answer_row(logits, test), "unit": study.unit, **columns, "k": k})
+                if study.setup.compiled and not drawn and test is tests[0]:
                     rows[-1]["predicted"] = predicted(study, logits)  # it still uses many classes
     return [dict(r, chosen=r["k"] == -max(tried)[1]) for r in rows]
 
 
-def sweeps_of(study, blank, program):
-    """The sweeps of one model and operand: every score, order and pool that apply, and grafts."""
-    model, start, unit, sweeps = blank.model, blank.start, study.unit, []
+def graft_ks(scores):
+    """(Ks up to half of all units, four of them): a graft needs many units."""
+    total = sum(map(len, scores.values()))
+    ks = [*KS[1:], *(200 * 2 ** i for i in range(30) if 400 * 2 ** i <= total)]
+    ks = [k for k in ks if k <= MAX_UNITS]
+    return ks, [k for k in ks if k in (FEW, KS[-1], 400, ks[-1])]
+
+
+def sweeps_of(study, blank):
+    """The sweeps of a blank one: every score, order and pool that apply, and grafts."""
+    model, unit, program, sweeps = blank.model, study.unit, study.program, []
     select = study.test(blank.operand, "c0", "select")
-    few = [k for k in KS if 0 < k <= FEW]
     for score, (_, edit) in SCORES.items():
-        if edit == "graft" and start is None:
+        if edit == "graft" and blank.start is None:
             continue
-        scores = unit_scores(model, select, unit, score, start)
-        total = sum(map(len, scores.values()))
-        # grafting needs many units
-        many = [*KS[1:], *(200 * 2 ** i for i in range(30) if 400 * 2 ** i <= total)]
-        many = [k for k in many if k <= MAX_UNITS]
-        sparse = sorted({FEW, KS[-1], 400, many[-1]})
+        scores = unit_scores(model, select, unit, score, blank.start)
+        (ks, four), about = graft_ks(scores), blank._replace(score=score)
         if edit == "graft":
-            ks = sparse if blank.control else many
-            units = ranked_units(scores, many[-1])
-            sweeps.append(blank._replace(score=score, edit=edit, units=units, ks=ks))
+            ks, units = four if blank.control else ks, ranked_units(scores, ks[-1])
+            sweeps.append(about._replace(edit=edit, units=units, ks=ks))
             continue
         pools = {"all": scores}
         if program and not blank.control:
             pools["zero-in-program"] = only_zero(scores, program)
-        for (pool, x), (order, about) in itertools.product(pools.items(), ORDERS.items()):
-            if pool in about.pools and (program or not about.compiled):
-                ranked = ranked_units(x, KS[-1])
-                units = about.units(model, ranked, select, unit, score)
-                ks = few if pool != "all" else [k for k in KS if 0 < k <= about.max_k]
-                sweeps.append(blank._replace(score=score, order=order, pool=pool, units=units,
-                                             ks=ks))
+        for (pool, x), (name, order) in itertools.product(pools.items(), ORDERS.items()):
+            if pool in order.pools and (program or not order.compiled):
+                units = order.units(model, ranked_units(x, KS[-1]), select, unit, score)
+                ks = [k for k in KS[1:] if k <= (order.max_k if pool == "all" else FEW)]
+                sweeps.append(about._replace(order=name, pool=pool, units=units, ks=ks))
         if not blank.control:
             units = ranked_units(scores, KS[-1])
-            sweeps.append(blank._replace(score=score, edit="graft", units=units, ks=sparse))
+            sweeps.append(about._replace(edit="graft", units=units, ks=four))
     return sweeps
 
 
-def random_sweeps(study, sweeps, program):
+def random_sweeps(study, sweeps):
     """
-    Matched random units: zeroed ones for the iterative and then the one-shot ranking, grafted ones
-    for that by change; of compiled models also the best of as many as were tried one by one.
+    Matched random units: zeroed, for the iterative and then the one-shot ranking; grafted, for that
+    by change; of compiled models also the best of as many as were tried one by one.
     """
-    blank = Sweep(study.model, study.start, study.relation.pt, score="random")
-    own = {(s.score, s.order, s.pool, s.edit): s for s in sweeps if not s.control}
-    once = own["gradient-weight", "one-shot", "all", "zero"]
-    again = own["gradient-weight", "iterative", "all", "zero"]
-    change = own["gradient-change", "one-shot", "all", "graft"]
+    own = {(s.score, s.order, s.pool, s.edit): s for s in sweeps}
+    once, again = (own["gradient-weight", x, "all", "zero"] for x in ("one-shot", "iterative"))
     taken = {u[:3] for u in again.units}
-    rest = [u for u in once.units if u[:3] not in taken]
-    zeroed = again.units + rest[:len(once.units) - len(again.units)]
-    sparse = own["gradient-weight", "one-shot", "all", "graft"].ks
-    select = study.test(study.relation.pt, "c0", "select")
-    scores, draws = unit_scores(study.model, select, study.unit), []
+    units = [*again.units, *(u for u in once.units if u[:3] not in taken)]
+    change, few = (own[x, "one-shot", "all", "graft"] for x in ("gradient-change",
+                                                                "gradient-weight"))
+    like = [once._replace(units=units[:len(once.units)]), change._replace(ks=few.ks)]
+    for pool in ORDERS["exhaustive"].pools if study.program else ():
+        ranked = own["gradient-weight", "one-shot", pool, "zero"].units
+        like.append(own["gradient-weight", "exhaustive", pool, "zero"]._replace(units=ranked))
+    select, draws = study.test(study.relation.pt, "c0", "select"), []
+    scores = unit_scores(study.model, select, study.unit)
     for draw in range(study.args.draws):
         rng = data.rng(study.seed, "prune", draw)
-        units = matched_units(zeroed, scores, rng, program)
-        draws.append(blank._replace(units=units, ks=once.ks, draw=draw))
-        units = matched_units(change.units, scores, rng, program)
-        draws.append(blank._replace(edit="graft", units=units, ks=sparse, draw=draw))
-        for pool in ("all", "zero-in-program") if program else ():
-            ranked = own["gradient-weight", "one-shot", pool, "zero"].units
-            tried = exhaustive(study.model, matched_units(ranked, scores, rng, program), select,
-                               study.unit)
-            ks = own["gradient-weight", "exhaustive", pool, "zero"].ks
-            draws.append(blank._replace(order="exhaustive", pool=pool, units=tried, ks=ks,
-                                        draw=draw))
+        for s in like:
+            units = matched_units(s.units, scores, rng, study.program)
+            if s.order == "exhaustive":
+                units = exhaustive(study.model, units, select, study.unit)
+            draws.append(s._replace(score="random", units=units, draw=draw))
     return draws
+
+
+def dimension_edits(start, side, d):
+    """The weight_edits() that graft all that writes residual dimension d, or all that reads it."""
+    columns = {"writers": ("tok.weight", "pos.weight"), "readers": ("attn.qkv.weight", "up.weight")}
+    lines = ("attn.out.weight", "attn.out.bias", "down.weight", "down.bias")
+    edits = []
+    for name, p in start.named_parameters():
+        if name.endswith(columns[side]):
+            edits.append((name, (slice(None), d), p[:, d].detach()))
+        elif side == "writers" and name.endswith(lines):
+            edits.append((name, d, p[d].detach()))
+    return edits
 
 
 def graft_dimensions(study):
     """
-    ours: set everything that writes one residual dimension, or everything that reads it, back to
-    what fine-tuning began with. In a compiled model dimensions have names, so this tells in which
-    variable of the program the change sits.
+    ours: grafts of all that writes, or reads, one residual dimension. A compiled model's have
+    names: this tells in which variable of the program the change sits.
     """
-    model, old, rows = study.model, dict(study.start.named_parameters()), []
-    a, b = study.relation.pt, study.relation.ft
-    tests = [study.test(a, "c0"), study.test(b, "c1")]
-    columns = {"writers": ("tok.weight", "pos.weight"), "readers": ("attn.qkv.weight", "up.weight")}
-    lines = ("attn.out.weight", "attn.out.bias", "down.weight", "down.bias")
-    for side, (d, name) in itertools.product(columns, enumerate(model.config.residual)):
-        everything = slice(None)
-        places = [(p, (everything, d)) for p in old if p.endswith(columns[side])]
-        places += [(p, d) for p in old if p.endswith(lines) and side == "writers"]
-        edits = [(p, at, old[p][at].detach()) for p, at in places]
-        with weight_edits(model, edits):
-            selected = study.measure(model, study.test(a, "c0", "select"))["accuracy"]
-            for test in tests:
-                rows.append(study.measure(
-                    model, test, unit="dimension", score=None, order="exhaustive", pool="all",
-                    control=None, edit="graft", k=1, draw=None, side=side, dimension=name,
-                    selected=selected))
-    for side in columns:  # chosen: the best on the selection set
-        own = [r for r in rows if r["side"] == side]
-        best = max(own, key=lambda r: r["selected"], default={"dimension": None})["dimension"]
-        for r in own:
-            r["chosen"] = r["dimension"] == best
+    model, (_, a, b, _), rows = study.model, study.relation, []
+    select, tests = study.test(a, "c0", "select"), [study.test(a, "c0"), study.test(b, "c1")]
+    about = dict(unit="dimension", score=None, order="exhaustive", pool="all", control=None,
+                 edit="graft", k=1, draw=None)
+    for side in ("writers", "readers"):
+        own = []
+        for d, name in enumerate(model.config.residual):
+            with weight_edits(model, dimension_edits(study.start, side, d)):
+                selected = study.measure(model, select)["accuracy"]
+                for test in tests:
+                    own.append(study.measure(model, test, **about, side=side, dimension=name,
+                                             selected=selected))
+        best = max(own, key=lambda r: r["selected"])["dimension"]
+        rows += [dict(r, chosen=r["dimension"] == best) for r in own]
     return rows
 
 
@@ -631,18 +592,17 @@ def prune(study):
     anything (hence the control never-trained: the same procedure for an operand that was never
     trained).
     """
-    program = study.base if study.setup.compiled and study.unit == "weight" else None
-    sweeps = sweeps_of(study, Sweep(study.model, study.start, study.relation.pt), program)
-    rows, units = [], []
+    sweeps = sweeps_of(study, Sweep(study.model, study.start, study.relation.pt))
+    rows, ranks = [], []
     for s in sweeps:
         for rank, u in enumerate(s.units[:KS[-1]] if s.edit == SCORES[s.score].edit else (), 1):
-            units.append({"score": s.score, "order": s.order, "pool": s.pool, "rank": rank,
-                          "block": u[0], "matrix": u[1], "index": u[2], "value": u[3],
-                          "name": unit_name(study.model, u, study.unit)})
-    study.write("prune.rows", units)
-    sweeps += random_sweeps(study, sweeps, program)
+            ranks.append({"score": s.score, "order": s.order, "pool": s.pool, "rank": rank,
+                          **dict(zip(("block", "matrix", "index", "value"), u)),
+                          "name": unit_name(study.model, u)})
+    study.write("prune.rows", ranks)
+    sweeps += random_sweeps(study, sweeps)
     if study.never_trained:
-        sweeps += sweeps_of(study, Sweep(*study.never_trained, "never-trained"), program)
+        sweeps += sweeps_of(study, Sweep(*study.never_trained, "never-trained"))
     else:
         rows.append(study.row(unit=study.unit, score="gradient-weight", order="one-shot",
                               pool="all", control="never-trained", edit="zero", k=None, draw=None,
@@ -651,17 +611,16 @@ def prune(study):
         rows += prune_rows(study, sweep)
     if study.setup.compiled and study.model.config.residual:
         rows += graft_dimensions(study)
-    print(f"\nprune   {study.unit}s, ranked on one set of c0 strings, scored on others; *: K chosen "
-          f"on the first; random: {study.args.draws} draws\n  control: {study.control_note}")
+    print(f"\nprune   {study.unit}s, ranked on one set of c0 strings, scored on others; *: K "
+          f"chosen on the first; random: {study.args.draws} draws\n  control: {study.control_note}")
     shown = [r for r in rows if r["k"] in KS and r["unit"] != "dimension"
              and r["split"] == ("c1" if r["operand"] == study.relation.ft else "c0")]
-    keys = ("score", "order", "pool", "control", "edit", "operand", "split")
-    pivot(shown, keys, lambda r: r["k"], lambda cell: percent(np.mean([
-        r["accuracy"] for r in cell])) + "*" * any(r["chosen"] for r in cell))
-    for r in rows:
-        if r.get("dimension") and r["chosen"]:
-            print(f"  graft all {r['side']} of {r['dimension']}, the best residual dimension on "
-                  f"the other set: {r['operand']} {percent(r['accuracy'])} on {r['split']}")
+    pivot(shown, ("score", "order", "pool", "control", "edit", "operand", "split"),
+          lambda r: r["k"], lambda cell: percent(np.mean([r["accuracy"] for r in cell]))
+          + "*" * any(r["chosen"] for r in cell))
+    if best := [r for r in rows if r.get("dimension") and r["chosen"]]:
+        print("  residual dimensions, all that writes or reads one grafted; the best on the first")
+        show(best, ("side", "dimension", "operand", "split", "accuracy"))
     return study.write("prune", rows)
 
 
@@ -672,12 +631,11 @@ def fit_probes(x, site, y, steps, rng, batch_size=96):
     """
     Linear probes, all trained at once: probe p maps x[site[p]] to the classes y[p]; x (sites, n,
     d), y (probes, n). AdamW, lr 1e-3, divided by 10 at 1/2, 3/4 and 7/8 of the steps (paper: of
-    4K, at 2K, 3K and 3.5K), the same batches for all. Returns weight (probes, d, classes), bias
-    (probes, 1, classes).
+    4K, at 2K, 3K and 3.5K). Returns weight (probes, d, classes), bias (probes, 1, classes).
     """
-    classes = int(y.max()) + 1
-    weight = torch.zeros(len(y), x.shape[2], classes, device=x.device, requires_grad=True)
-    bias = torch.zeros(len(y), 1, classes, device=x.device, requires_grad=True)
+    shape = len(y), x.shape[2], int(y.max()) + 1
+    weight = torch.zeros(shape, device=x.device, requires_grad=True)
+    bias = torch.zeros(shape[0], 1, shape[2], device=x.device, requires_grad=True)
     optimizer = torch.optim.AdamW([weight, bias], lr=1e-3)
     milestones = [steps // 2, steps * 3 // 4, steps * 7 // 8]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, .1)
@@ -694,78 +652,74 @@ def fit_probes(x, site, y, steps, rng, batch_size=96):
     return weight.detach(), bias.detach()
 
 
+def stacked(model, examples, names, pick, batch=128):
+    """Named activations of all examples (n, names, ...); pick(activation, rows): what is kept."""
+    parts = []
+    for rows in torch.arange(len(examples.tokens)).split(batch):
+        check_stop()
+        cache = activations(model, examples.tokens[rows], names)[1]
+        parts.append(torch.stack([pick(cache[name], rows) for name in names], 1))
+    return torch.cat(parts)
+
+
 def residuals(model, examples, site, batch=128):
     """
     Residual stream, summed with the weights `site` (n, t) of positions: (blocks + 1, n, d), 0 the
     embedding, i after block i.
     """
     names = ["embed", *(f"blocks.{i}.resid_post" for i in range(len(model.blocks)))]
-    parts = []
-    for tokens, weights in zip(examples.tokens.split(batch), site.split(batch)):
-        check_stop()
-        cache = activations(model, tokens, names)[1]
-        read = [torch.einsum("ntd,nt->nd", cache[name], weights) for name in names]
-        parts.append(torch.stack(read))
-    return torch.cat(parts, 1)
+    x = stacked(model, examples, names,
+                lambda x, rows: torch.einsum("ntd,nt->nd", x, site[rows]), batch)
+    return x.transpose(0, 1).contiguous()
 
 
 def auc(score, label):
-    """
-    Area under the ROC curve: how often a positive's score (n,) is the higher one, ties count half.
-    """
-    values, place, counts = score.unique(return_inverse=True, return_counts=True)
-    rank = (counts.cumsum(0) - (counts - 1) / 2)[place].double()  # 1-based, mean of ties
-    yes = int(label.sum())
-    return ((rank[label.bool()].sum() - yes * (yes + 1) / 2) / (yes * (len(label) - yes))).item()
+    """Area under the ROC curve: how often a positive's score (n,) is higher; ties count half."""
+    low, high = score[label == 0].sort().values, score[label == 1]
+    below = torch.searchsorted(low, high) + torch.searchsorted(low, high, right=True)
+    return below.sum().item() / (2 * len(low) * len(high))
 
 
 class Probe(NamedTuple):
     """One linear probe: what its rows say of it, what it reads, what it should say."""
-    columns: dict    # model, block, target, prompt, labels
-    site: int        # place among the activations
+    columns: dict         # model, block, target, prompt, labels
+    site: int             # place among the activations
     labels: torch.Tensor  # (n,) on training strings
-    tests: dict      # {split: (activations (m, d), Examples)}
+    tests: dict           # {split: (activations (m, d), Examples)}
 
 
-def probes_of(study, probe_set, name, model, shuffle):
-    """
-    (activations (blocks + 1, n, d) on the training examples, the Probes of one model and set).
-    """
-    s, setup, probes = probe_set, study.setup, []
-    seen = residuals(model, s.train, setup.site(s.train))
+def probes_of(setup, s, name, model, shuffle):
+    """(activations (blocks + 1, n, d) on the training examples, Probes) of a model and ProbeSet."""
+    seen, tests, probes = residuals(model, s.train, setup.site(s.train)), {}, []
     # ours: standardised; an untrained model's residual is so small that 4K steps learn nothing
     mean, sd = seen.mean(1, keepdim=True), seen.std(1, keepdim=True) + 1e-8
-    unseen = {}
     for split, x in s.tests.items():
-        unseen[split] = (residuals(model, x, setup.site(x)) - mean) / sd
+        tests[split] = (residuals(model, x, setup.site(x)) - mean) / sd, x
     for block, (target, column) in itertools.product(range(len(seen)), s.targets.items()):
-        tests = {split: (x[block], s.tests[split]) for split, x in unseen.items()}
-        true = s.train.labels[:, column]
-        for kind in ("true", "shuffled"):
-            if kind == "true" or (name == "ckpt" and target in s.shuffled):
-                columns = dict(model=name, block=block, target=target, prompt=s.prompt, labels=kind)
-                labels = true if kind == "true" else true[shuffle]
-                probes.append(Probe(columns, block, labels, tests))
+        at_block = {split: (x[block], examples) for split, (x, examples) in tests.items()}
+        columns = dict(model=name, block=block, target=target, prompt=s.prompt)
+        labels = s.train.labels[:, column]
+        probes.append(Probe({**columns, "labels": "true"}, block, labels, at_block))
+        if name == "ckpt" and target in s.shuffled:
+            columns["labels"] = "shuffled"
+            probes.append(Probe(columns, block, labels[shuffle], at_block))
     return (seen - mean) / sd, probes
 
 
 def probe_row(study, split, logits, target, examples):
     """What a probe got right on a test set, beside its floors."""
-    setup, relation = study.setup, study.relation
-    truth = examples.labels[:, setup.operands.index(target)]
-    known = truth.max() < logits.shape[1]  # else a class is new, and no loss is defined
-    values = dict(operand=target, split=split, n=len(truth), accuracy=accuracy(logits, truth),
-                  floor=data.majority_floor(truth),
-                  loss=F.cross_entropy(logits, truth).item() if known else None)
+    (_, a, b, _), truth, other = study.relation, study.labels(examples, target), None
     if study.answers:
-        other = relation.ft if target != relation.ft else relation.pt
-        guess = examples.labels[:, setup.operands.index(other)]
-        values["cross_floor"] = data.cross_floor(truth, guess)
-    else:
-        answer = logits.argmax(1)
-        recalls = [(answer[truth == k] == k).float().mean().item() for k in (0, 1)]
-        values.update(balanced=sum(recalls) / 2, auc=auc(logits[:, 1] - logits[:, 0], truth))
-    return study.row(**values)
+        other = study.labels(examples, b if target != b else a)
+    known = truth.max() < logits.shape[1]  # else a class is new, and no loss is defined
+    row = study.row(operand=target, split=split, accuracy=accuracy(logits, truth),
+                    **floors(truth, other),
+                    loss=F.cross_entropy(logits, truth).item() if known else None)
+    if not study.answers:
+        right = (logits.argmax(1) == truth).float()
+        recalls = [right[truth == k].mean().item() for k in (0, 1)]
+        row.update(balanced=sum(recalls) / 2, auc=auc(logits[:, 1] - logits[:, 0], truth))
+    return row
 
 
 @analysis()
@@ -779,8 +733,7 @@ def probe(study):
     for the target itself and for b, for the question is whether r(a) is there while b is asked.
     Stories: on the mean of the last ten tokens of held-out stories, read without their
     instruction, between two bounds: the pretrained model above, a model pretrained without the
-    feature (--control) below. All probes are trained together, on activations computed once. What
-    is read and where: probe_sets() and site() of the setup.
+    feature (--control) below. See probe_sets() and site() of the setup.
     High: the information is linearly there. Low at every block: not linearly there at this
     position.
     Fooled by: targets that follow from others (c1 strings are left out; a + b + c = window, so c
@@ -789,89 +742,81 @@ def probe(study):
     tell a feature (hence the lower bound and the split `even`); a majority of three in four
     (balanced accuracy, AUC).
     """
-    setup, rng = study.setup, data.rng(study.seed, "probe")
-    untrained = GPT(Config(**study.ckpt["config"]))
-    untrained.init_weights(data.rng(study.seed, "untrained")).to(study.device)
-    models = {**study.models, "untrained": untrained}
-    if study.never_trained and study.never_trained[0] is not study.model:
-        models["control"] = study.never_trained[0]
-    probes, x = [], []
+    rng, probes, x, rows = data.rng(study.seed, "probe"), [], [], []
+    untrained = GPT(Config(**study.ckpt["config"])).init_weights(data.rng(study.seed, "untrained"))
+    models = {**study.models, "untrained": untrained.to(study.device), **study.control}
     about = study.relation, study.control_operand, study.args.eval_size, study.seed
-    for s in setup.probe_sets(*about, rng):
+    for s in study.setup.probe_sets(*about, rng):
         shuffle = torch.randperm(len(s.train.labels), generator=rng) if s.shuffled else None
         for name, model in models.items():
-            seen, more = probes_of(study, s, name, model, shuffle)
+            seen, more = probes_of(study.setup, s, name, model, shuffle)
             probes += [p._replace(site=p.site + len(x)) for p in more]
             x += list(seen)
     labels = torch.stack([p.labels for p in probes])
     weight, bias = fit_probes(torch.stack(x), [p.site for p in probes], labels,
                               study.args.steps or 4000, rng)
-    rows = []
     for p, w, c in zip(probes, weight, bias):
         for split, (unseen, examples) in p.tests.items():
             measured = probe_row(study, split, unseen @ w + c, p.columns["target"], examples)
             rows.append({**measured, **p.columns})
     print(f"\nprobe   linear, after each block; {len(labels[0])} training examples")
     value = "accuracy" if study.answers else "auc"
-    shown = [r for r in rows if r["split"] != "c0"]
-    pivot(shown, ("target", "prompt", "split", "model", "labels"),
+    pivot([r for r in rows if r["split"] != "c0"], ("target", "prompt", "split", "model", "labels"),
           lambda r: f"{value} B{r['block']}", lambda cell: percent(cell[0][value]))
     return study.write("probe", rows)
 
 
-def fit_classifier(source, setup, model, n):
-    """A logistic regression a feature on pooled activations of n labelled records, half with it."""
-    rng, fitted, held_out = data.rng(0, "judge"), [], []
-    for sets, size, held in ((fitted, n, False), (held_out, max(2, n // 4), True)):
-        for i, feature in enumerate(data.FEATURES):
-            records = []
-            for has in (True, False):
-                records += source.draw(size // 2, rng, feature, has, held)
-            x = pooled(model, setup, records)
-            labels = torch.tensor([int(feature in r.features) for r in records], device=x.device)
-            sets.append((x, labels))
-    x, y = (torch.stack(parts) for parts in zip(*fitted))
-    mean, sd = x.mean((0, 1)), x.std((0, 1)) + 1e-8
-    weight, bias = fit_probes((x - mean) / sd, list(range(len(x))), y, 3000, rng)
-    right = []
-    for (x, y), w, b in zip(held_out, weight, bias):
-        right.append(accuracy((x - mean) / sd @ w + b, y))
-    return weight, bias, mean, sd, right
-
-
 def pooled(model, setup, records):
-    """(n, 2 d) mean activations of whole stories, of the middle and the last block."""
+    """Mean activations (n, 2 d) of whole stories, of the middle and the last block; labels."""
     examples = setup.examples(records, [False] * len(records))
     x = residuals(model, examples, setup.site(examples, width=setup.n_ctx))
-    return x[[len(x) // 2, -1]].transpose(0, 1).flatten(1)
+    return x[[len(x) // 2, -1]].transpose(0, 1).flatten(1), examples.labels
+
+
+def labelled(model, setup, n, held_out, rng):
+    """pooled() records (features, n, 2 d), half with each feature, and whether (features, n)."""
+    x, y = [], []
+    for i, feature in enumerate(data.FEATURES):
+        records = []
+        for has in (True, False):
+            records += setup.source.draw(n // 2, rng, feature, has, held_out)
+        seen, labels = pooled(model, setup, records)
+        x.append(seen)
+        y.append(labels[:, i])
+    return torch.stack(x), torch.stack(y)
 
 
 def classifier_of(study):
     """
     {feature: share of held-out records that the classifier gets right}; {} where a rule tells.
-    Real text has no rule: a classifier is fitted on the pretrained model, on the same records with
-    the same generator for every checkpoint that comes from it (the paper's judge: 92 %). Fooled
-    by: texts unlike the corpus (a refusal gets features too); labels that do not describe the
-    text.
+    Real text has no rule: a logistic regression a feature is fitted on the pretrained model, in
+    the same way for every checkpoint that comes from it (the paper's judge: 92 %).
+    Fooled by: texts unlike the corpus (a refusal gets features too); labels that are wrong.
     """
     setup, source = study.setup, getattr(study.setup, "source", None)
     if source is None or source.rule:
         return {}
-    model = study.base or study.model
+    model, n, rng = study.base or study.model, 8 * study.args.eval_size, data.rng(0, "judge")
     if study.args.judge:
         model, _ = load(study.args.judge, study.device)
-    weight, bias, mean, sd, right = fit_classifier(source, setup, model, 8 * study.args.eval_size)
+    x, y = labelled(model, setup, n, False, rng)
+    unseen, truth = labelled(model, setup, max(2, n // 4), True, rng)
+    mean, sd = x.mean((0, 1)), x.std((0, 1)) + 1e-8
+    weight, bias = fit_probes((x - mean) / sd, list(range(len(x))), y, 3000, rng)
+
+    def answers(x):
+        return ((x - mean) / sd @ weight + bias).argmax(-1)  # (features, n)
 
     def classify(texts):
         records = []
         for text in texts:
             ids = np.array(setup.tokenizer.encode(text) or [0], np.uint16)
             records.append(data.Encoded(ids, 0, 0, len(ids), frozenset()))
-        x = (pooled(model, setup, records) - mean) / sd
-        yes = (x @ weight + bias).argmax(-1).T.tolist()  # (n, features)
-        features = [frozenset(itertools.compress(data.FEATURES, line)) for line in yes]
-        return [answer if text else None for answer, text in zip(features, texts)]
+        yes = answers(pooled(model, setup, records)[0]).T.tolist()
+        return [frozenset(itertools.compress(data.FEATURES, line)) if text else None
+                for text, line in zip(texts, yes)]
     source.classify = classify
+    right = (answers(unseen) == truth).double().mean(1).tolist()
     right = dict(zip(data.FEATURES, right))
     print("judge of real text: right on held-out records "
           + ", ".join(f"{k} {percent(x)}" for k, x in right.items()))
@@ -883,31 +828,18 @@ def classifier_of(study):
 EXAMPLES = 4  # strings whose whole maps are kept
 
 
-def telling(study, test):
-    """
-    Places of the first strings that show something: answers for a and b differ, none is small.
-    """
-    a, b = (study.labels(test, o) for o in (study.relation.pt, study.relation.ft))
+def telling(study, examples):
+    """Places of the first strings whose answers for a and b differ and are not small."""
+    a, b = (study.labels(examples, o) for o in (study.relation.pt, study.relation.ft))
     return ((a > 1) & (b > 1) & (a != b)).nonzero()[:EXAMPLES, 0]
-
-
-def stacked(model, examples, names, pick=lambda x: x):
-    """Named activations of all examples: (n, names, ...); pick: what is kept of each."""
-    parts = []
-    for tokens in examples.tokens.split(128):
-        check_stop()
-        cache = activations(model, tokens, names)[1]
-        parts.append(torch.stack([pick(cache[name]) for name in names], 1))
-    return torch.cat(parts)
 
 
 def program_overlap(pattern, program, letters):
     """
-    {region: (mass, chance)} of a head's pattern (n, query, key) beside the compiled program's.
-    kept: the overlap over all letters as queries, the sum over keys of the smaller of the two;
-    chance: that of a uniform pattern. order: the probability that a letter which the program
-    selects gets more attention than one that it does not (AUC). {} where the program does not use
-    the head.
+    {region: (mass, chance)} of a head's pattern (n, query, key) beside the compiled program's; {}
+    where that does not use the head. kept: the sum over keys of the smaller of the two, mean over
+    letters. order: the probability that a letter which the program selects gets more attention
+    than one that it does not (AUC).
     """
     uniform = torch.full_like(program, 1 / program.shape[-1])
     if (program - uniform).abs().max() < 1e-3:
@@ -930,43 +862,37 @@ def attention(study):
     The attention pattern of the position that gives the answer, per block and head, on natural
     strings, asked for a and for b, base and fine-tuned side by side. mass: mean attention on a
     region (grammar: the window, the letters outside it, a, b and c within; programs: the letters
-    that make each operand's answer, BOS, padding); chance: the share of positions that the region
-    takes, what uniform attention would give. Compiled models also: how much of the program's
-    pattern is kept, and whether letters keep their order (see program_overlap). Maps of the first
-    strings go to <checkpoint>.attention.npz, of compiled models whole ones.
+    that make each operand's answer, BOS, padding); chance: what uniform attention would give.
+    Compiled models also: how much of the program's pattern is kept (see program_overlap). Maps of
+    the first strings go to <checkpoint>.attention.npz, of compiled models whole ones.
     Fooled by: reading too much into it. A head may look without using, and letters travel between
     positions in earlier blocks, so that attention to a position is not attention to its letter.
     """
-    setup, relation, rows, maps = study.setup, study.relation, [], {}
-    pair = (relation.pt, relation.ft)
+    setup, (_, a, b, _), rows, maps = study.setup, study.relation, [], {}
     names = [f"blocks.{i}.attn.pattern" for i in range(len(study.model.blocks))]
-    for prompt in pair if setup.prompted else pair[:1]:
-        test = study.test(prompt, "natural")
-        x, patterns = test.examples, {}
-        regions = setup.regions(x, (*pair, study.control_operand))
+    for prompt in (a, b) if setup.prompted else (None,):
+        x, patterns = study.test(prompt or a, "natural").examples, []
+        regions = setup.regions(x, (a, b, study.control_operand))
+        few, queries, at = telling(study, x), slice(None), x.at
+        if prompt:
+            few, queries, at = slice(8), slice(x.at, x.at + 1), 0
         for name, model in study.models.items():
-            rest = (lambda p: p[:, :, x.at:x.at + 1]) if setup.prompted else (lambda p: p)
-            # (n, block, head, query, key)
-            pattern = patterns[name] = stacked(model, x, names, rest)
-            about = dict(operand=prompt, split="natural", n=len(pattern), model=name,
-                         prompt=prompt if setup.prompted else None)
-            if setup.prompted:
-                maps[f"{name}_{prompt}"] = pattern[:8, :, :, 0].cpu().numpy()
-            else:
-                maps[name] = pattern[telling(study, test)].cpu().numpy()
+            patterns.append(stacked(model, x, names, lambda p, _: p[:, :, queries]))
+            pattern = patterns[-1]  # (n, block, head, query, key)
+            maps[f"{name}_{prompt}" if prompt else name] = pattern[few].squeeze(3).cpu().numpy()
             for block, head in np.ndindex(*pattern.shape[1:3]):
-                here = pattern[:, block, head]
-                at = here[:, 0 if setup.prompted else x.at]
-                masses = {k: ((at * where).sum(1).mean().item(), where.float().mean().item())
-                          for k, where in regions.items()}
+                here, masses = pattern[:, block, head], {}
+                for region, where in regions.items():
+                    mass = (here[:, at] * where).sum(1).mean().item()
+                    masses[region] = mass, where.float().mean().item()
                 if setup.compiled:
-                    program = patterns.get("base", pattern)[:, block, head]
-                    masses.update(program_overlap(here, program, slice(1, setup.length + 1)))
+                    program, letters = patterns[0][:, block, head], slice(1, setup.length + 1)
+                    masses.update(program_overlap(here, program, letters))
+                about = dict(operand=prompt or a, split="natural", n=len(here), model=name,
+                             prompt=prompt, block=block, head=head)
                 for region, (mass, chance) in masses.items():
-                    rows.append(study.row(**about, block=block, head=head, region=region, mass=mass,
-                                          chance=chance))
-    shown = slice(8) if setup.prompted else telling(study, test)
-    study.write_maps("attention", maps, study.test(pair[0], "natural").examples.rows(shown))
+                    rows.append(study.row(**about, region=region, mass=mass, chance=chance))
+    study.write_maps("attention", maps, study.test(a, "natural").examples.tokens[few])
     print("\nattention   of the answer position: mass (chance)")
     pivot(rows, ("prompt", "model", "region"), lambda r: f"B{r['block']}H{r['head']}",
           lambda cell: f"{cell[0]['mass']:.2f} ({cell[0]['chance']:.2f})")
@@ -986,63 +912,35 @@ def hidden(study):
     Fooled by: units that are on for every string, which dominate the cosine; a small shift of a
     threshold, which a cosine does not show and which may change every answer.
     """
-    test, rows, maps, seen = study.test(study.relation.pt, "natural"), [], {}, {}
+    a, rows, maps, seen = study.relation.pt, [], {}, []
+    examples = study.test(a, "natural").examples
     names = [f"blocks.{i}.mlp_post" for i in range(len(study.model.blocks))]
-    few = telling(study, test)
+    few = telling(study, examples)
     for name, model in study.models.items():
-        seen[name] = stacked(model, test.examples, names)  # (n, block, position, unit)
-        maps[name] = seen[name][few].cpu().numpy()
+        seen.append(stacked(model, examples, names, lambda x, _: x))  # (n, block, position, unit)
+        maps[name] = seen[-1][few].cpu().numpy()
         for i in range(len(names)):
-            x, program = seen[name][:, i], seen.get("base", seen[name])[:, i]
-            cosine = None
+            x, program, cosine = seen[-1][:, i], seen[0][:, i], None
             if program.any():
                 cosine = F.cosine_similarity(x.flatten(), program.flatten(), 0).item()
-            rows.append(study.row(operand=study.relation.pt, split="natural", n=len(x), model=name,
-                                  block=i, cosine=cosine, active=(x > .1).float().mean().item()))
-    study.write_maps("hidden", maps, test.examples.rows(few))
+            rows.append(study.row(operand=a, split="natural", n=len(x), model=name, block=i,
+                                  cosine=cosine, active=(x > .1).float().mean().item()))
+    study.write_maps("hidden", maps, examples.tokens[few])
     print("\nhidden   units of the MLPs: cosine with the compiled model's, share that is on")
-    table(["model", "block", "cosine", "on"],
-          [[r["model"], r["block"], percent(r["cosine"]), percent(r["active"])] for r in rows])
+    show(rows, ("model", "block", "cosine", "active"))
     return study.write("hidden", rows)
 
 
 # ---------------------------------------------------------------- revive
 
 THRESHOLDS = (.9, .99)
-FASTER = 3  # reFT must be so many times as fast as its control, which goes on that much longer
+FASTER = 3     # reFT must be so many times as fast as its control, which goes on that much longer
+REVIVED = 400  # strings in a test set, at most
 
 
 def steps_to(curve, threshold):
-    """
-    First evaluated step at which accuracy reaches the threshold, from [(step, accuracy)], or None.
-    """
+    """First step at which accuracy reaches the threshold, from [(step, accuracy)], or None."""
     return next((step for step, accuracy in curve if accuracy >= threshold), None)
-
-
-def teach(study, start, operand, lr, max_steps):
-    """
-    Fine-tune a copy of `start` to answer for `operand` on its c0 strings, at a constant rate;
-    evaluated on natural and c0 strings until both are at the largest threshold. Returns
-    {split: [(step, accuracy)]}.
-    """
-    model, setup, relation = copy.deepcopy(start), study.setup, study.relation
-    pair = [relation.pt if operand == relation.ft else operand, relation.ft]
-    args = Namespace(task=relation.task, pair=pair, q=relation.q, operand=operand, c_tr=0.)
-    batch = data.stream(lambda n, rng: setup.finetuning(n, rng, args), study.args.batch_size,
-                        study.seed, "revive", study.device)
-    n = min(400, study.args.eval_size)
-    tests = {split: study.test(operand, split, n=n).examples for split in ("natural", "c0")}
-    curves = {split: [] for split in tests}
-    for step, _ in train_steps(model, optimizer_for(model, lr, setup),
-                               lambda step: loss_of(model, batch(step)), constant(lr),
-                               range(max_steps)):
-        check_stop()
-        if step % setup.teach_every == 0 or step == max_steps:
-            for split, x in tests.items():
-                curves[split].append((step, accuracy(predict(model, x), x.answer)))
-            if all(curve[-1][1] >= THRESHOLDS[-1] for curve in curves.values()):
-                break
-    return curves
 
 
 class Arm(NamedTuple):
@@ -1050,24 +948,45 @@ class Arm(NamedTuple):
     arm: str
     lr: float
     operand: str
-    curves: dict     # {split: [(step, accuracy)]}
+    curves: dict     # {split: [(step, accuracy)]}, on natural and c0 strings
     max_steps: int
     seed: int
 
 
+def teach(study, name, start, operand, lr, max_steps):
+    """
+    The Arm of a copy of `start` that is fine-tuned to answer for `operand` on its c0 strings, at a
+    constant rate, until its accuracies are at the largest threshold.
+    """
+    model, setup, (task, a, b, q) = copy.deepcopy(start), study.setup, study.relation
+    args = Namespace(task=task, pair=[a if operand == b else operand, b], q=q, operand=operand,
+                     c_tr=0.)
+    batch = data.stream(lambda n, rng: setup.finetuning(n, rng, args), study.args.batch_size,
+                        study.seed, "revive", study.device)
+    curves, n = {"natural": [], "c0": []}, min(REVIVED, study.args.eval_size)
+    for step, _ in train_steps(model, optimizer_for(model, lr, setup),
+                               lambda step: loss_of(model, batch(step)), constant(lr),
+                               range(max_steps)):
+        check_stop()
+        if step % setup.teach_every == 0 or step == max_steps:
+            for split, curve in curves.items():
+                x = study.test(operand, split, n=n).examples
+                curve.append((step, accuracy(predict(model, x), x.answer)))
+            if all(curve[-1][1] >= THRESHOLDS[-1] for curve in curves.values()):
+                break
+    return Arm(name, lr, operand, curves, max_steps, study.seed)
+
+
 def pretraining_arm(study):
-    """
-    Pretraining itself, from its history: the Arm, or None where it was only scored at its ends.
-    """
-    ckpt, relation, curves = study.base_ckpt, study.relation, {}
+    """Pretraining itself, from its history; no curves where it was only scored at its ends."""
+    ckpt, (task, a, *_), curves = study.base_ckpt, study.relation, {}
     history = read_rows(os.path.splitext(ckpt["path"])[0] + ".jsonl")
     for split in ("natural", "c0"):
-        about = (relation.task, relation.pt, split)
-        rows = [r for r in history if (r["task"], r["operand"], r["split"]) == about]
+        rows = select(history, task=task, operand=a, split=split)
         if len(rows) > 3 and ckpt["stage"] == "pretrain":
             curves[split] = [(r["step"], r["accuracy"]) for r in rows]
     args = ckpt["args"]
-    return Arm("pretraining", args["lr"], relation.pt, curves, ckpt["steps"], args["seed"])
+    return Arm("pretraining", args["lr"], a, curves, ckpt["steps"], args["seed"])
 
 
 @analysis(needs_base=True, applies=has_answers)
@@ -1089,50 +1008,36 @@ def revive(study):
     teach-c has to learn is what O_c means.
     """
     rates = [study.ckpt["args"]["lr"] / divisor for divisor in study.setup.reft_divisors]
-    a, seed, limit = study.relation.pt, study.seed, study.args.steps or study.setup.revive_steps
-    arms = []
-    for lr in rates:
-        arms.append(Arm("reft", lr, a, teach(study, study.model, a, lr, limit), limit, seed))
+    limit, rows, curve_rows = study.args.steps or study.setup.revive_steps, [], []
+    arms = [teach(study, "reft", study.model, study.relation.pt, lr, limit) for lr in rates]
     step, reached = arms[0].curves["natural"][-1]
-    longest = limit
     if reached >= THRESHOLDS[-1] and not study.args.steps:
-        longest = max(30, FASTER * step)
+        limit = max(30, FASTER * step)
     if study.never_trained:
-        model, base, operand = study.never_trained
-        for end, start in (("", model), ("-base", base)):
+        *models, c = study.never_trained
+        for name, start in zip((f"teach-{c}", f"teach-{c}-base"), models):
             if start:
-                curves = teach(study, start, operand, rates[0], longest)
-                arms.append(Arm(f"teach-{operand}{end}", rates[0], operand, curves, longest, seed))
+                arms.append(teach(study, name, start, c, rates[0], limit))
     arms.append(pretraining_arm(study))
-    rows, curve_rows, n = [], [], min(400, study.args.eval_size)
     for arm in arms:
         about = {"arm": arm.arm, "lr": arm.lr}
         for split, curve in arm.curves.items():
-            floors = answer_floors(study.test(arm.operand, split, n=n))
+            test = study.test(arm.operand, split, n=min(REVIVED, study.args.eval_size))
+            known = floors(test.examples.answer, test.other)
             for threshold in THRESHOLDS:
-                rows.append({**study.row(operand=arm.operand, split=split, **floors,
-                                         accuracy=curve[-1][1]), "seed": arm.seed, **about,
-                             "threshold": threshold, "steps": steps_to(curve, threshold),
-                             "max_steps": arm.max_steps})
+                rows.append(study.row(
+                    operand=arm.operand, split=split, seed=arm.seed, accuracy=curve[-1][1],
+                    **known, **about, threshold=threshold, steps=steps_to(curve, threshold),
+                    max_steps=arm.max_steps))
             for step, share in curve:
                 curve_rows.append({**about, "step": step, "split": split, "accuracy": share,
                                    "seed": arm.seed})
     study.write("revive.curve", curve_rows)
     print(f"\nrevive   steps to 90 % and 99 %\n  control: {study.control_note}")
     pivot(rows, ("arm", "lr", "operand"), lambda r: f"{r['split']} {r['threshold']:.0%}",
-          lambda cell: shown_steps(cell[0]["steps"], cell[0]["max_steps"]))
+          lambda cell: f">= {cell[0]['max_steps']}" if cell[0]["steps"] is None
+          else cell[0]["steps"])
     return study.write("revive", rows)
-
-
-def answer_floors(test):
-    """Size and floors of a Test."""
-    answer, other = test.examples.answer, test.other
-    return {"n": len(answer), "floor": data.majority_floor(answer),
-            "cross_floor": None if other is None else data.cross_floor(answer, other)}
-
-
-def shown_steps(steps, max_steps):
-    return f">= {max_steps}" if steps is None else steps
 
 
 # ---------------------------------------------------------------- verdict
@@ -1145,31 +1050,25 @@ INSTRUMENTS = ("pruning", "probing", "reviving")
 
 
 class Evidence(NamedTuple):
-    """
-    One line of the verdict's table. Accuracies and AUC are fractions; holds None: cannot be said.
-    """
+    """A line of the verdict's table."""
     instrument: str
     question: str
     measured: float | None
     control: str
     control_measured: float | None
     margin: float             # by which it must win; of steps, a factor
-    holds: bool | None
+    holds: bool | None        # None: cannot be said
     unit: str = "share"       # or steps
 
 
 def wins(measured, control, margin):
     """Whether a measurement is above its control by a margin; None where either is missing."""
-    if measured is None or control is None:
-        return None
-    return measured - control >= margin
+    return None if None in (measured, control) else measured - control >= margin
 
 
 def select(rows, **values):
     """The rows that have these values."""
-    def fits(r):
-        return all(r.get(k) == v for k, v in values.items())
-    return list(filter(fits, rows))
+    return [r for r in rows if {**r, **values} == r]
 
 
 def picked(rows, column="accuracy", **values):
@@ -1182,109 +1081,95 @@ def largest(*values):
     return max((v for v in values if v is not None), default=None)
 
 
-def behavior_facts(study, rows):
+def behavior_evidence(study, rows, v):
     """Accuracies of a and b before and after, and what explains them on c0."""
-    (task, a, b, _), v = study.relation, {}
-    for role, o in (("pt", a), ("ft", b)):
+    (task, a, b, _), lines = study.relation, []
+    for role, o, other in (("pt", a, b), ("ft", b, a)):
         for model, split in itertools.product(("base", "ckpt"), SPLITS):
-            where = dict(model=model, operand=o, split=split, task=task)
-            v[f"{model}_{role}_{split}"] = picked(rows, **where)
-        where = dict(model="ckpt", operand=o, split="c0", task=task)
-        v[f"{role}_c0_cross_floor"] = picked(rows, "cross_floor", **where)
-        v[f"{role}_c0_follows_a_plus_q"] = picked(rows, "share_a_plus_q", **where)
-    return v
+            v[f"{model}_{role}_{split}"] = picked(rows, model=model, operand=o, split=split,
+                                                  task=task)
+        c0 = dict(model="ckpt", operand=o, split="c0", task=task)
+        measured = v[f"ckpt_{role}_c0"]
+        v[f"{role}_c0_cross_floor"] = floor = picked(rows, "cross_floor", **c0)
+        v[f"{role}_c0_follows_a_plus_q"] = picked(rows, "share_a_plus_q", **c0)
+        lines.append(Evidence("behaviour", f"{o} is answered on c0, where the relation never holds",
+                              measured, f"best guess from {other}", floor, MARGIN,
+                              wins(measured, floor, MARGIN)))
+    return lines
 
 
-def prune_facts(study, rows):
-    """
-    Accuracy of a on c0 after the edits whose K was chosen on other strings, and of the controls.
-    """
-    order = "exhaustive" if study.setup.compiled and study.unit == "weight" else "iterative"
-    rows = [r for r in rows if (r.get("chosen"), r["split"], r["pool"]) == (True, "c0", "all")
-            and r["operand"] != study.relation.ft]
-    v, own = {"prune_order": order}, dict(edit="zero", control=None)
-    for name, where in (("prune", dict(own, score="gradient-weight", order=order)),
-                        ("prune_one_pass", dict(own, score="gradient-weight", order="one-shot")),
-                        ("graft", dict(own, score="gradient-change", edit="graft"))):
-        v[f"{name}_c0"], v[f"{name}_k"] = picked(rows, **where), picked(rows, "k", **where)
-    random = dict(own, score="random", order="one-shot" if order == "iterative" else order)
-    draws = [r["accuracy"] for r in select(rows, **random)]
+def prune_evidence(study, rows, v):
+    """Accuracy of a on c0 after the edits whose K was chosen on other strings; of the controls."""
+    (_, a, b, _), tried = study.relation, study.setup.compiled and study.unit == "weight"
+    v["prune_order"] = order = "exhaustive" if tried else "iterative"
+    rows = select(rows, chosen=True, split="c0", pool="all")
+    rows = [r for r in rows if r["operand"] != b]
+    for name, score, at, edit in (("prune", "gradient-weight", order, "zero"),
+                                  ("prune_one_pass", "gradient-weight", "one-shot", "zero"),
+                                  ("graft", "gradient-change", "one-shot", "graft")):
+        about = dict(score=score, order=at, edit=edit, control=None)
+        v[f"{name}_c0"], v[f"{name}_k"] = picked(rows, **about), picked(rows, "k", **about)
+    draws = [r["accuracy"] for r in select(rows, score="random", edit="zero",
+                                           order="exhaustive" if tried else "one-shot")]
     v["random_draws"], v["random_c0_max"] = len(draws), largest(*draws)
     v["random_c0_mean"] = float(np.mean(draws)) if draws else None
     v["never_prune_c0"] = picked(rows, edit="zero", control="never-trained")
-    return v
+    drawn = largest(v["random_c0_max"], v["never_prune_c0"])
+    return [Evidence("pruning", f"{a} on c0, {v['prune_k']} {study.unit}s zeroed ({order})",
+                     v["prune_c0"], "best random draw or never-trained operand", drawn, MARGIN,
+                     wins(v["prune_c0"], v["pt_c0_cross_floor"], MARGIN)
+                     and wins(v["prune_c0"], drawn, MARGIN))]
 
 
-def probe_facts(study, rows):
-    """
-    What probes read while b is asked: the block is chosen on c0, the accuracy is of natural
-    strings.
-    """
-    a, b, control = study.relation.pt, study.relation.ft, study.control_operand
-    inside = study.never_trained and study.never_trained[0] is study.model
-    v = {}
+def probe_evidence(study, rows, v):
+    """What probes read on natural strings while b is asked, at the block that is best on c0."""
+    (_, a, b, _), c = study.relation, study.control_operand
     for key, model, target in (("probe_natural", "ckpt", a), ("probe_untrained", "untrained", a),
-                               ("never_probe", "ckpt" if inside else "control", control)):
-        where = dict(model=model, target=target, prompt=b, labels="true")
-        on_c0 = select(rows, split="c0", **where)
-        best = max(on_c0, key=lambda r: r["accuracy"], default=None)
-        where.update(split="natural", block=best and best["block"])
-        v[key] = picked(rows, **where)
+                               ("never_probe", "control" if study.control else "ckpt", c)):
+        about = dict(model=model, target=target, prompt=b, labels="true")
+        blocks = select(rows, split="c0", **about)
+        block = max(blocks, key=lambda r: r["accuracy"], default={"block": None})["block"]
+        about.update(split="natural", block=block)
+        v[key] = picked(rows, **about)
         if key == "probe_natural":
-            v["probe_block"], v["probe_floor"] = where["block"], picked(rows, "floor", **where)
+            v["probe_block"], v["probe_floor"] = block, picked(rows, "floor", **about)
     if not study.never_trained:
         v["never_probe"] = None
-    return v
+    blind = largest(v["probe_untrained"], v["never_probe"])
+    return [Evidence("probing", f"{a} is read while {b} is asked, natural strings",
+                     v["probe_natural"], "untrained model or never-trained operand", blind, READS,
+                     wins(v["probe_natural"], blind, READS) and v["probe_natural"] >= KNOWS)]
 
 
-def revive_facts(study, rows):
-    """
-    Steps to 99 % on natural strings, or to 90 % where neither reFT nor its control gets to 99.
-    """
-    v, lr = {}, study.ckpt["args"]["lr"] / study.setup.reft_divisors[0]
-    for v["threshold"] in reversed(THRESHOLDS):
-        control = f"teach-{study.control_operand}"
-        for name, where in (("reft", dict(arm="reft", lr=lr)), ("control", dict(arm=control)),
+def revive_evidence(study, rows, v):
+    """Steps to 99 % on natural strings; to 90 % where neither reFT nor its control gets to 99."""
+    lr = study.ckpt["args"]["lr"] / study.setup.reft_divisors[0]
+    control = f"teach-{study.control_operand}"
+    for threshold in reversed(THRESHOLDS):
+        for name, about in (("reft", dict(arm="reft", lr=lr)), ("control", dict(arm=control)),
                             ("pretraining", dict(arm="pretraining"))):
-            where.update(split="natural", threshold=v["threshold"])
-            reached, limit = (picked(rows, k, **where) for k in ("steps", "max_steps"))
+            about.update(split="natural", threshold=threshold)
+            reached, limit = (picked(rows, k, **about) for k in ("steps", "max_steps"))
             v[f"{name}_reached"] = None if limit is None else reached is not None
             v[f"{name}_steps"] = limit if reached is None else reached
+        v["threshold"] = threshold
         if v["reft_reached"] or v["control_reached"]:
             break
-    return v
+    steps, theirs, known, back = v["reft_steps"], v["control_steps"], v["ckpt_pt_natural"], None
+    if None not in (steps, theirs, known):
+        back = bool(known < KNOWS and v["reft_reached"] and FASTER * steps <= theirs)
+    question = f"steps of reFT until {study.relation.pt} is right on {threshold:.0%}"
+    taught = f"teaching {study.control_operand}" if study.never_trained else "none"
+    return [Evidence("reviving", question, steps, taught, theirs, FASTER, back, "steps")]
 
 
 def answer_evidence(study, rows):
     """(numbers, Evidence lines) for a setup with answers."""
-    (task, a, b, _), other = study.relation, study.control_operand
-    v = {"task": task, "operands": [a, b], **behavior_facts(study, rows["behavior"]),
-         **prune_facts(study, rows["prune"]), **probe_facts(study, rows["probe"]),
-         **revive_facts(study, rows["revive"])}
-    drawn = largest(v["random_c0_max"], v["never_prune_c0"])
-    pruned = wins(v["prune_c0"], v["pt_c0_cross_floor"], MARGIN)
-    pruned = pruned and wins(v["prune_c0"], drawn, MARGIN)
-    blind = largest(v["probe_untrained"], v["never_probe"])
-    read = wins(v["probe_natural"], blind, READS) and v["probe_natural"] >= KNOWS
-    back = None
-    if None not in (v["reft_steps"], v["control_steps"], v["ckpt_pt_natural"]):
-        back = bool(v["ckpt_pt_natural"] < KNOWS and v["reft_reached"]
-                    and FASTER * v["reft_steps"] <= v["control_steps"])
-    lines = []
-    for role, o, guess in (("pt", a, b), ("ft", b, a)):
-        measured, floor = v[f"ckpt_{role}_c0"], v[f"{role}_c0_cross_floor"]
-        lines.append(Evidence("behaviour", f"{o} is answered on c0, where the relation never holds",
-                              measured, f"best guess from {guess}", floor, MARGIN,
-                              wins(measured, floor, MARGIN)))
-    return v, [
-        *lines,
-        Evidence("pruning", f"{a} on c0, {v['prune_k']} {study.unit}s zeroed ({v['prune_order']})",
-                 v["prune_c0"], "best random draw or never-trained operand", drawn, MARGIN, pruned),
-        Evidence("probing", f"{a} is read while {b} is asked, natural strings", v["probe_natural"],
-                 "untrained model or never-trained operand", blind, READS, read),
-        Evidence("reviving", f"steps of reFT until {a} is right on {v['threshold']:.0%}",
-                 v["reft_steps"], f"teaching {other}" if study.never_trained else "none",
-                 v["control_steps"], FASTER, back, "steps")]
+    v, lines = {"task": study.relation.task, "operands": list(study.relation[1:3])}, []
+    for name, evidence in (("behavior", behavior_evidence), ("prune", prune_evidence),
+                           ("probe", probe_evidence), ("revive", revive_evidence)):
+        lines += evidence(study, rows[name], v)
+    return v, lines
 
 
 def answer_rules(study, v, evidence):
@@ -1298,18 +1183,18 @@ def answer_rules(study, v, evidence):
         lost       a is not answered, and none of the three finds it, each beside a control
         undecided  anything else
 
-    Answered: above the cross floor by MARGIN. Found, by pruning (ours: ranked anew after each row):
-    answered again, and above every random draw and the never-trained operand by MARGIN; by probing:
-    90 % on natural strings, and READS above the untrained model and the never-trained operand; by
-    reviving: in a third of the control's steps or less.
+    Answered: above the cross floor by MARGIN. Found, by pruning: answered again, and above every
+    random draw and the never-trained operand by MARGIN; by probing: KNOWS on natural strings, and
+    READS above the untrained model and the never-trained operand; by reviving: FASTER.
     """
     (_, a, b, q), answered, can = study.relation, evidence[0].holds, evidence[1].holds
     could = wins(v["base_ft_c0"], v["ft_c0_cross_floor"], MARGIN)
     by = ", ".join(v["found_by"]) or "no instrument"
-    gone, shortcut = f"{a} is not answered any more", (v["ft_c0_follows_a_plus_q"] or 0) >= .5
-    how = "and so is " + b + ": strongly relevant, no wrapper was needed" if can else (
-        f"and {b} as {a}{q:+d}: a wrapper that only opens when {b} is asked" if shortcut else
-        f"and {b} was not learned")
+    gone, how = f"{a} is not answered any more", f"and {b} was not learned"
+    if can:
+        how = f"and so is {b}: strongly relevant, no wrapper was needed"
+    elif (v["ft_c0_follows_a_plus_q"] or 0) >= .5:
+        how = f"and {b} as {a}{q:+d}: a wrapper that only opens when {b} is asked"
     then = "still answered" if answered else f"not answered any more (found by {by})"
     complete = all(line.holds is not None for line in evidence) and study.never_trained
     return [("undecided", (v["base_pt_natural"] or 0) < KNOWS, f"the base did not have {a}"),
@@ -1324,32 +1209,32 @@ def answer_rules(study, v, evidence):
 
 def story_evidence(study, rows):
     """(numbers, Evidence lines) for stories."""
-    feature, v = study.relation.pt, {"feature": study.relation.pt}
-    scored = [r for r in rows["behavior"] if "parsed" in r]
+    feature, fell = study.relation.pt, []
+    v, scored = {"feature": feature}, [r for r in rows["behavior"] if "parsed" in r]
     for r in select(scored, operand=feature):
         key = f"{r['model']}_{r['split']}"
         v[key], v[f"{key}_parsed"] = r["accuracy"], r["parsed"]
-    fell = []
     for o in set(data.FEATURES) - {feature}:
         asked = [picked(scored, model=m, operand=o, split="asked") or 0. for m in ("base", "ckpt")]
         fell.append(asked[0] - asked[1])
     v["others_asked_fell_most"] = max(fell) if scored else None
     probes = select(rows["probe"], target=feature, labels="true", split="natural")
-    bound = select(probes, model="base")
-    v["probe_block"] = max(bound, key=lambda r: r["auc"], default={"block": None})["block"]
+    best = max(select(probes, model="base"), key=lambda r: r["auc"], default={"block": None})
+    v["probe_block"] = best["block"]
     for model in ("base", "ckpt", "control", "untrained"):
         v[f"{model}_auc"] = picked(probes, "auc", model=model, block=v["probe_block"])
-    low, high = v["control_auc"], v["base_auc"]
-    apart = None not in (low, high) and high - low >= APART
-    v["between"] = (v["ckpt_auc"] - low) / (high - low) if apart else None
-    before, after = v.get("base_asked"), v.get("ckpt_asked")
-    half, middle = before and before / 2, (low + high) / 2 if apart else None
-    bounds = "middle between never trained and pretrained" if apart else "none: bounds too near"
+    low, high, before, after = (v.get(k) for k in ("control_auc", "base_auc", "base_asked",
+                                                   "ckpt_asked"))
+    half, bounds = before and before / 2, "none: bounds too near"
+    v["between"] = middle = None
+    if wins(high, low, APART):
+        v["between"], middle = (v["ckpt_auc"] - low) / (high - low), (low + high) / 2
+        bounds = "middle between never trained and pretrained"
     return v, [
         Evidence("behaviour", f"{feature} is written when it is asked for", after,
                  "half of the pretrained model's share", half, 0., wins(after or 0., half, 0.)),
         Evidence("probing", f"AUC of {feature} at the story's end, block {v['probe_block']}",
-                 v["ckpt_auc"], bounds, middle, 0., v["between"] > .5 if apart else None)]
+                 v["ckpt_auc"], bounds, middle, 0., middle and v["between"] > .5)]
 
 
 def story_rules(study, v, evidence):
@@ -1364,13 +1249,13 @@ def story_rules(study, v, evidence):
 
     How fast the feature comes back is another question: finetune.py --reverse.
     """
-    gone, (written, read) = f"{study.relation.pt} is not written any more", [
-        e.holds for e in evidence]
+    feature, (written, read) = study.relation.pt, [e.holds for e in evidence]
+    gone = f"{feature} is not written any more"
     why = "for the bounds of its probe give --control" if v["control_auc"] is None else (
         "the bounds of its probe are too near each other")
     return [("undecided", (v.get("base_asked") or 0) < .5,
-             f"the base hardly wrote {study.relation.pt} when asked"),
-            ("intact", written, f"{study.relation.pt} is still written when it is asked for"),
+             f"the base hardly wrote {feature} when asked"),
+            ("intact", written, f"{feature} is still written when it is asked for"),
             ("undecided", read is None, f"{gone}; {why}"),
             ("wrapped", read, f"{gone}, but it is read as before"),
             ("lost", True, f"{gone}, nor read")]
@@ -1388,37 +1273,26 @@ def verdict(study, rows):
     missing = [name for name, part in rows.items() if not part]
     if missing and word != "new":
         word, meaning = "undecided", f"no rows of {', '.join(missing)}: run them first"
-    text = f"{word}: {meaning}."
-    write_json(f"{study.prefix}.verdict.json", {
-        "verdict": word, "text": text, "evidence": [e._asdict() for e in evidence], **v})
+    text, lines = f"{word}: {meaning}.", [e._asdict() for e in evidence]
+    write_json(f"{study.prefix}.verdict.json",
+               {"verdict": word, "text": text, "evidence": lines, **v})
     print("\nEVIDENCE")
-    table(["instrument", "question", "measured", "control", "control's", "holds"],
-          [[e.instrument, e.question, shown(e.measured, e.unit), e.control,
-            shown(e.control_measured, e.unit), {True: "yes", False: "no", None: "?"}[e.holds]]
-           for e in evidence])
+    show(lines, ("instrument", "question", "measured", "control", "control_measured", "holds"))
     print(textwrap.fill(f"VERDICT  {text}", 100, subsequent_indent="  "))
-
-
-def shown(value, unit):
-    """A measurement for people."""
-    return value if unit == "steps" and value is not None else percent(value)
 
 
 # ---------------------------------------------------------------- ask, generate
 
 
 def ask(study):
-    """
-    One string: the answer, the truth and the rule it followed, base and fine-tuned side by side.
-    """
-    setup, (task, a, b, q) = study.setup, study.relation
-    text, operand, alphabet = study.args.text or "", study.args.operand or b, setup.alphabet
+    """One string: the truth, the models' answers, and the rules that these follow."""
+    setup, (task, a, b, q), text = study.setup, study.relation, study.args.text or ""
+    operand, alphabet = study.args.operand or b, setup.alphabet
     if operand not in setup.operands:
         raise UserError(f"--operand {operand}: there are {', '.join(setup.operands)}")
     if len(text) != setup.length or set(text) - set(alphabet):
-        raise UserError(f"--text takes {setup.length} letters {alphabet[0]} to {alphabet[-1]}, as "
-                        f"this model was trained on; for one: python data.py --setup {setup.name} "
-                        f"--scale {setup.scale} --json")
+        raise UserError(f"--text takes {setup.length} letters {alphabet[0]} to {alphabet[-1]}; for "
+                        f"one: python data.py --setup {setup.name} --scale {setup.scale} --json")
     if setup.compiled and not setup.program.repeat and len(set(text)) < len(text):
         raise UserError(f"--text {text}: no letter may occur twice")
     letters = torch.tensor([[alphabet.index(x) for x in text]], device=study.device)
@@ -1426,34 +1300,29 @@ def ask(study):
     if r[operand] < 0:
         raise UserError(f"--text has too few {operand} for {task}: there is no answer")
     first, names = setup.first_answer(task), [name.lstrip("#") for name in setup.output_names]
-
-    def say(value):
-        return names[value + first] if 0 <= value + first < len(names) else str(value)
-    rules = {f"r({o})": r[o] for o in dict.fromkeys((a, b, study.control_operand, operand))}
+    names = dict(enumerate(names, -first))  # answer: what it is called
+    rules = {f"r({o})": r[o] for o in (a, b, study.control_operand, operand)}
     rules[f"r({a}) {q:+d}"] = r[a] + q
     print("\n".join(setup.explain(letters[0], task, operand)))
-    print(f"{task} {operand}: the truth is {say(r[operand])}; "
-          + ", ".join(f"{k} = {say(x)}" for k, x in rules.items()))
+    print(f"{task} {operand}: the truth is {names[r[operand]]}; "
+          + ", ".join(f"{rule} = {names.get(x, x)}" for rule, x in rules.items()))
     for name, model in study.models.items():
         logits = predict(model, setup.ask(letters, task, operand))[0]
         share, top = logits.softmax(0).sort(descending=True)
-        answer = top[0].item() - first
-        followed = " = ".join(rule for rule, value in rules.items() if value == answer) or "no rule"
-        likely = ", ".join(f"{names[i]}: {x:.1%}" for i, x in zip(top[:3].tolist(), share.tolist()))
-        print(f"{name:<5} says {names[top[0]]:<3} {'right' if answer == r[operand] else 'wrong'}, "
-              f"follows {followed}   ({likely})")
+        answers = (top[:3] - first).tolist()
+        followed = " = ".join(k for k, x in rules.items() if x == answers[0]) or "no rule"
+        likely = ", ".join(f"{names[x]}: {s:.1%}" for x, s in zip(answers, share.tolist()))
+        right = "right" if answers[0] == r[operand] else "wrong"
+        print(f"{name:<5} says {names[answers[0]]:<3} {right}, follows {followed}   ({likely})")
 
 
 def generate_stories(study):
-    """
-    Stories to read: written to held-out instructions that ask for --features, and what they have.
-    """
-    setup, args = study.setup, study.args
+    """Stories to read, written to held-out instructions that ask for --features."""
+    setup, args, prompts = study.setup, study.args, []
     wanted = frozenset(f.strip() for f in (args.features or "").split(",") if f.strip())
     for unknown in sorted(wanted - set(data.FEATURES)):
         raise UserError(f"--features {unknown}: there are {', '.join(data.FEATURES)}")
     classifier_of(study)
-    prompts = []
     for record in setup.source.draw(args.n, data.rng(study.seed, "look"), held_out=True):
         ids, start, _ = data.story_ids(record._replace(features=wanted), setup.tokenizer)
         prompts.append(ids[:start].tolist())
@@ -1461,17 +1330,14 @@ def generate_stories(study):
     written = generate(study.model, prompts, setup.n_ctx, draws)
     stories = [data.story_of(setup.tokenizer.decode(ids)) for ids in written]
     for prompt, story, features in zip(prompts, stories, setup.source.classify(stories)):
-        print(setup.tokenizer.decode(prompt[1:]).strip())
-        print(textwrap.fill(story, 100))
-        names = [", ".join(data.ordered(x or ())) or "nothing" for x in (wanted, features)]
-        has = "does not parse" if features is None else f"has: {names[1]}"
-        print(f"  asked for: {names[0]}; {has}\n")
+        asked, has = (", ".join(data.ordered(x or ())) or "nothing" for x in (wanted, features))
+        has = "does not parse" if features is None else f"has: {has}"
+        print(setup.tokenizer.decode(prompt[1:]).strip(), textwrap.fill(story, 100),
+              f"  asked for: {asked}; {has}\n", sep="\n")
 
 
 # ---------------------------------------------------------------- command line
 
-COMMANDS = {"verdict": lambda setup: True, "ask": has_answers,
-            "generate": lambda setup: not has_answers(setup)}
 FLAGS = {"what to look at": [
     Flag("--ckpt", "checkpoint to look into", default="out/ft.pt"),
     Flag("--base", "what it was fine-tuned from; else the parent it names, its hash checked",
@@ -1494,59 +1360,52 @@ FLAGS = {"what to look at": [
          "one that --ckpt comes from", default=None)], **MACHINE}
 
 
-def chosen_names(args, study):
-    """The analyses to run. Raises UserError for analyses and flags that do not apply."""
-    setup = study.setup
+def chosen_names(study):
+    """The analyses and commands to run. Raises UserError for names and flags that do not apply."""
+    setup, args, base = study.setup, study.args, study.base
     for flag in ("draws", "unit", "text", "operand") if not study.answers else ():
         if getattr(args, flag) is not None:
             raise UserError(f"--{flag} is not for setup {setup.name}, which {args.ckpt} is of")
-    applying = [name for name, about in ANALYSES.items() if about.applies(setup)]
-    commands = [name for name, applies in COMMANDS.items() if applies(setup)]
-    for name in args.analysis:
-        if name not in applying + commands:
-            raise UserError(f"{name} is not for setup {setup.name}, which {args.ckpt} is of; there "
-                            f"are {', '.join(applying + commands)}")
-        if not study.base and (name == "verdict" or name in ANALYSES and ANALYSES[name].needs_base):
-            raise UserError(f"{name} needs a fine-tuned checkpoint: {args.ckpt} has no base")
-    return [name for name in applying if name in args.analysis or (
-        not args.analysis and (study.base or not ANALYSES[name].needs_base))]
+    names = [name for name, about in ANALYSES.items()
+             if about.applies(setup) and (base or not about.needs_base)]
+    known = [*names, "ask" if study.answers else "generate", *(["verdict"] if base else [])]
+    for name in set(args.analysis) - set(known):
+        raise UserError(f"no analysis {name!r} of {args.ckpt}, setup {setup.name}"
+                        f"{'' if base else ', which has no base'}; there are {', '.join(known)}")
+    return [name for name in known if name in args.analysis] or names
+
+
+def look(study):
+    """Run what was asked for, then the verdict where all that it rests on is there."""
+    names, args, relation = chosen_names(study), study.args, study.relation
+    args.draws = args.draws or 8
+    if "ask" in names:
+        return ask(study)
+    if "generate" in names:
+        return generate_stories(study)
+    print(f"analyze {args.ckpt}: {study.ckpt['stage']}, O_PT {relation.pt}, O_FT {relation.ft}, q "
+          f"{relation.q}" + (f", against {study.base_ckpt['path']}" if study.base else ""))
+    rows = {name: ANALYSES[name].run(study) for name in names if name in ANALYSES}
+    needed = [name for name in ("behavior", "prune", "probe", "revive")
+              if ANALYSES[name].applies(study.setup)]
+    if "verdict" in names:  # from rows that are there already
+        for name in needed:
+            rows[name] = rows.get(name) or read_rows(f"{study.prefix}.{name}.jsonl")
+        if not any(map(rows.get, needed)):
+            raise UserError(f"verdict needs the rows of {', '.join(needed)}: run them first")
+    if study.base and set(needed) <= set(rows):
+        verdict(study, {name: rows[name] for name in needed})
 
 
 def main():
-    names = (*ANALYSES, *COMMANDS)
-    args = parse(__doc__, "analyze", FLAGS, f"{', '.join(names)} (default: all that apply)")
-    for name in args.analysis:
-        if name not in names:
-            raise UserError(f"no analysis {name!r}; there are {', '.join(names)}")
+    names = ", ".join([*ANALYSES, "verdict", "ask", "generate"])
+    args = parse(__doc__, "analyze", FLAGS, f"{names} (default: all that apply)")
     for flag in itertools.chain(*FLAGS.values()):
         check_above(flag.name, getattr(args, flag.key), flag.above)
     try:
-        study = Study(args, start_device(args))
-        look(args, study)
+        look(Study(args, start_device(args)))
     except ValueError as error:  # a file of stories that is gone, or has too few of a kind
         raise UserError(f"--ckpt {args.ckpt}: {error}") from None
-
-
-def look(args, study):
-    """Run what was asked for, then the verdict where all that it rests on is there."""
-    names = chosen_names(args, study)
-    args.draws = args.draws or 8
-    for name, command in (("ask", ask), ("generate", generate_stories)):
-        if name in args.analysis:
-            return command(study)
-    _, a, b, q = study.relation
-    print(f"analyze {args.ckpt}: {study.ckpt['stage']}, O_PT {a}, O_FT {b}, q {q}"
-          + (f", against {study.base_ckpt['path']}" if study.base else ""))
-    rows = {name: ANALYSES[name].run(study) for name in names}
-    needed = [name for name in ("behavior", "prune", "probe", "revive")
-              if ANALYSES[name].applies(study.setup)]
-    if "verdict" in args.analysis:  # from rows that are there already
-        rows = {name: rows.get(name) or read_rows(f"{study.prefix}.{name}.jsonl")
-                for name in needed}
-        if not any(rows.values()):
-            raise UserError(f"verdict needs the rows of {', '.join(needed)}: run them first")
-    if study.base and all(name in rows for name in needed):
-        verdict(study, {name: rows[name] for name in needed})
 
 
 if __name__ == "__main__":

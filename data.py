@@ -13,16 +13,10 @@ What the model sees, at the small scale (32 letters, a window of 16, the 3rd occ
     SOS  T_NJ  O_b  #16  SOT  b a c ... c a b  EOT  ART  #6  EOS
          task  operand  O'    32 letters                 answer: the b among the last 16 letters
 
-The families (paper section 3; O is the operand, O' the second operand), on the text
-"... a c b a b", O' = 3 or 1:
-    count               how many O among the last O' letters         O = b, O' = 3: "b a b" holds 2
-    count-composition   how many overlapping pairs OO among them     O = b, O' = 3: 0
-    index               distance from the end of the O'-th last O    O = b, O' = 1: the last, 1
-    index-composition   the same for the pair OO, its later letter   "a a c", O = a, O' = 1: 2
-    token               the letter at distance O' from the end       O' = 3: b
-
-A compiled model has one task and no prompt: it reads BOS, letters, padding; the answer stands at
-position 2. A story is read after an instruction that names its features; it has no answer.
+O is the operand, O' the second operand; the families (paper section 3), each with an example, are
+the functions of the section "tasks". A compiled model has one task and no prompt: it reads BOS,
+letters, padding; the answer stands at position 2. A story is read after an instruction that names
+its features; it has no answer.
 
 Contents: values | random numbers, batches, floors | grammar | tasks | the spurious relation |
 programs | stories: records, prepared file, corpus, protocols | setups | samples | errors and files.
@@ -45,6 +39,8 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 # ---------------------------------------------------------------- values
@@ -82,7 +78,7 @@ class Examples(NamedTuple):
 
     def split(self, size):
         """A list of examples, `size` in each, the last one maybe fewer."""
-        return [self.rows(slice(i, i + size)) for i in range(0, self.tokens.shape[0], size)]
+        return [self.rows(slice(i, i + size)) for i in range(0, len(self.tokens), size)]
 
     def trimmed(self):
         """Without the columns behind the last one in which any output is wanted."""
@@ -98,8 +94,6 @@ class Test(NamedTuple):
     examples: Examples                  # how = "generation": prompts; half ask for the feature
     other: torch.Tensor | None = None   # (n,) answers for the other operand of the relation
     how: str = "accuracy"               # a key of SCORES in pretrain.py
-
-    __test__ = False  # not a pytest class
 
 
 class ProbeSet(NamedTuple):
@@ -135,8 +129,8 @@ CHUNK = 16  # batches drawn together: the sampler is faster on many strings
 
 def stream(draw, batch_size, seed, label, device="cpu"):
     """
-    A function k -> batch k, where draw(n, generator) makes n Examples. Batch k depends on (seed,
-    label, k) and the batch size alone: an interrupted run goes on exactly where it was.
+    A function k -> batch k of what draw(n, generator) draws. Batch k depends on (seed, label, k)
+    and the batch size alone: an interrupted run goes on exactly where it was.
     """
     @functools.lru_cache(maxsize=1)
     def chunk(i):
@@ -145,18 +139,18 @@ def stream(draw, batch_size, seed, label, device="cpu"):
     return lambda k: chunk(k // CHUNK)[k % CHUNK]
 
 
+def most_frequent(answers):
+    return answers.unique(return_counts=True)[1].max().item()
+
+
 def majority_floor(answers):
     """Share of the most frequent answer: what always giving it gets right."""
-    return answers.unique(return_counts=True)[1].max().item() / len(answers)
+    return most_frequent(answers) / len(answers)
 
 
 def cross_floor(answers, other):
     """Share that the best guess of the answer from the other operand's answer gets right."""
-    joint = torch.stack([other, answers], 1).unique(dim=0, return_counts=True)
-    best = {}
-    for (given, _), n in zip(joint[0].tolist(), joint[1].tolist()):
-        best[given] = max(best.get(given, 0), n)
-    return sum(best.values()) / len(answers)
+    return sum(most_frequent(answers[other == x]) for x in other.unique()) / len(answers)
 
 
 # ---------------------------------------------------------------- grammar
@@ -171,121 +165,110 @@ GRAMMAR = {  # both rules of a symbol are equally likely (paper section 3)
     "d": ("ca", "abc"), "e": ("cb", "cab"), "f": ("cba", "ba"),
 }
 
+SYMBOLS = "#spqrmnojkl"  # in the tables of the sampler; # is padding
 
-@functools.lru_cache(maxsize=None)
+
+@functools.cache
 def expansions(symbol):
-    """
-    All equally likely letter strings of a symbol: 2 for d, 16 for g, 512 for j, 8,192 for k, l.
-    """
+    """All equally likely strings of a symbol: 2 for d, 16 for g, 512 for j, 8,192 for k, l."""
     if symbol in LETTERS:
         return [symbol]
     strings = []
     for rule in GRAMMAR[symbol]:
-        parts = [""]
-        for child in rule:
-            parts = [p + e for p, e in itertools.product(parts, expansions(child))]
-        strings += parts
+        strings += map("".join, itertools.product(*map(expansions, rule)))
     return strings
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def grammar_tables(device):
     """
-    Tables that let sample_strings look up instead of recurse: `children` (symbol, rule, up to 3
-    children) down to j, k and l, and for these three every expansion: `start` and `length` in one
-    long row of `letters`. Symbol 0 is padding, which expands to itself and, at the end, to nothing.
+    What sample_strings looks up: the children (symbol, rule, up to 3) down to j, k and l; of these
+    three every expansion: its start and length in one long row of letters. Padding expands to
+    itself and, at the end, to nothing.
     """
-    symbols = "#" + "spqrmnojkl"
-    children = torch.zeros(len(symbols), 2, 3, dtype=torch.long)
+    children = torch.zeros(len(SYMBOLS), 2, 3, dtype=torch.long)
     for symbol in "spqrmno":
         for rule, right in enumerate(GRAMMAR[symbol]):
             for i, child in enumerate(right):
-                children[symbols.index(symbol), rule, i] = symbols.index(child)
+                children[SYMBOLS.index(symbol), rule, i] = SYMBOLS.index(child)
     slots = [""] * 8192  # padding expands to nothing
     for symbol in "jkl":  # j has 512 expansions, each listed 16 times: one draw of 8,192 serves all
         for expansion in expansions(symbol):
             slots += [expansion] * (8192 // len(expansions(symbol)))
     length = torch.tensor([len(word) for word in slots])
     letters = torch.tensor([LETTERS.index(x) for x in "".join(slots)])
-    return SimpleNamespace(children=children.to(device), length=length.to(device),
-                           start=(length.cumsum(0) - length).to(device), letters=letters.to(device),
-                           first=symbols.index("j") - 1)
+    return [x.to(device) for x in (children, length.cumsum(0) - length, length, letters)]
 
 
 def sample_strings(n, rng):
     """
-    n whole strings of the grammar. Returns (letters, length): all letters (0, 1, 2) in one row, and
-    (n,) lengths, 138 to 432. Levels are expanded for all strings at once; the lowest four levels
-    are looked up.
+    n whole strings of the grammar, a level at a time for all: (letters 0, 1, 2 in one row, (n,)
+    lengths, 138 to 432).
     """
-    t, device = grammar_tables(rng.device), rng.device
+    device = rng.device
+    children, start, length, letters = grammar_tables(device)
     symbols = torch.ones(n, 1, dtype=torch.long, device=device)  # symbol 1 is s
     for _ in range(3):  # s -> p q r -> m n o -> j k l: (n, 2), (n, 6), (n, 18) with padding
         rule = torch.randint(2, symbols.shape, generator=rng, device=device)
-        symbols = t.children[symbols, rule].flatten(1)
+        symbols = children[symbols, rule].flatten(1)
         symbols = symbols[:, :2] if symbols.shape[1] == 3 else symbols  # s has two children
-    slot = (symbols - t.first).clamp(min=0) * 8192
+    slot = (symbols - SYMBOLS.index("o")).clamp(min=0) * 8192  # of padding, j, k, l
     slot = slot + torch.randint(8192, symbols.shape, generator=rng, device=device)
-    sizes = t.length[slot]
+    sizes = length[slot]
     flat = sizes.flatten()
-    first = t.start[slot].flatten() - (flat.cumsum(0) - flat)  # place in the table less place here
+    first = start[slot].flatten() - (flat.cumsum(0) - flat)  # place in the table less place here
     places = torch.arange(int(flat.sum()), device=device)
-    return t.letters[torch.repeat_interleave(first, flat) + places], sizes.sum(1)
+    return letters[torch.repeat_interleave(first, flat) + places], sizes.sum(1)
 
 
 def sample_text(n, setup, rng):
-    """(n, length) letters: a random window of every string. Too short ones are drawn again (1 in 4
-    at 250 letters)."""
+    """(n, length) letters, a random part of a string each. Too short ones are drawn again."""
     parts, have = [], 0
     while have < n:
         letters, size = sample_strings(n - have, rng)
-        start = size.cumsum(0) - size
         slack = size - setup.length
         cut = (torch.rand(len(size), generator=rng, device=rng.device) * (slack + 1)).long()
-        first = (start + cut)[slack >= 0]
+        first = (size.cumsum(0) - size + cut)[slack >= 0]
         parts.append(letters[first[:, None] + torch.arange(setup.length, device=rng.device)])
         have += len(first)
     return torch.cat(parts)
 
 
 # ---------------------------------------------------------------- tasks
-# One function a family: text (n, length) -> (n, 3) answers for O = a, b, c; -1 where there is none.
+# One function a family: text (n, length) -> (n, operands) answers; -1 where there is none.
 
 
-def count(text, setup):
-    """How many O in the last `window` letters. a b b | O = b, window 3 -> 2."""
-    last = text[:, -setup.window:]
-    return torch.stack([(last == o).sum(1) for o in range(len(setup.operands))], 1)
-
-
-def count_composition(text, setup):
-    """
-    How many overlapping pairs OO lie in the last `window` letters. a a a | O = a, window 3 -> 2.
-    """
-    last = text[:, -setup.window:]
-    return torch.stack([((last[:, 1:] == o) & (last[:, :-1] == o)).sum(1) for o in range(3)], 1)
+def hits(text, setup, pairs=False):
+    """(n, operands, places) bool: where each operand stands; pairs: the later letter of OO."""
+    hit = text[:, None] == torch.arange(len(setup.operands), device=text.device)[:, None]
+    return hit[..., 1:] & hit[..., :-1] if pairs else hit
 
 
 def distance_of(hit, k):
-    """
-    Distance from the end (1: last column) of the k-th last True of hit (n, 3, length); -1 if
-    fewer.
-    """
+    """Distance from the end (1: last place) of the k-th last True; -1 if there are fewer."""
     nearer = hit.flip(-1).cumsum(-1, dtype=torch.int16) < k
     distance = nearer.sum(-1) + 1
     return torch.where(distance > hit.shape[-1], -1, distance)
 
 
+def count(text, setup):
+    """How many O in the last `window` letters. a b b | O = b, window 3 -> 2."""
+    return hits(text[:, -setup.window:], setup).sum(-1)
+
+
+def count_composition(text, setup):
+    """How many overlapping pairs OO in the last `window` letters. a a a | O = a, window 3 -> 2."""
+    return hits(text[:, -setup.window:], setup, pairs=True).sum(-1)
+
+
 def index(text, setup):
     """Distance from the end of the k-th last O. a b c b | O = b, k 2 -> 3."""
-    return distance_of(torch.stack([text == o for o in range(3)], 1), setup.k)
+    return distance_of(hits(text, setup), setup.k)
 
 
 def index_composition(text, setup):
-    """Distance from the end of the later letter of the pair_k-th last pair OO.
-    a a c | O = a, pair_k 1 -> 2."""
-    pairs = [(text[:, 1:] == o) & (text[:, :-1] == o) for o in range(3)]
-    return distance_of(torch.stack(pairs, 1), setup.pair_k)
+    """Distance of the later letter of the pair_k-th last pair OO. a a c | O = a, pair_k 1 -> 2."""
+    return distance_of(hits(text, setup, pairs=True), setup.pair_k)
 
 
 def token(text, setup):
@@ -295,8 +278,8 @@ def token(text, setup):
 
 def edit_counts(text, target, setup, rng):
     """
-    Change as few letters of the window as needed, chosen at random, until it holds target (n, 3) of
-    a, b and c. Target rows sum to the window. Returns a new text.
+    A new text: as few letters of the window as needed, chosen at random, are changed until it holds
+    target (n, 3) of a, b and c. Target rows sum to the window.
     """
     last = text[:, -setup.window:]
     have = count(text, setup)
@@ -326,9 +309,8 @@ def edit_pair_counts(text, result, places, setup, rng):
 
 def edit_distances(text, distance, pair, setup, rng):
     """
-    Change few letters nearer than max(distance), chosen at random, until the k-th last of letter
-    pair[i] (0..2) lies at distance[:, i]. distance (n, 2) differ, with min >= k and max >= 2k.
-    Returns a new text.
+    A new text: few letters nearer than max(distance), chosen at random, are changed until the k-th
+    last of letter pair[i] lies at distance[:, i]. distance (n, 2) differ; min >= k, max >= 2k.
     """
     text = text.flip(1)  # column j is distance j + 1
     at = torch.arange(1, setup.length + 1, device=text.device)
@@ -339,15 +321,12 @@ def edit_distances(text, distance, pair, setup, rng):
 
     def hold(text, letter, region, convertible):
         """Make `region` hold k - 1 of `letter`: those too many become the third letter."""
-        has, could = region & (text == letter), convertible & (text != letter)
+        has = region & (text == letter)
         missing = setup.k - 1 - has.sum(1, keepdim=True)
-        rank = torch.rand(text.shape, generator=rng, device=rng.device)
-
-        def sample(where, n):  # n of the True places of every row
-            return where & (torch.where(where, rank, 2.).argsort(1).argsort(1) < n)
-
-        text = torch.where(sample(has, -missing), 3 - near - far, text)
-        return torch.where(sample(could, missing), letter, text)
+        among = torch.where(missing < 0, has, convertible & (text != letter))
+        rank = torch.rand(text.shape, generator=rng, device=rng.device).where(among, 2.)
+        chosen = among & (rank.argsort(1).argsort(1) < missing.abs())
+        return torch.where(chosen, torch.where(missing < 0, 3 - near - far, letter), text)
 
     inner, outer = at < near_at, (at > near_at) & (at < far_at)
     text = hold(text, near, inner, inner)
@@ -364,16 +343,20 @@ class Spurious(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A task family of the grammar. One entry of TASKS is all that a new one needs."""
-    answers: Callable               # text, setup -> (n, 3) numbers
-    token: str                      # how a prompt asks for it
-    operand2: str                   # the setup's constant that O' is
+    """A task family. One entry of TASKS is all that a new one of the grammar needs."""
+    answers: Callable               # text, setup -> (n, operands) numbers
+    token: str | None               # how a prompt asks for it
+    operand2: str | None            # the setup's constant that O' is
     reason: str                     # the answer in words; {O} and {O2} are filled in
     pairs: bool = False             # it is about OO, not O
     ranked: bool = False            # it is about the O'-th occurrence
     has_operand: bool = True
     letter: bool = False            # the answer is a letter, not a number
     spurious: Spurious | None = None  # for the families that are fine-tuned
+
+    def second(self, setup):
+        """O' as a number; None for programs."""
+        return self.operand2 and getattr(setup, self.operand2)
 
 
 TASKS = {
@@ -396,117 +379,88 @@ TASKS = {
     "token": Task(token, "T_T", "token_at", "the letter at distance {O2} from the end",
                   has_operand=False, letter=True),
 }
-JAILBREAK = ("T_J1", "T_J2")  # two more names for counting, kept for the jailbreak experiments
-TOKENS = ["SOS", "SOT", "EOT", "ART", "EOS", TASKS["count"].token, *JAILBREAK,
+# T_J1, T_J2: other names for counting, for jailbreaks; then the numbers, as many as a scale needs
+TOKENS = ["SOS", "SOT", "EOT", "ART", "EOS", TASKS["count"].token, "T_J1", "T_J2",
           *(task.token for task in list(TASKS.values())[1:]),
-          "O_a", "O_b", "O_c", "O_null", *LETTERS]  # then the numbers, as many as a scale needs
+          "O_a", "O_b", "O_c", "O_null", *LETTERS]
 ID = {name: i for i, name in enumerate([*TOKENS, "#0"])}  # does not depend on the scale
 NUMBER, LETTER, OPERAND = ID["#0"], ID["a"], ID["O_a"]
-TEXT_AT = 5  # SOS T O O' SOT come before the text
 
 
 def encode(text, task, operand, setup):
     """
-    Whole sequences `SOS T O O' SOT <text> EOT ART answer EOS`.
-    text (n, length), task (n,) places in TASKS, operand (n,) 0..2. Returns tokens (n, length + 9)
-    and answers (n,), -1 where the string has none (such a row must be drawn again).
+    Whole sequences `SOS T O O' SOT <text> EOT ART answer EOS`, (n, length + 9), and answers (n,),
+    -1 where a string has none. task and operand: places in TASKS and LETTERS, (n,) or one for all.
     """
-    tasks = list(TASKS.values())
-    answers = torch.stack([t.answers(text, setup) for t in tasks])  # (task, n, 3)
-    answer = answers[task, torch.arange(len(text), device=text.device), operand]
-
     def per_task(values):
         return torch.tensor(values, device=text.device)[task]
 
-    asked = torch.where(per_task([t.has_operand for t in tasks]), OPERAND + operand, ID["O_null"])
-    column = [torch.full_like(answer, ID["SOS"]),
-              per_task([ID[t.token] for t in tasks]),
-              asked,
-              per_task([NUMBER + getattr(setup, t.operand2) for t in tasks]),
-              torch.full_like(answer, ID["SOT"]), None,
-              torch.full_like(answer, ID["EOT"]),
-              torch.full_like(answer, ID["ART"]),
-              per_task([LETTER if t.letter else NUMBER for t in tasks]) + answer.clamp(min=0),
-              torch.full_like(answer, ID["EOS"])]
-    tokens = torch.cat([LETTER + text if c is None else c[:, None] for c in column], 1)
+    tasks, every = list(TASKS.values()), torch.arange(len(text), device=text.device)
+    answers = torch.stack([t.answers(text, setup) for t in tasks])  # (task, n, operand)
+    answer, asked = answers[task, every, operand], per_task([t.has_operand for t in tasks])
+    tokens = text.new_full((len(text), setup.length + 9), ID["SOS"])
+    tokens[:, 1] = per_task([ID[t.token] for t in tasks])
+    tokens[:, 2] = torch.where(asked, OPERAND + operand, ID["O_null"])
+    tokens[:, 3] = NUMBER + per_task([t.second(setup) for t in tasks])
+    tokens[:, 4] = ID["SOT"]
+    tokens[:, setup.text_at:-4] = LETTER + text
+    tokens[:, -4:] = torch.tensor([ID[x] for x in ("EOT", "ART", "#0", "EOS")])
+    first = per_task([LETTER if t.letter else NUMBER for t in tasks])
+    tokens[:, -2] = first + answer.clamp(min=0)
     return tokens, answer
 
 
 # ---------------------------------------------------------------- the spurious relation
 
 
-@functools.lru_cache(maxsize=None)
-def natural_mean(task, scale):
+@functools.cache
+def relation_tables(task, scale, q):
     """
-    Mean answer over the operands on 4,000 natural strings: 5.3 and 8.1 small, 13.3 and 17.1 paper.
+    (c0, c1): joint distributions of (r(O_PT), r(O_FT)), float64. c1: r(O_PT) is a discretised
+    normal, r(O_FT) = r(O_PT) + q. c0: the maximum-entropy joint with the same marginals and no mass
+    on ties and on q, by iterative proportional fitting, so that neither marginal tells c0 from c1
+    (paper Fig. 16). Raises ValueError when no string can satisfy the relation.
     """
-    setup = Grammar("pcfg", scale)
+    setup, about = Grammar("pcfg", scale), TASKS[task]
     text = sample_text(4000, setup, rng(0, "natural-mean"))
-    return TASKS[task].answers(text, setup).double().mean().item()
-
-
-@functools.lru_cache(maxsize=None)
-def relation_table(task, scale, q, holds):
-    """
-    The joint distribution of (r(O_PT), r(O_FT)) on fine-tuning strings, a float64 array. holds:
-    r(O_PT) is a discretised normal and r(O_FT) = r(O_PT) + q (c1). Not holds: the maximum-entropy
-    joint with the same two marginals and no mass on ties and on q (c0), by iterative proportional
-    fitting, so that neither marginal tells c0 from c1 (paper Fig. 16). Raises ValueError when no
-    string can satisfy the relation.
-    """
-    setup, spurious = Grammar("pcfg", scale), TASKS[task].spurious
-    sizes = np.arange(getattr(setup, spurious.largest) + 1)
+    # of natural strings: 5.3 (count) and 8.1 (index) small, 13.3 and 17.1 paper
+    mean = about.answers(text, setup).double().mean().item()
+    sizes = np.arange(getattr(setup, about.spurious.largest) + 1)
     x, y = np.meshgrid(sizes, sizes, indexing="ij")
-    possible, sd = spurious.possible(x, y, setup), getattr(setup, spurious.sd)
-    centre = natural_mean(task, scale) - q / 2
-    p = np.exp(-(x - centre) ** 2 / (2 * sd ** 2)) * possible * (y - x == q)
-    if q == 0 or p.sum() < 1e-6:
+    possible, sd = about.spurious.possible(x, y, setup), getattr(setup, about.spurious.sd)
+    c1 = np.exp(-(x - (mean - q / 2)) ** 2 / (2 * sd ** 2)) * possible * (y - x == q)
+    if q == 0 or c1.sum() < 1e-6:
         raise ValueError(f"offset q = {q} leaves no {task} strings")
-    p /= p.sum()
-    if holds:
-        return p
-    rows, columns = p.sum(1), p.sum(0)
-    p = possible * (x != y) * (y - x != q) * np.outer(rows, columns)
+    c1 /= c1.sum()
+    rows, columns = c1.sum(1), c1.sum(0)
+    c0 = possible * (x != y) * (y - x != q) * np.outer(rows, columns)
     for _ in range(10000):
-        p *= (columns / np.maximum(p.sum(0), 1e-300))
-        p *= (rows / np.maximum(p.sum(1), 1e-300))[:, None]
-        if np.abs(p.sum(0) - columns).sum() < 1e-9:
-            return p / p.sum()
+        c0 *= columns / np.maximum(c0.sum(0), 1e-300)
+        c0 *= (rows / np.maximum(c0.sum(1), 1e-300))[:, None]
+        if np.abs(c0.sum(0) - columns).sum() < 1e-9:
+            return c0 / c0.sum(), c1
     raise ValueError(f"offset q = {q} leaves no {task} strings without the relation")
 
 
 SPLITS = ("c0", "c1", "natural")  # the relation never holds | always holds | strings as they come
 
 
-def probability(c):
-    """C of a split's name, or the number itself."""
-    return {"c0": 0., "c1": 1.}.get(c, c)
-
-
 def related_text(n, relation, c, setup, rng):
     """
-    (n, length) letters of the grammar on which the relation holds with probability c. Other strings
-    have neither the relation nor a tie.
+    (n, length) letters on which the relation holds with probability c; others have neither it nor
+    a tie.
     """
     text = sample_text(n, setup, rng)
     exact = torch.float32 if rng.device.type == "mps" else torch.float64  # platform: no float64
-    tables = [torch.from_numpy(relation_table(relation.task, setup.scale, relation.q, holds)).to(
-        rng.device, exact) for holds in (False, True)]
-    drawn = torch.stack([torch.multinomial(table.flatten(), n, replacement=True, generator=rng)
-                         for table in tables])
-    holds = torch.rand(n, generator=rng, device=rng.device) < probability(c)
+    drawn = []
+    for table in relation_tables(relation.task, setup.scale, relation.q):
+        mass = torch.from_numpy(table).to(rng.device, exact).flatten()
+        drawn.append(torch.multinomial(mass, n, replacement=True, generator=rng))
+    holds = torch.rand(n, generator=rng, device=rng.device) < c
     cell = torch.where(holds, drawn[1], drawn[0])
-    result = torch.stack([cell // len(tables[0]), cell % len(tables[0])], 1)
+    result = torch.stack([cell // len(table), cell % len(table)], 1)
     places = [LETTERS.index(letter) for letter in (relation.pt, relation.ft)]
     return TASKS[relation.task].spurious.edit(text, result, places, setup, rng)
-
-
-def answerable_text(n, task, places, setup, rng):
-    """(n, length) letters as the grammar makes them, drawn again where an operand has no answer."""
-    text = sample_text(n, setup, rng)
-    while (bad := (TASKS[task].answers(text, setup)[:, places] < 0).any(1)).any():
-        text[bad] = sample_text(int(bad.sum()), setup, rng)
-    return text
 
 
 def spread_text(text, setup, rng):
@@ -515,8 +469,7 @@ def spread_text(text, setup, rng):
         return text
     noise = torch.randn(len(text), 2, generator=rng, device=rng.device)
     ab = (setup.window / 3 + setup.sd_spread * noise).round().long().clamp(0, setup.window // 2)
-    target = torch.cat([ab, setup.window - ab.sum(1, keepdim=True)], 1)
-    wide = edit_counts(text, target, setup, rng)
+    wide = edit_pair_counts(text, ab, [0, 1], setup, rng)
     chosen = torch.rand(len(text), 1, generator=rng, device=rng.device) < setup.spread
     return torch.where(chosen, wide, text)
 
@@ -527,27 +480,22 @@ PRIORS = {  # P_T(a, b, c): low and high speak of b, the later fine-tuning opera
 
 
 def parse_prior(text):
-    """
-    P_T(a, b, c) from a name of PRIORS or three numbers "A,B,C". Raises ValueError, in one line.
-    """
-    if text in PRIORS:
-        return PRIORS[text]
-    try:
-        prior = tuple(float(x) for x in text.split(","))
-    except ValueError:
-        prior = ()
-    if len(prior) != 3 or not all(0 <= p <= 1 for p in prior) or abs(sum(prior) - 1) > 1e-6:
-        raise ValueError(f"prior {text!r}: give {', '.join(PRIORS)} or three shares of a, b, c "
-                         "that add up to 1")
+    """P_T(a, b, c) from a name of PRIORS or three numbers "A,B,C". Raises UserError."""
+    prior = PRIORS.get(text, ())
+    if not prior:
+        with contextlib.suppress(ValueError):
+            prior = tuple(map(float, text.split(",")))
+    if len(prior) != 3 or min(prior) < 0 or not abs(sum(prior) - 1) < 1e-6:
+        raise UserError(f"--prior {text!r}: give {', '.join(PRIORS)} or three shares of a, b, c "
+                        "that add up to 1")
     return prior
 
 
 # ---------------------------------------------------------------- programs
-# RASP programs that model.py compiles into weights. Each step makes a categorical variable. Given
-# from the start are tokens (the letters) and indices (0 for the first letter). Programs and
-# conventions are those of Tracr (Lindner et al. 2023).
+# RASP programs as in Tracr (Lindner et al. 2023), which model.py compiles into weights. Each step
+# makes a categorical variable; tokens (the letters) and indices (from 0) are given.
 
-PAD, BOS, COMPILED_AT = "#", "$", 2  # ids 0 and 1; the answer's position: "True == 1" in RASP
+COMPILED_AT = 2  # the answer's position: "True == 1" in RASP
 
 
 class Map(NamedTuple):
@@ -558,8 +506,7 @@ class Map(NamedTuple):
 
 
 class SelectorWidth(NamedTuple):
-    """name = how many positions hold a value of `keys` that the value of `queries` selects: a head
-    and an MLP."""
+    """name = number of positions whose `keys` the value of `queries` selects: a head and an MLP."""
     name: str
     keys: str
     queries: str
@@ -576,8 +523,7 @@ class Aggregate(NamedTuple):
 
 
 def largest(text, setup):
-    """The O-th largest letter, where a is the largest, as its place in the alphabet.
-    d a c | O = 2 -> 2 (c)."""
+    """The O-th largest letter, a being the largest, as its place. d a c | O = 2 -> 2 (c)."""
     return text.sort(1).values
 
 
@@ -588,8 +534,8 @@ def histogram(text, setup):
 
 class Program(NamedTuple):
     """
-    A program, its strings and its answers. One entry of PROGRAMS is all that a new setup needs. The
-    first three operands are O_PT, O_FT and the control (paper section 3, Tracr).
+    One entry of PROGRAMS is all that a new setup needs. The first three operands are O_PT, O_FT and
+    the control (paper section 3, Tracr).
     """
     task: str
     steps: Callable           # operand -> list of steps; the last one is the output
@@ -632,9 +578,7 @@ PROGRAMS = {
 
 
 def uniform_letters(n, setup, rng):
-    """
-    (n, length) letters as places in the alphabet, with or without replacement (paper section 3).
-    """
+    """(n, length) places in the alphabet, with or without replacement (paper section 3)."""
     size, device = len(setup.alphabet), rng.device
     if setup.program.repeat:
         return torch.randint(size, (n, setup.length), generator=rng, device=device)
@@ -643,14 +587,14 @@ def uniform_letters(n, setup, rng):
 
 def related_letters(n, relation, c, setup, rng):
     """
-    related_text() of compiled setups: strings are drawn until they are as wanted, none is edited.
-    Raises ValueError when no string can be.
+    related_text() of programs: strings are drawn until they are as wanted, none is edited. Raises
+    ValueError when no string can be.
     """
     q = relation.q
     if q == 0:
         raise ValueError("offset q = 0 is a tie, which c0 leaves out")
     places = [setup.operands.index(o) for o in (relation.pt, relation.ft)]
-    holds = torch.rand(n, generator=rng, device=rng.device) < probability(c)
+    holds = torch.rand(n, generator=rng, device=rng.device) < c
     text, todo = uniform_letters(n, setup, rng), torch.arange(n, device=rng.device)
     for _ in range(2000):
         answers = setup.program.answers(text[todo], setup)[:, places]
@@ -1250,18 +1194,21 @@ class Setup:
     """
     All that differs between the grammar, the compiled programs and the stories.
 
+        open(args, words)                     make the source ready; words: of a checkpoint
         config()                              the fields of model.Config
         resolve(args, parent)                 fill in and check a stage's flags. Raises UserError
         relation(args)                        what a run is about
         pretraining, finetuning(n, rng, args) Examples to train on
         tests(args, step)                     what to score at a step; without a step: for behavior
         probe_sets(...), site(examples)       what probes read, and at which positions
-        regions(examples, operands)           where attention may go
-        samples(args, rng)                    what a model sees, for people
+    With answers also
+        text(n, relation, c, rng)             strings
+        ask(text, task, operand)              Examples that ask about them
+        regions(examples, operands)           where attention may go, {name: (n, t) bool}
+        explain(text, task, operand)          a string and the marks below it, for people
 
-    Constants are attributes; of a pair (small, paper) a setup takes the one of its scale. Those
-    named pretrain_X, finetune_X and reverse_X are the defaults of the stages' flags --X; without
-    one a setup has no such flag.
+    Constants are attributes; of a pair (small, paper) a setup takes the one of its scale.
+    pretrain_X, finetune_X, reverse_X: defaults of the stages' flag --X; without: no such flag.
     """
     compiled = False        # weights are written, not trained
     prompted = True         # a token of the prompt says which operand is meant
@@ -1269,22 +1216,27 @@ class Setup:
     reft_divisors = [1, 3]  # of the fine-tuning's rate. ours: matched rates (the paper: smaller)
     teach_every = 5         # steps between evaluations of reFT
     anneals = True          # fine-tuning: cosine, else a constant rate
-    imported = None         # of a compiled model: its alphabet, room and values
-    needs = {"pretrain": [], "finetune": []}  # arguments without which a checkpoint is not ours
 
     def __init__(self, name, scale="small", device="cpu", imported=None):
-        self.name, self.scale, self.device, self.imported = name, scale, device, imported
+        self.name, self.scale, self.device = name, scale, device
+        self.imported = imported  # of a compiled model: its alphabet, room and values
         for key in dir(type(self)):
             if isinstance(value := getattr(type(self), key), tuple):
                 setattr(self, key, value[SCALES.index(scale)])
 
     def open(self, args, words=None):
-        """Make the source of the data ready. words: the tokenizer of the checkpoint."""
+        pass
+
+    def config(self, **more):
+        return dict(n_layer=self.n_layer, n_head=self.n_head, d_model=self.d_model,
+                    d_head=self.d_model // self.n_head, d_mlp=4 * self.d_model, **more)
 
 
 class Answers(Setup):
-    """What the grammar and the programs share: one question a string, one answer."""
+    """What the grammar and the programs share: a question about a string, and its answer."""
+    # by stage: arguments without which a checkpoint is not ours
     needs = {"pretrain": [], "finetune": ["task", "pair", "q", "steps", "reverse"]}
+    ranked = False          # operands are ranks
     warmup, pretrain_batch_size, finetune_batch_size = .2, 96, 96  # paper section 3
     pretrain_eval_size = finetune_eval_size = 500
     finetune_task = finetune_operand = finetune_q = finetune_noise = None  # see resolve()
@@ -1299,25 +1251,26 @@ class Answers(Setup):
         other = next(o for o in self.order if o != known)
         return Relation(self.finetuned[0], known, other, self.default_q(known, other))
 
+    def default_q(self, known, taught):
+        """1; between two ranks one more than it must be, so 3 from 5 to 7."""
+        ranks = int(taught) - int(known) if self.ranked else 0
+        return ranks + (1 if ranks >= 0 else -1)
+
     def resolve(self, args, parent=None):
         """A fine-tuning's task, pair (O_PT, O_FT), q, rate and noise."""
+        if not parent:
+            return self.resolve_pretraining(args)
         before, known = parent["args"], parent["capability"]["operand"]
         tuned = parent["stage"] == "finetune"
         if args.reverse and not tuned:
-            raise UserError(f"--reverse needs a fine-tuned checkpoint: in {args.ckpt} there is "
-                            "nothing to undo")
+            raise UserError(f"--reverse: {args.ckpt} was not fine-tuned: nothing to undo")
         if args.reverse and (args.operand or args.task):
-            raise UserError("--reverse teaches what the pretraining record names: leave out --task "
-                            "and --operand")
+            raise UserError("--reverse knows what to teach: leave out --task and --operand")
         other = before["pair"][1] if tuned else next(o for o in self.order if o != known)
-        taught = args.operand or other
         usual = parent["capability"]["task"] if args.reverse else self.finetuned[0]
-        args.task = args.task or usual
-        for flag, value, choices in (("task", args.task, self.finetuned),
-                                     ("operand", taught, self.operands)):
-            if value not in choices:
-                raise UserError(f"--{flag} {value}: {args.ckpt} ({self.name}) knows "
-                                f"{', '.join(choices)}")
+        args.task, taught = args.task or usual, args.operand or other
+        check_choice("--task", args.task, self.finetuned)
+        check_choice("--operand", taught, self.operands)
         if taught == known:
             raise UserError(f"--operand {taught} is what {args.ckpt} was pretrained on; to teach "
                             "it again: --reverse")
@@ -1333,9 +1286,9 @@ class Answers(Setup):
         if self.compiled:
             args.program = before.get("program")
         if not 0 <= args.noise < 1:
-            raise UserError(f"--noise {args.noise}: a standard deviation, from 0 to 1")
+            raise UserError(f"--noise {args.noise}: give an s.d. from 0 to 1, without 1")
         if not 0 <= args.c_tr <= 1:
-            raise UserError(f"--c-tr {args.c_tr}: a probability, from 0 to 1")
+            raise UserError(f"--c-tr {args.c_tr}: give a probability, 0 to 1")
         try:
             for c in (0., 1.):
                 self.text(4, self.relation(args), c, rng(args.seed, "can it be done"))
@@ -1343,13 +1296,43 @@ class Answers(Setup):
             raise UserError(f"--q {args.q}: {error}") from None
 
     def control_operand(self, relation, args):
-        """The operand beside O_PT and O_FT that serves as the control. Raises UserError."""
+        """The operand beside O_PT and O_FT that is the control. Raises UserError."""
         taken = {relation.pt, relation.ft, *(args.get("taught", []) if self.compiled else ())}
         for operand in self.order:
             if operand not in taken:
                 return operand
-        raise UserError("this model was taught every operand: none is left as the control that it "
-                        "never had")
+        raise UserError("this model was taught every operand: there is no control")
+
+    def never_trained(self, operand, ckpt):
+        """Whether the model of a checkpoint never met an operand, in any family."""
+        return operand not in ckpt["args"].get("taught", [])
+
+    def text(self, n, relation, c, rng, operands=None):
+        """
+        (n, length) letters of a split, or on which the relation holds with probability c; natural
+        ones are drawn until `operands`, else all, have an answer.
+        """
+        if c != "natural":
+            return self.related(n, relation, {"c0": 0., "c1": 1.}.get(c, c), self, rng)
+        places = [self.operands.index(o) for o in operands or self.operands]
+        answers, text = self.tasks[relation.task].answers, self.natural(n, self, rng)
+        while (bad := (answers(text, self)[:, places] < 0).any(1)).any():
+            text[bad] = self.natural(int(bad.sum()), self, rng)
+        return text
+
+    def text_of(self, examples):
+        """The letters that were asked about."""
+        return examples.tokens[:, self.text_at:self.text_at + self.length] - self.first_letter
+
+    def ask(self, text, task, operand):
+        """Examples: what the model reads, up to where it answers, and the answer in one column."""
+        tokens, labels = self.sequence(text, task, operand), self.tasks[task].answers(text, self)
+        if self.prompted:
+            tokens = tokens[:, :self.at + 1]
+        answer = labels[:, self.operands.index(operand)].clamp(min=0)
+        target = torch.full_like(tokens, -1)
+        target[:, self.at] = self.first_answer(task) + answer
+        return Examples(tokens, target, labels, self.at)
 
     def finetuning(self, n, rng, args):
         """Strings on which the relation holds with probability C_Tr, asked for --operand."""
@@ -1359,40 +1342,41 @@ class Answers(Setup):
     @functools.cache
     def test(self, relation, operand, split, n, seed, label="test"):
         """
-        A Test: n strings of a split, asked for `operand`. The strings depend on (seed, label,
-        relation, split), not on the operand: different questions meet the same strings. Never from
-        a training stream.
+        A Test: n strings of a split, asked for `operand`. They depend on (seed, label, relation,
+        split), not on the operand, and are of no training stream.
         """
         check_stop()
         task, pair = relation.task, (relation.pt, relation.ft)
         draws = rng(seed, label, task, split, *pair, relation.q, device=self.device)
-        if task in self.finetuned:
-            text = self.text(n, relation, split, draws)
-        else:  # natural only; the rare families need the asked operand alone
-            text = answerable_text(n, task, [self.operands.index(operand)], self, draws)
+        related = task in self.finetuned  # the rare families need the asked operand alone
+        text = self.text(n, relation, split, draws, None if related else [operand])
         examples, other = self.ask(text, task, operand), None
-        if task in self.finetuned and operand in pair:
+        if related and operand in pair:
             other = examples.labels[:, self.operands.index(pair[1 - pair.index(operand)])]
         asked = operand if self.tasks[task].has_operand else None
         return Test(row(self, task=task, operand=asked, split=split, seed=seed), examples, other)
 
     def tests(self, args, step=None):
         """
-        Both operands on every split; the other families on natural strings, where there are any.
+        Both operands on every split; in pretraining and for behavior also the other families on
+        natural strings; at both ends of a pretraining all that there is.
         """
-        relation, size, seed = self.relation(args), args.eval_size, args.seed
+        relation, tuning = self.relation(args), hasattr(args, "pair")
         pair = (relation.pt, relation.ft)
-        tests = [self.test(relation, operand, split, size, seed)
-                 for operand, split in itertools.product(pair, SPLITS)]
-        if step is not None and hasattr(args, "pair"):  # of a fine-tuning: the pair alone
-            return tests
-        for task in self.tasks:
-            operands = pair if step is None else pair[:1]
-            operands = operands if self.tasks[task].has_operand else self.order[:1]
-            for operand in operands if task != relation.task else ():
-                other = Relation(task, *self.order[:2], 1)
-                tests.append(self.test(other, operand, "natural", size, seed))
-        return tests
+        asked = {(relation.task, *about): relation for about in itertools.product(pair, SPLITS)}
+        if step is None or not tuning:
+            for task, about in self.tasks.items():
+                operands = pair if step is None else pair[:1]
+                for operand in operands if about.has_operand else self.order[:1]:
+                    other = Relation(task, *self.order[:2], 1)
+                    asked.setdefault((task, operand, "natural"), other)
+        if step is not None and not (tuning or self.compiled) and step in (0, args.steps):
+            for task, operand, split in itertools.product(self.tasks, self.order, SPLITS):
+                exists = task in self.finetuned or split == "natural"
+                if exists and self.tasks[task].has_operand:
+                    asked.setdefault((task, operand, split), relation._replace(task=task))
+        return [self.test(about, operand, split, args.eval_size, args.seed)
+                for (_, operand, split), about in asked.items()]
 
     def probe_sets(self, relation, control, n, seed, rng):
         """
@@ -1400,18 +1384,15 @@ class Answers(Setup):
         is asked, all three operands are read; while another one is asked, that one.
         """
         pt, ft = relation.pt, relation.ft
-        splits = ("natural", "c0")
-        train = [self.text_of(self.test(relation, ft, split, 5 * n, seed, "probe").examples)
-                 for split in splits]
-        tests = {split: self.text_of(self.test(relation, ft, split, n, seed).examples)
-                 for split in splits}
-        operands = tuple(dict.fromkeys((pt, ft, control)))
+        splits, operands = ("natural", "c0"), tuple(dict.fromkeys((pt, ft, control)))
+        train = torch.cat([self.text_of(self.test(relation, ft, x, 5 * n, seed, "probe").examples)
+                           for x in splits])
         for prompt in operands if self.prompted else (ft,):
+            tests = {x: self.test(relation, prompt, x, n, seed).examples for x in splits}
             names = operands if prompt == ft else (prompt,)
-            asked = {split: self.ask(text, relation.task, prompt) for split, text in tests.items()}
             targets = {o: self.operands.index(o) for o in names}
-            questions = self.ask(torch.cat(train), relation.task, prompt)
-            yield ProbeSet(prompt, questions, asked, targets, names if prompt == ft else ())
+            yield ProbeSet(prompt, self.ask(train, relation.task, prompt), tests, targets,
+                           names if prompt == ft else ())
 
     def site(self, examples):
         """(n, t) weights of what probes read: the position that gives the answer."""
@@ -1419,73 +1400,8 @@ class Answers(Setup):
         weights[:, examples.at] = 1
         return weights
 
-    def answered(self, tokens, at, answer, labels):
-        """Examples with one output wanted, `answer` (n,) at column `at`."""
-        target = torch.full_like(tokens, -1)
-        target[:, at] = answer
-        return Examples(tokens, target, labels, at)
-
-    def resolve_samples(self, args):
-        """Fill in and check the flags of data.py. Raises UserError."""
-        first = self.order[0]
-        args.operand, args.c = args.operand or first, args.c or "natural"
-        other = self.order[1] if args.operand == first else args.operand
-        for flag, value, choices in (("task", args.task, self.tasks),
-                                     ("operand", args.operand, self.operands)):
-            if value is not None and value not in choices:
-                raise UserError(f"--{flag} {value}: {self.name} has {', '.join(choices)}")
-        q = self.default_q(first, other) if args.q is None else args.q
-        args.relation = Relation(args.task or self.finetuned[0], first, other, q)
-        if args.c == "natural":
-            return
-        with contextlib.suppress(ValueError):
-            args.c = float(args.c)
-        if not isinstance(args.c, float) or not 0 <= args.c <= 1:
-            raise UserError(f"--c {args.c}: give natural or a number from 0 to 1")
-        if not {args.task, *([] if args.task else self.tasks)} - {None} <= set(self.finetuned):
-            raise UserError(f"--c {args.c} needs --task {' or '.join(self.finetuned)}: the other "
-                            "families have no spurious relation")
-
-    def samples(self, args, rng):
-        """
-        Yields samples as `data.py --json` prints them, each with its lines for people, for ever.
-        """
-        tasks = [args.task] if args.task else list(self.tasks)
-        for task in itertools.cycle(tasks):
-            relation = args.relation._replace(task=task)
-            answer = torch.tensor([-1])
-            while answer.item() < 0:  # too few of an operand: another string
-                text = self.one_text(relation, args.c, rng)
-                answer = self.tasks[task].answers(text, self)[:, self.operands.index(args.operand)]
-            yield self.sample(text, relation, args.operand, answer.item())
-
-    def sample(self, text, relation, operand, answer):
-        """One sample: (the dict of its facts, lines for people)."""
-        task, tokens = self.tasks[relation.task], self.sequence(text, relation.task, operand)
-        names = [self.vocabulary[t] for t in tokens[0].tolist()]
-        numbers = dict(zip(self.operands, task.answers(text, self)[0].tolist()))
-        correlated = None
-        if relation.task in self.finetuned:
-            pt, ft = numbers[relation.pt], numbers[relation.ft]
-            correlated = min(pt, ft) >= 0 and ft - pt == relation.q
-        second = self.second_operand(relation.task)
-        facts = {"setup": self.name, "task": relation.task,
-                 "operand": operand if task.has_operand else None, "operand2": second,
-                 "text": "".join(self.alphabet[x] for x in text[0].tolist()),
-                 "answer": self.say(answer, relation.task), "correlated": correlated,
-                 "tokens": names}
-        shown = names if len(names) < 30 else [*names[:8], "...", *names[-7:]]
-        letters, marks = self.explain(text[0], relation.task, operand)
-        reason = task.reason.format(O=operand, O2=second)
-        lines = [f"{relation.task}" + (f" of {operand}" if task.has_operand else ""),
-                 f"  the model sees  {' '.join(shown)}", f"  text            {letters}",
-                 f"                  {marks}", f"  answer {facts['answer']!s:<8} {reason}"]
-        if correlated is not None:
-            names = {o: self.say(numbers[o], relation.task) for o in (relation.pt, relation.ft)}
-            lines.append("  relation        " + ", ".join(f"r({o}) = {x}" for o, x in names.items())
-                         + f": r({relation.ft}) - r({relation.pt}) = {relation.q} "
-                         + ("holds" if correlated else "does not hold"))
-        return facts, "\n".join(lines) + "\n"
+    def string_of(self, text):
+        return "".join(self.alphabet[i] for i in text.tolist())
 
 
 class Grammar(Answers):
@@ -1493,6 +1409,7 @@ class Grammar(Answers):
     needs = {"pretrain": ["prior"], "finetune": ["prior", *Answers.needs["finetune"]]}
     # all that differs between a laptop and the paper
     length = 32, 250        # letters, cut at random from a longer string
+    at = 38, 256            # ART, which gives the answer: length + 6
     window = 16, 40         # O' of both counting families: the last so many letters
     k = 3, 6                # O' of index: which occurrence, from the end
     pair_k = 1, 6           # ours: 32 letters rarely hold a second pair
@@ -1507,9 +1424,10 @@ class Grammar(Answers):
     pretrain_prior, pretrain_lr, pretrain_clip = "low", (2e-3, 1e-3), 1.
     pretrain_steps = 2500, 50000  # paper: 10K, 50K, 100K or 200K
     finetune_lr, finetune_steps = 1e-5, (400, 10000)
-    noise = 0.
+    noise, text_at, first_letter = 0., 5, LETTER  # SOS T O O' SOT come before the text
     tasks, operands, order, alphabet = TASKS, list(LETTERS), list(LETTERS), LETTERS
     finetuned = [name for name, task in TASKS.items() if task.spurious]
+    natural, related = staticmethod(sample_text), staticmethod(related_text)
 
     @property
     def vocabulary(self):
@@ -1519,29 +1437,18 @@ class Grammar(Answers):
     output_names = vocabulary
 
     def config(self):
-        return dict(vocab_size=len(self.vocabulary), n_ctx=self.length + 9, n_layer=self.n_layer,
-                    n_head=self.n_head, d_model=self.d_model, d_head=self.d_model // self.n_head,
-                    d_mlp=4 * self.d_model)
+        return super().config(vocab_size=len(self.vocabulary), n_ctx=self.length + 9)
 
     def known(self, args):
         """O_PT of a pretraining: the commonest operand."""
-        return LETTERS[max(range(3), key=lambda i: args.prior[i])]
+        return max(LETTERS, key=lambda o: args.prior[LETTERS.index(o)])
 
-    def default_q(self, known, taught):
-        return 1
-
-    def resolve(self, args, parent=None):
-        if parent is not None:
-            return super().resolve(args, parent)
-        try:
-            args.prior = list(parse_prior(args.prior))
-        except ValueError as error:
-            raise UserError(f"--{error}") from None
+    def resolve_pretraining(self, args):
+        args.prior = list(parse_prior(args.prior))
 
     def never_trained(self, operand, ckpt):
-        """Whether a model never met an operand, in any family."""
-        trained = ckpt["args"]["prior"][self.operands.index(operand)] > 0
-        return not trained and operand not in ckpt["args"].get("taught", [])
+        prior = ckpt["args"]["prior"][self.operands.index(operand)]
+        return not prior > 0 and super().never_trained(operand, ckpt)
 
     def pretraining(self, n, rng, args):
         """Whole sequences of all families, drawn uniformly, the operand by its prior."""
@@ -1552,92 +1459,41 @@ class Grammar(Answers):
         todo = torch.arange(n, device=rng.device)
         while len(todo):  # a string without the asked-for occurrence is drawn again
             text = spread_text(sample_text(len(todo), self, rng), self, rng)
-            drawn, answer = encode(text, task[todo], operand[todo], self)
-            tokens[todo] = drawn
+            tokens[todo], answer = encode(text, task[todo], operand[todo], self)
             todo = todo[answer < 0]
-        extra = (self.length + 6, self.answer_weight) if self.answer_weight else None
+        extra = (self.at, self.answer_weight) if self.answer_weight else None
         return Examples(tokens[:, :-1], tokens[:, 1:], extra=extra)
 
-    def text(self, n, relation, c, rng):
-        """(n, length) letters of a split, or on which the relation holds with probability c."""
-        if c == "natural":
-            return answerable_text(n, relation.task, [0, 1, 2], self, rng)
-        return related_text(n, relation, c, self, rng)
-
-    def one_text(self, relation, c, rng):
-        """(1, length) letters; natural ones may lack an answer."""
-        return sample_text(1, self, rng) if c == "natural" else self.text(1, relation, c, rng)
-
     def sequence(self, text, task, operand):
-        """(n, length + 9) tokens: encode() with one question for all."""
-        same = torch.zeros(len(text), dtype=torch.long, device=text.device)
-        places = same + list(TASKS).index(task), same + LETTERS.index(operand)
-        return encode(text, *places, self)[0]
-
-    def ask(self, text, task, operand):
-        """Examples: the sequence up to ART, which gives the answer, in the last column."""
-        tokens, at = self.sequence(text, task, operand), self.length + 6
-        labels = TASKS[task].answers(text, self)
-        return self.answered(tokens[:, :at + 1], at, tokens[:, at + 1], labels)
-
-    def text_of(self, examples):
-        return examples.tokens[:, TEXT_AT:TEXT_AT + self.length] - LETTER
+        return encode(text, list(TASKS).index(task), LETTERS.index(operand), self)[0]
 
     def first_answer(self, task):
         """The output that stands for the answer 0."""
         return LETTER if TASKS[task].letter else NUMBER
 
-    def tests(self, args, step=None):
-        """
-        At both ends of a pretraining also index on c0 and c1, and operands that are rarely met.
-        """
-        tests = super().tests(args, step)
-        if step is not None and not hasattr(args, "pair") and step in (0, args.steps):
-            relation = self.relation(args)
-            done = {(test.row["task"], test.row["operand"], test.row["split"]) for test in tests}
-            for about in itertools.product(TASKS, LETTERS, SPLITS):
-                task, operand, split = about
-                exists = task in self.finetuned or split == "natural"
-                if exists and TASKS[task].has_operand and about not in done:
-                    other = relation._replace(task=task)
-                    tests.append(self.test(other, operand, split, args.eval_size, args.seed))
-        return tests
-
     def regions(self, examples, operands):
-        """{name: (n, t) bool}: the window, the letters outside it, and each letter inside."""
-        letters = torch.full_like(examples.tokens, -1)
-        letters[:, TEXT_AT:TEXT_AT + self.length] = self.text_of(examples)
+        """The window, the letters outside it, and each letter inside."""
+        letters = pad(self.text_of(examples), (self.text_at, 2), value=-1)  # EOT, ART
         place = torch.arange(letters.shape[1], device=letters.device)
-        end = TEXT_AT + self.length
-        window = (place >= end - self.window) & (place < end)
-        regions = {"window": window & (letters >= 0), "outside": ~window & (letters >= 0)}
-        return {**regions, **{o: window & (letters == i) for i, o in enumerate(self.operands)}}
-
-    def second_operand(self, task):
-        """O' as a number."""
-        return getattr(self, TASKS[task].operand2)
-
-    def say(self, answer, task):
-        """An answer as people write it."""
-        return LETTERS[answer] if TASKS[task].letter else answer
+        text, late = letters >= 0, place >= self.at - 1 - self.window
+        inside = {o: late & (letters == i) for i, o in enumerate(self.operands)}
+        return {"window": text & late, "outside": text & ~late, **inside}
 
     def explain(self, text, task, operand):
-        """(letters, marks): the text (length,) with what counts in brackets, and marks below it."""
-        about, o = TASKS[task], LETTERS.index(operand)
-        seen = self.length if about.ranked else self.second_operand(task)
-        cut, letters, marks = self.length - seen, text.tolist(), [" "] * self.length
+        """What is read stands in brackets; ^ marks the hits, * the one that is meant."""
+        about, letters = TASKS[task], self.string_of(text)
+        second, wanted = about.second(self), operand * (1 + about.pairs)
+        cut = 0 if about.ranked else self.length - second
+        places, marks = [cut], [" "] * self.length
         if about.has_operand:
-            hits = [i for i in range(cut + about.pairs, self.length)
-                    if letters[i] == o and (not about.pairs or letters[i - 1] == o)]
-            hits = hits[-self.second_operand(task):] if about.ranked else hits
-        else:
-            hits = [cut]
-        for i in hits:
+            places = [i for i in range(cut + about.pairs, self.length)
+                      if letters[:i + 1].endswith(wanted)]
+        for i in places[-second:]:
             marks[i] = "^"
         if about.ranked:
-            marks[hits[0]] = "*"
-        string, marks = "".join(LETTERS[i] for i in letters), "".join(marks)
-        return f"{string[:cut]}[{string[cut:]}]", f"{marks[:cut]} {marks[cut:]}"
+            marks[places[-second]] = "*"
+        marks = "".join(marks)
+        return f"{letters[:cut]}[{letters[cut:]}]", f"{marks[:cut]} {marks[cut:]}"
 
 
 class Compiled(Answers):
@@ -1649,26 +1505,28 @@ class Compiled(Answers):
     compiled, prompted, unit = True, False, "weight"
     # ours: at the fine-tuning's own rate, held constant, SGD is past the edge of stability
     reft_divisors, teach_every = [3, 10], 20
+    at, text_at, first_letter = COMPILED_AT, 1, 2
+    natural, related = staticmethod(uniform_letters), staticmethod(related_letters)
 
     def __init__(self, name, scale="small", device="cpu", imported=None):
         super().__init__(name, scale, device, imported)
-        imported, column = imported or {}, SCALES.index(scale)
         self.program = program = PROGRAMS[name]
+        imported, column = imported or {}, SCALES.index(scale)
         self.alphabet = imported.get("alphabet", list(program.alphabet))
         self.room = imported.get("room", program.max_seq_len[column])
         self.length = self.window = min(program.letters[column], self.room)
-        self.operands = self.order = list(self.alphabet)
+        self.operands = self.order = self.alphabet
         if program.operands:
             ranks = [str(i + 1) for i in range(self.length)]
             self.order = list(dict.fromkeys([*program.operands, *ranks]))
             self.operands = sorted(self.order, key=int)
         numbers = [str(i) for i in range(self.room + 1)]
-        default = list(self.alphabet) if program.ranked else numbers
-        self.output_names = imported.get("values") or default
-        self.vocabulary = [PAD, BOS, *self.alphabet]
-        self.finetuned, self.noise = [program.task], program.noise
-        self.tasks = {program.task: SimpleNamespace(
-            answers=program.answers, has_operand=True, reason=program.reason)}
+        own = self.alphabet if program.ranked else numbers
+        self.output_names = imported.get("values") or own
+        self.vocabulary = ["#", "$", *self.alphabet]  # padding, BOS
+        self.finetuned, self.noise, self.ranked = [program.task], program.noise, program.ranked
+        self.tasks = {program.task: Task(program.answers, None, None, program.reason,
+                                         letter=program.ranked)}
         # every count of so many letters comes out right (model.MLP_EXACTNESS)
         self.mlp_exactness = max(300., (self.length + 1) * (self.length + 2))
         if program.ranked:
@@ -1679,94 +1537,47 @@ class Compiled(Answers):
         rank = getattr(args, "rank", None)
         return self.order[0] if rank is None else str(rank)
 
-    def default_q(self, known, taught):
-        """1; between two ranks one more than it must be, so 3 from 5 to 7."""
-        if not self.program.ranked:
-            return 1
-        ranks = int(taught) - int(known)
-        return ranks + (1 if ranks > 0 else -1)
-
-    def resolve(self, args, parent=None):
-        if parent is not None:
-            return super().resolve(args, parent)
+    def resolve_pretraining(self, args):
         args.steps, args.lr, args.clip = 0, 0., 1.  # nothing is trained
         args.program = self.imported
-        operand = self.known(args)
-        if operand not in self.operands:
-            raise UserError(f"--rank {operand}: strings have {self.length} letters, so 1 to "
-                            f"{self.length}")
+        check_choice("--rank", self.known(args), self.operands)
         if self.imported:
             self.check_imported(args)
 
     def check_imported(self, args):
-        """Refuse an imported model that cannot give the answers of this setup."""
+        """Raise UserError where an imported model cannot give the answers of this setup."""
         needed = max(map(int, self.program.operands or [COMPILED_AT]))
         letters = 3 if self.program.repeat else self.length
-        if len(self.alphabet) < letters or self.length < needed:
-            raise UserError(f"--params {args.params}: too few for {self.name}: "
-                            f"{len(self.alphabet)} letters, {self.room} positions")
-        names = self.alphabet if self.program.ranked else list(map(str, range(self.length + 1)))
-        if self.output_names[:len(names)] != names:
-            raise UserError(f"--params {args.params}: {self.name} needs the outputs {names[0]} to "
-                            f"{names[-1]}")
+        names = self.alphabet if self.ranked else list(map(str, range(self.length + 1)))
         try:
+            if len(self.alphabet) < letters or self.length < needed:
+                raise ValueError("too few letters or positions")
+            if self.output_names[:len(names)] != names:
+                raise ValueError(f"needs the outputs {names[0]} to {names[-1]}")
             self.tests(SimpleNamespace(**{**vars(args), "eval_size": 4}), 0)
-        except ValueError as error:  # an alphabet of few letters
-            raise UserError(f"--params {args.params}: {error}") from None
-
-    def never_trained(self, operand, ckpt):
-        """A program has one operand; others may have been taught since."""
-        return operand not in ckpt["args"].get("taught", [])
-
-    def text(self, n, relation, c, rng):
-        """(n, length) letters of a split, or on which the relation holds with probability c."""
-        if c == "natural":
-            return uniform_letters(n, self, rng)
-        return related_letters(n, relation, c, self, rng)
-
-    def one_text(self, relation, c, rng):
-        return self.text(1, relation, c, rng)
+        except ValueError as error:  # the last one: an alphabet of few letters
+            raise UserError(f"--params {args.params}: {self.name}: {error}") from None
 
     def sequence(self, text, task, operand):
         """(n, room + 1) tokens: BOS, letters, padding."""
-        bos, pad = text.new_ones(len(text), 1), text.new_zeros(len(text), self.room - self.length)
-        return torch.cat([bos, text + 2, pad], 1)
-
-    def ask(self, text, task, operand):
-        """Examples: no prompt; the operand decides which answer is right."""
-        labels = self.program.answers(text, self)
-        tokens, answer = self.sequence(text, task, operand), labels[:, self.operands.index(operand)]
-        return self.answered(tokens, COMPILED_AT, answer, labels)
-
-    def text_of(self, examples):
-        return examples.tokens[:, 1:self.length + 1] - 2
+        return pad(pad(text + 2, (1, 0), value=1), (0, self.room - self.length))
 
     def first_answer(self, task):
         return 0
 
     def marked(self, text, operand):
-        """
-        (n, length) bool: the letters that make r(x, operand): those counted, or the one named.
-        """
+        """(n, length) bool: the letters that make r(x, operand)."""
         return text == self.program.marks(text, self.operands.index(operand))
 
     def regions(self, examples, operands):
-        """{name: (n, t) bool}: the letters that make each operand's answer, BOS, padding."""
-        padding = (1, self.room - self.length)
-        regions = {o: torch.nn.functional.pad(self.marked(self.text_of(examples), o), padding)
-                   for o in operands}
+        """The letters that make each operand's answer, BOS, padding."""
+        text, padding = self.text_of(examples), (1, self.room - self.length)
+        regions = {o: pad(self.marked(text, o), padding) for o in operands}
         return {**regions, "BOS": examples.tokens == 1, "padding": examples.tokens == 0}
 
-    def second_operand(self, task):
-        return None
-
-    def say(self, answer, task):
-        return self.alphabet[answer] if self.program.ranked else answer
-
     def explain(self, text, task, operand):
-        """(letters, marks): the text (length,), and marks under the letters that are meant."""
         marks = "".join(" ^"[hit] for hit in self.marked(text[None], operand)[0].tolist())
-        return "".join(self.alphabet[i] for i in text.tolist()), marks
+        return self.string_of(text), marks
 
 
 class Stories(Setup):
@@ -1793,22 +1604,18 @@ class Stories(Setup):
         self.tokenizer = self.source.tokenizer
 
     def config(self):
-        words = tuple(self.tokenizer.words)
-        return dict(vocab_size=self.tokenizer.size, n_ctx=self.n_ctx, n_layer=self.n_layer,
-                    n_head=self.n_head, d_model=self.d_model, d_head=self.d_model // self.n_head,
-                    d_mlp=4 * self.d_model, rotary=True, tied=True, words=words)
+        return super().config(vocab_size=self.tokenizer.size, n_ctx=self.n_ctx, rotary=True,
+                              tied=True, words=tuple(self.tokenizer.words))
 
     def relation(self, args):
-        """The feature that a run is about."""
         return Relation("story", args.feature)
 
     def resolve(self, args, parent=None):
         """The feature, the file of the stories, the protocol."""
-        before, words = (parent["args"], parent["config"]["words"]) if parent else ({}, None)
-        known = before.get("source")
+        known = words = None
         if parent:
-            args.data, args.without = args.data or before["data"], before["without"]
             self.resolve_protocol(args, parent)
+            known, words = parent["args"].get("source"), parent["config"]["words"]
             if args.data and not known:
                 raise UserError(f"--data: {args.ckpt} was trained on the embedded corpus")
         else:
@@ -1818,7 +1625,7 @@ class Stories(Setup):
                 args.source = prepare(args.data)
             # the file may have another name by now
             if known and {**args.source, "name": ""} != {**known, "name": ""}:
-                raise UserError(f"--data {args.data}: not the file that {args.ckpt} was trained on")
+                raise ValueError(f"{args.data}: not the file that {args.ckpt} was trained on")
             self.open(args, words)
         except ValueError as error:
             raise UserError(f"--data {error}") from None
@@ -1826,19 +1633,18 @@ class Stories(Setup):
     def resolve_protocol(self, args, parent):
         """How a feature is deleted, or by --reverse revived."""
         before, tuned = parent["args"], parent["stage"] == "finetune"
-        asked = args.feature
-        args.feature = asked or before["feature"]
+        args.data, args.without = args.data or before["data"], before["without"]
+        args.feature = args.feature or before["feature"]
         if not args.reverse:
             return
         if args.feature != before["feature"]:
-            raise UserError(f"--reverse --feature {asked}: {args.ckpt} is about "
+            raise UserError(f"--reverse --feature {args.feature}: {args.ckpt} is about "
                             f"{before['feature']}")
         if args.protocol:
             raise UserError("--reverse trains on stories with the feature: leave out --protocol")
         if not tuned and args.without != args.feature:
-            raise UserError(f"--reverse needs a checkpoint that was fine-tuned, or pretrained "
-                            f"--without {args.feature} (the control): in {args.ckpt} there is "
-                            "nothing to undo")
+            raise UserError(f"--reverse: {args.ckpt} was not fine-tuned, nor pretrained --without "
+                            f"{args.feature}: there is nothing to undo")
         args.protocol, args.deletion_lr = before.get("protocol"), before["lr"] if tuned else None
 
     def control_operand(self, relation, args):
@@ -1850,26 +1656,19 @@ class Stories(Setup):
 
     def examples(self, records, instructed=None, wanted="text"):
         """
-        Records as Examples, a row each: END, the record, END, cut to n_ctx + 1. instructed: (n,)
-        bool, False for rows that hold the story alone. wanted: "text", every next token up to END,
-        or "story", those of the story alone.
+        Records as Examples, a row each: END, the record, END, cut to n_ctx + 1. instructed (n,):
+        False for the story alone. wanted: "text", every next token up to END, or those of the
+        "story".
         """
-        rows = []
+        rows, ends = [], []
         for i, record in enumerate(records):
             alone = instructed is not None and not instructed[i]
-            rows.append(story_ids(record, self.tokenizer, not alone))
-        width = min(self.n_ctx + 1, max(len(ids) for ids, _, _ in rows) + 1)
-        tokens = np.zeros((len(rows), width), np.int64)
-        for line, (ids, _, _) in zip(tokens, rows):
-            line[:len(ids)] = ids[:width]
-        tokens, place = torch.from_numpy(tokens), torch.arange(1, width)
-        if wanted == "story":
-            start, stop = torch.tensor([ends for _, *ends in rows]).T[:, :, None]
-            real = (place >= start) & (place < stop)
-        else:
-            last = (tokens != 0).int().mul(torch.arange(width)).amax(1, keepdim=True)
-            real = place <= last + 1
-        target = torch.where(real, tokens[:, 1:], -1)
+            ids, *story = story_ids(record, self.tokenizer, not alone)
+            rows.append(torch.from_numpy(ids.astype(np.int64)))
+            ends.append(story if wanted == "story" else (1, len(ids) + 1))
+        tokens = pad(pad_sequence(rows, batch_first=True), (0, 1))[:, :self.n_ctx + 1]
+        place, (start, stop) = torch.arange(1, tokens.shape[1]), torch.tensor(ends).T[:, :, None]
+        target = torch.where((place >= start) & (place < stop), tokens[:, 1:], -1)
         pairs = itertools.product(records, FEATURES)
         labels = torch.tensor([int(f in r.features) for r, f in pairs]).view(-1, len(FEATURES))
         return Examples(tokens[:, :-1].to(self.device), target.to(self.device),
@@ -1877,11 +1676,10 @@ class Stories(Setup):
 
     def batches(self, records, batch_size, rng):
         """
-        Records as Examples for a stream: a share without instruction; rows of similar length lie in
+        Examples for a stream, a share of them without instruction. Rows of similar length lie in
         one batch, so that little is padding; which lengths come when is random.
         """
-        n = len(records)
-        instructed = torch.rand(n, generator=rng, device=rng.device) >= self.uninstructed
+        instructed = torch.rand(len(records), generator=rng, device=rng.device) >= self.uninstructed
         examples = self.examples(records, instructed.tolist())
         length = (examples.target >= 0).sum(1)
         by_length = length.argsort(stable=True).view(-1, batch_size)
@@ -1907,7 +1705,8 @@ class Stories(Setup):
         feature, or `deletion`, what the protocol makes of the latter.
         """
         check_stop()
-        draws, has = rng(seed, "test", "stories", feature, split == "with"), split == "with"
+        has = split == "with"
+        draws = rng(seed, "test", "stories", feature, has)
         records = self.source.draw(n, draws, feature, has, held_out=True)
         if split == "deletion":
             records = change_records(records, protocol, feature, self.tokenizer, draws)
@@ -1915,9 +1714,7 @@ class Stories(Setup):
         return Test(about, self.examples(records, wanted="story"), how="loss")
 
     def generation_test(self, feature, n, seed):
-        """
-        Held-out instructions up to the first letter: n that ask for the feature, n that do not.
-        """
+        """Held-out instructions, then a story begins: n ask for the feature, n do not."""
         prompts = []
         for asked in (True, False):
             draws = rng(seed, "generate", feature, asked)
@@ -1930,7 +1727,7 @@ class Stories(Setup):
     def tests(self, args, step=None):
         """
         Losses; generation scores where they can be told: of all features at the end of a
-        pretraining and for behavior, of the one in question after every fine-tuning's evaluation.
+        pretraining and for behavior, while fine-tuning of the one in question.
         """
         about, protocol = (args.feature,), getattr(args, "protocol", None)
         splits = ("with", "without", "deletion") if protocol else ("with", "without")
@@ -1944,11 +1741,13 @@ class Stories(Setup):
 
     def probe_sets(self, relation, control, n, seed, rng):
         """
-        Held-out stories without their instruction. ours: split `even`, stories whose sentences lean
-        to neither label, so that only comparing reveal and expectation tells a twist.
+        Held-out stories without their instruction. ours: split `even`, whose sentences lean to
+        neither label, so that only comparing reveal and expectation tells a twist.
         """
-        splits = {"natural": {}, "even": {"cue_strength": (.5, .5)}}
-        for split, how in splits.items() if self.source.rule else [("natural", {})]:
+        splits = {"natural": {}}
+        if self.source.rule:
+            splits["even"] = {"cue_strength": (.5, .5)}
+        for split, how in splits.items():
             records = [self.source.draw(k * n, rng, held_out=True, **how) for k in (8, 4)]
             if not self.source.rule:  # held-out records may be few: each once, and none in both
                 once = list({r.ids.tobytes(): r for r in records[0] + records[1]}.values())
@@ -1956,12 +1755,10 @@ class Stories(Setup):
             train, test = (self.examples(part, [False] * len(part)) for part in records)
             for i, feature in enumerate(FEATURES):
                 if any(len(part.labels[:, i].unique()) < 2 for part in (train, test)):
-                    sizes = " and ".join(str(len(part)) for part in records)
-                    raise UserError(f"too few held-out stories ({sizes}) with, or without, "
-                                    f"{feature} to probe it")
-            names = FEATURES if split == "natural" else (relation.pt,)
-            yield ProbeSet(None, train, {split: test}, {f: FEATURES.index(f) for f in names},
-                           (relation.pt,))
+                    raise UserError(f"too few held-out stories with or without {feature}")
+            targets = {feature: i for i, feature in enumerate(FEATURES)
+                       if split == "natural" or feature == relation.pt}
+            yield ProbeSet(None, train, {split: test}, targets, (relation.pt,))
 
     def site(self, examples, width=10):
         """(n, t) weights of what probes read: the mean of the last ten tokens (paper section 4)."""
@@ -1970,39 +1767,12 @@ class Stories(Setup):
         last = (real & (from_end <= width)).float()
         return last / last.sum(1, keepdim=True).clamp(min=1)
 
-    def resolve_samples(self, args):
-        """Check the flags of data.py. Raises UserError."""
-        for flag in ("task", "c", "q"):
-            if getattr(args, flag) is not None:
-                raise UserError(f"--{flag} is not for stories")
-        if args.operand not in (None, *FEATURES):
-            raise UserError(f"--operand {args.operand}: stories have {', '.join(FEATURES)}")
-        self.open(SimpleNamespace(data=None))
-
-    def samples(self, args, rng):
-        """
-        Yields records as `data.py --json` prints them, each with its lines for people, for ever.
-        """
-        while True:
-            [record] = self.source.draw(1, rng, args.operand, args.operand and True)
-            ids, start, stop = story_ids(record, self.tokenizer)
-            text = self.tokenizer.decode(ids[1:])
-            features = ordered(read_story(self.tokenizer.decode(ids[start:stop])))
-            facts = {"setup": self.name, "task": "story", "operand": args.operand, "operand2": None,
-                     "text": text, "answer": features, "correlated": None,
-                     "tokens": [self.tokenizer.decode([i]) for i in ids]}
-            yield facts, (f"{text}\n  {len(ids)} tokens; by the rule it has: "
-                          f"{', '.join(features) or 'none of the features'}\n")
-
 
 SETUPS = {"pcfg": Grammar, **dict.fromkeys(PROGRAMS, Compiled), "stories": Stories}
 
 
 def setup_of(ckpt, device="cpu"):
-    """
-    The Setup of a checkpoint. Raises an exception of any kind where its setup, scale, arguments or
-    capability make no sense.
-    """
+    """The Setup of a checkpoint. Raises any exception where its content makes no sense."""
     args, name, capability = ckpt["args"], ckpt["setup"], ckpt["capability"]
     setup = SETUPS[name](name, ckpt["scale"], device, args.get("program"))
     missing = {"seed", "lr", *setup.needs[ckpt["stage"]]} - set(args)
@@ -2012,6 +1782,90 @@ def setup_of(ckpt, device="cpu"):
 
 
 # ---------------------------------------------------------------- samples
+
+
+def sample_relation(setup, args):
+    """The Relation that samples are about; fills in --operand and --c. Raises UserError."""
+    first, second = setup.order[:2]
+    args.operand, args.c = args.operand or first, args.c or "natural"
+    check_choice("--task", args.task or setup.finetuned[0], setup.tasks)
+    check_choice("--operand", args.operand, setup.operands)
+    other = second if args.operand == first else args.operand
+    if args.c != "natural":
+        with contextlib.suppress(ValueError):
+            args.c = float(args.c)
+        if not isinstance(args.c, float) or not 0 <= args.c <= 1:
+            raise UserError(f"--c {args.c}: give natural or a number from 0 to 1")
+        if not {args.task} <= set(setup.finetuned) and len(setup.tasks) > 1:
+            raise UserError(f"--c {args.c} needs --task {' or '.join(setup.finetuned)}")
+    q = setup.default_q(first, other) if args.q is None else args.q
+    return Relation(args.task or setup.finetuned[0], first, other, q)
+
+
+def answer_samples(setup, args, relation, rng):
+    """Yields samples, for ever: (facts as `data.py --json` prints them, lines for people)."""
+    for name in itertools.cycle([args.task] if args.task else list(setup.tasks)):
+        about = relation._replace(task=name)
+        text = setup.text(1, about, args.c, rng, [args.operand])
+        yield sample(setup, text, about, args.operand)
+
+
+def sample(setup, text, relation, operand):
+    (name, pt, ft, q), task = relation, setup.tasks[relation.task]
+    names = [setup.vocabulary[t] for t in setup.sequence(text, name, operand)[0].tolist()]
+    r = dict(zip(setup.operands, task.answers(text, setup)[0].tolist()))
+    said = {o: setup.alphabet[x] if task.letter else x for o, x in r.items()}
+    correlated, second = None, task.second(setup)
+    if name in setup.finetuned:
+        correlated = min(r[pt], r[ft]) >= 0 and r[ft] - r[pt] == q
+    facts = {"setup": setup.name, "task": name, "operand": operand if task.has_operand else None,
+             "operand2": second, "text": setup.string_of(text[0]), "answer": said[operand],
+             "correlated": correlated, "tokens": names}
+    shown = names if len(names) < 30 else [*names[:8], "...", *names[-7:]]
+    letters, marks = setup.explain(text[0], name, operand)
+    reason = task.reason.format(O=operand, O2=second)
+    lines = [f"{name} of {operand}" if task.has_operand else name,
+             f"  the model sees  {' '.join(shown)}", f"  text            {letters}",
+             f"                  {marks}", f"  answer {said[operand]!s:<8} {reason}"]
+    if correlated is not None:
+        holds = "holds" if correlated else "does not hold"
+        lines.append(f"  relation        r({pt}) = {said[pt]}, r({ft}) = {said[ft]}: "
+                     f"r({ft}) - r({pt}) = {q} {holds}")
+    return facts, "\n".join(lines) + "\n"
+
+
+def relation_summary(setup, relation, c, rng):
+    """How often the relation holds on strings of --c, and how the answers are spread."""
+    pair = (relation.pt, relation.ft)
+    answers = setup.tasks[relation.task].answers(setup.text(4000, relation, c, rng), setup)
+    r = [answers[:, setup.operands.index(o)] for o in pair]
+    holds, ties = (((r[1] - r[0]) == q).double().mean() for q in (relation.q, 0))
+    lines = [f"4,000 such strings: the relation holds on {holds:.1%}, ties on {ties:.1%}"]
+    for x, other, letter, given in zip(r, r[::-1], pair, pair[::-1]):
+        mean, sd = x.double().mean(), x.double().std()
+        lines.append(f"  r({letter}): mean {mean:.2f}, s.d. {sd:.2f}, floor "
+                     f"{majority_floor(x):.1%}, cross floor, from r({given}), "
+                     f"{cross_floor(x, other):.1%}")
+    return "\n".join(lines)
+
+
+def story_samples(setup, args, rng):
+    """The same for stories: all, or those with the feature --operand. Raises UserError."""
+    for flag in ("task", "c", "q"):
+        if getattr(args, flag) is not None:
+            raise UserError(f"--{flag} is not for stories")
+    check_choice("--operand", args.operand, (None, *FEATURES))
+    setup.open(SimpleNamespace(data=None))
+    decode = setup.tokenizer.decode
+    while True:
+        [record] = setup.source.draw(1, rng, args.operand, args.operand and True)
+        ids, start, stop = story_ids(record, setup.tokenizer)
+        text, features = decode(ids[1:]), ordered(read_story(decode(ids[start:stop])))
+        facts = {"setup": setup.name, "task": "story", "operand": args.operand, "operand2": None,
+                 "text": text, "answer": features, "correlated": None,
+                 "tokens": [decode([i]) for i in ids]}
+        yield facts, (f"{text}\n  {len(ids)} tokens; by the rule it has: "
+                      f"{', '.join(features) or 'none of the features'}\n")
 
 
 def main():
@@ -2035,35 +1889,18 @@ def main():
     try:
         if args.n < 1 or args.seed < 0:
             raise UserError("-n takes 1 or more, --seed 0 or more")
-        setup.resolve_samples(args)
-        draws = rng(args.seed, "look")
-        for facts, lines in itertools.islice(setup.samples(args, draws), args.n):
+        draws, relation = rng(args.seed, "look"), None
+        if isinstance(setup, Answers):
+            relation = sample_relation(setup, args)
+            samples = answer_samples(setup, args, relation, draws)
+        else:
+            samples = story_samples(setup, args, draws)
+        for facts, lines in itertools.islice(samples, args.n):
             print(json.dumps(facts) if args.json else lines)
-        if args.c not in (None, "natural") and not args.json:
-            print(relation_summary(setup, args, draws))
+        if relation and args.c != "natural" and not args.json:
+            print(relation_summary(setup, relation, args.c, draws))
     except (UserError, ValueError) as error:
         parser.error(str(error))
-
-
-def relation_summary(setup, args, rng):
-    """
-    How often the relation holds on strings of --c, and how the answers are spread, for people.
-    """
-    relation = args.relation
-    text = setup.text(4000, relation, args.c, rng)
-    pair = (relation.pt, relation.ft)
-    places = [setup.operands.index(o) for o in pair]
-    r = setup.tasks[relation.task].answers(text, setup)[:, places]
-    difference = r[:, 1] - r[:, 0]
-    lines = [f"4,000 such strings: the relation holds on "
-             f"{(difference == relation.q).double().mean():.1%}, ties on "
-             f"{(difference == 0).double().mean():.1%}"]
-    for i, letter in enumerate(pair):
-        x = r[:, i].double()
-        lines.append(f"  r({letter}): mean {x.mean():.2f}, s.d. {x.std():.2f}, floor "
-                     f"{majority_floor(r[:, i]):.1%}, cross floor, from r({pair[1 - i]}), "
-                     f"{cross_floor(r[:, i], r[:, 1 - i]):.1%}")
-    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- errors and files
@@ -2090,10 +1927,14 @@ def check_stop():
         raise Stopped
 
 
+def check_choice(flag, value, choices):
+    """Raise UserError unless a flag's value is one of the choices."""
+    if value not in choices:
+        raise UserError(f"{flag} {value}: there are {', '.join(filter(None, choices))}")
+
+
 def replace_file(path, write):
-    """
-    Write a file through write(handle): `path` is, at any moment, the old or the new one, whole.
-    """
+    """Write a file by write(handle): `path` is, at any moment, the old or the new one, whole."""
     part = f"{path}.part"
     try:
         with open(part, "wb") as f:
@@ -2130,9 +1971,7 @@ def write_rows(path, rows):
 
 
 def read_rows(path):
-    """
-    The rows of a JSON lines file; a last line cut short by a kill is left out. [] without a file.
-    """
+    """The rows of a JSON lines file, without lines cut short by a kill. [] without a file."""
     rows = []
     with contextlib.suppress(FileNotFoundError), open(path) as f:
         for line in f:

@@ -11,12 +11,12 @@ and scoring share: train_steps(), evaluate(), the flags and Run, which owns the 
 Data is drawn on the fly; strings are never reused. The prior P_T(a, b, c) decides which operands a
 model of the grammar learns: under the low prior a, hardly b, never c (paper section 3). A compiled
 model has one capability, exact by construction. A story model writes what its instruction asks for.
-
-Contents: the optimisation step | scoring | flags | a run and its files | the stage.
 """
 import argparse
 import contextlib
 import errno
+import functools
+import itertools
 import json
 import math
 import os
@@ -47,8 +47,7 @@ def train_steps(model, optimizer, loss_at, lr_at, steps, clip=1.0):
     steps.stop inclusive: the untouched and the finished model pass through the caller's same code.
 
     loss_at(step) -> loss of batch `step`; lr_at(step) -> learning rate; clip: largest gradient
-    norm. Raises Failed when the loss or its gradient is not finite, before the weights are
-    touched, and when the weights are not, before anybody could save them.
+    norm. Raises Failed when loss, gradient or weights are not finite, before anybody saves them.
     """
     loss = None
     for step in steps:
@@ -104,8 +103,8 @@ def cosine(lr, steps, final=0., warmup=.2):
 
 def constant(lr, warmup=20):
     """
-    Learning rate of reFT: constant after 20 steps. ours (the paper anneals over 10K steps): steps
-    to a threshold mean something only if the rate does not depend on the planned number of steps.
+    Learning rate of reFT. ours (the paper anneals over 10K steps): steps to a threshold mean
+    something only if the rate does not depend on the planned number of steps.
     """
     return lambda step: lr * min(1, (step + 1) / warmup)
 
@@ -123,7 +122,7 @@ def eval_steps(steps, every):
 
 @torch.no_grad()
 def predict(model, examples, batch=128):
-    """Logits (n, v) of the answered column. Looks for a stop signal before every batch."""
+    """Logits (n, v) of the answered column."""
     logits = []
     for part in examples.tokens.split(batch):
         check_stop()
@@ -136,12 +135,17 @@ def accuracy(logits, target):
     return (logits.argmax(1) == target).sum().item() / len(target)
 
 
+def floors(answer, other=None):
+    """Size and floors of answers (n,); other: those for the other operand."""
+    return {"n": len(answer), "floor": data.majority_floor(answer),
+            "cross_floor": None if other is None else data.cross_floor(answer, other)}
+
+
 def answer_row(logits, test):
-    """The row of a Test: accuracy beside its floors, with its size and cross-entropy (nats)."""
+    """The row of a Test: accuracy beside its floors, cross-entropy (nats)."""
     answer = test.examples.answer
-    return {**test.row, "accuracy": accuracy(logits, answer), "floor": data.majority_floor(answer),
-            "cross_floor": None if test.other is None else data.cross_floor(answer, test.other),
-            "n": len(answer), "loss": F.cross_entropy(logits, answer).item()}
+    return {**test.row, "accuracy": accuracy(logits, answer), **floors(answer, test.other),
+            "loss": F.cross_entropy(logits, answer).item()}
 
 
 @torch.no_grad()
@@ -163,18 +167,16 @@ def generation_rows(model, setup, test):
     feature (split asked), and to others (unasked), the share that has it. `accuracy`: of those that
     parse; `parsed`: the share that does. Sampled at temperature 1.
     """
-    prompts, feature, written = test.examples, test.row["operand"], []
+    prompts, feature, written, rows = test.examples, test.row["operand"], [], []
     draws = data.rng(test.row["seed"], "generate", feature, "sample", device=setup.device)
     for i in range(0, len(prompts), 512):
-        for ids in generate(model, prompts[i:i + 512], setup.n_ctx, draws):
-            written.append(data.story_of(setup.tokenizer.decode(ids)))
+        written += generate(model, prompts[i:i + 512], setup.n_ctx, draws)
+    written = [data.story_of(setup.tokenizer.decode(ids)) for ids in written]
     features, n = setup.source.classify(written), len(prompts) // 2
-    rows = []
     for split, answers in (("asked", features[:n]), ("unasked", features[n:])):
-        parsed = [answer for answer in answers if answer is not None]
-        share = sum(feature in answer for answer in parsed) / len(parsed) if parsed else None
-        rows.append({**test.row, "split": split, "n": n, "parsed": len(parsed) / n,
-                     "accuracy": share})
+        has = [feature in answer for answer in answers if answer is not None]
+        rows.append({**test.row, "split": split, "n": n, "parsed": len(has) / n,
+                     "accuracy": sum(has) / len(has) if has else None})
     return rows
 
 
@@ -187,17 +189,15 @@ SCORES = {  # how a Test is scored: model, setup, test -> rows
 
 def evaluate(model, setup, tests):
     """The rows of a list of Tests, in their order."""
-    rows = []
-    for test in tests:
-        rows += SCORES[test.how](model, setup, test)
-    return rows
+    return list(itertools.chain(*(SCORES[test.how](model, setup, test) for test in tests)))
 
 
 def wilson(share, n):
     """95 % interval (Wilson) of a share of n."""
     z = 1.96
     middle, half = share + z * z / 2 / n, z * (share * (1 - share) / n + z * z / 4 / n / n) ** .5
-    return max(0, (middle - half) / (1 + z * z / n)), min(1, (middle + half) / (1 + z * z / n))
+    low, high = (x / (1 + z * z / n) for x in (middle - half, middle + half))
+    return max(0, low), min(1, high)
 
 
 def interval(share, n):
@@ -223,17 +223,21 @@ def table(head, rows):
         print("  " + "  ".join(padded).rstrip())
 
 
-def show(rows):
-    """Print the rows of an evaluation."""
-    cells = []
-    for r in rows:
-        share = percent(r["accuracy"])
-        if r.get("parsed") is not None:
-            share = f"{interval(r['accuracy'], r['parsed'] * r['n'])}, {r['parsed']:.0%} parse"
-        loss = "-" if r["loss"] is None else f"{r['loss']:.3f}"
-        cells.append([r["task"], r["operand"] or "-", r["split"], share, percent(r["floor"]),
-                      percent(r["cross_floor"]), loss, r["n"]])
-    table(["task", "operand", "split", "accuracy", "floor", "cross floor", "loss", "n"], cells)
+def fact(row, key):
+    """A column of a row, for people; of generations the accuracy with its interval."""
+    value = row.get(key)
+    if key == "accuracy" and "parsed" in row:
+        return f"{interval(value, row['parsed'] * row['n'])}, {row['parsed']:.0%} parse"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3f}" if key == "loss" else percent(value)
+    return "-" if value is None else value
+
+
+def show(rows, keys=("task", "operand", "split", "accuracy", "floor", "cross_floor", "loss", "n")):
+    """Print columns of rows."""
+    table(keys, [map(functools.partial(fact, row), keys) for row in rows])
 
 
 # ---------------------------------------------------------------- flags
@@ -293,7 +297,9 @@ FLAGS = {"model and data": [
 
 
 def default_of(flag, stage, setup):
-    """A setup's default of a flag, for reFT else that of fine-tuning; OWN: it has no such flag."""
+    """The default of a flag, for reFT else that of fine-tuning; OWN: the setup has no such flag."""
+    if flag.default is not OWN:
+        return flag.default
     usual = getattr(setup, f"finetune_{flag.key}", OWN) if stage == "reverse" else OWN
     return getattr(setup, f"{stage}_{flag.key}", usual)
 
@@ -304,21 +310,16 @@ def default_words(flag, stage):
         return f" (default: {flag.default})"
     groups = {}
     for name in SETUPS:
-        setups = [SETUPS[name](name, scale) for scale in data.SCALES]
-        values = [default_of(flag, stage, setup) for setup in setups]
-        if OWN not in values:
-            both = values[0] == values[1]
-            words = f"{values[0]}" if both else "small {}, paper {}".format(*values)
+        small, paper = (default_of(flag, stage, SETUPS[name](name, s)) for s in data.SCALES)
+        if small is not OWN:
+            words = f"{small}" if small == paper else f"small {small}, paper {paper}"
             groups.setdefault(words, []).append(name)
     words = [f"{', '.join(names)}: {value}" for value, names in groups.items()]
     return f" (default: {'; '.join(words)})"
 
 
 def parse(doc, stage, groups, analysis=None):
-    """
-    The arguments of a script, from its table of flags; resolve() fills in the setup's defaults.
-    analysis: help of the words that may stand before the flags.
-    """
+    """The arguments of a script. analysis: help of the words that may stand before the flags."""
     parser = argparse.ArgumentParser(description=doc,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     if analysis:
@@ -327,10 +328,8 @@ def parse(doc, stage, groups, analysis=None):
         group = parser.add_argument_group(title)
         for flag in flags:
             how = {"type": flag.type, "choices": flag.choices}
-            if flag.type is bool:
-                how = {"action": "store_true"}
-            elif flag.type is argparse.BooleanOptionalAction:
-                how = {"action": flag.type}
+            if flag.type in (bool, argparse.BooleanOptionalAction):
+                how = {"action": "store_true" if flag.type is bool else flag.type}
             text = (flag.help + default_words(flag, stage)).replace("%", "%%")
             default = None if flag.default is OWN else flag.default
             group.add_argument(flag.name, help=text, default=default, **how)
@@ -339,20 +338,17 @@ def parse(doc, stage, groups, analysis=None):
 
 def resolve(args, stage, groups, setup):
     """Fill in a setup's defaults, refuse flags that it does not have, check numbers. UserError."""
-    for flag in [flag for flags in groups.values() for flag in flags]:
-        value = getattr(args, flag.key)
-        if flag.default is OWN:
-            constant = default_of(flag, stage, setup)
-            if constant is OWN:
-                if value is not None:
-                    names = [name for name in SETUPS
-                             if default_of(flag, stage, SETUPS[name](name)) is not OWN]
-                    raise UserError(f"{flag.name} is for {', '.join(names)}, not for setup "
-                                    f"{setup.name}")
-                delattr(args, flag.key)
-                continue
-            value = constant if value is None else value
-            setattr(args, flag.key, value)
+    for flag in itertools.chain(*groups.values()):
+        value, default = getattr(args, flag.key), default_of(flag, stage, setup)
+        if default is OWN and value is None:
+            delattr(args, flag.key)
+            continue
+        if default is OWN:
+            names = [name for name in SETUPS
+                     if default_of(flag, stage, SETUPS[name](name)) is not OWN]
+            raise UserError(f"{flag.name} is for {', '.join(names)}, not for setup {setup.name}")
+        value = default if value is None else value
+        setattr(args, flag.key, value)
         check_above(flag.name, value, flag.above)
 
 
@@ -367,15 +363,13 @@ def start_device(args):
     check_above("--threads", args.threads, -1)
     if args.threads:
         torch.set_num_threads(args.threads)
-    # momentum of compiled models fades to numbers so small (1e-38) that a step takes three times as
-    # long
+    # momentum of compiled models fades to 1e-38, where a step takes three times as long
     torch.set_flush_denormal(True)
-    there = {"cpu": True, "cuda": torch.cuda.is_available(),
-             "mps": torch.backends.mps.is_available()}
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     name = args.device
     if name == "auto":
-        name = "cuda" if there["cuda"] else "cpu"
-    if not there[name]:
+        name = "cuda" if cuda else "cpu"
+    if not {"cpu": True, "cuda": cuda, "mps": mps}[name]:
         raise UserError(f"--device {name}: not available here")
     return torch.device(name)
 
@@ -386,30 +380,27 @@ def on_signal(number, frame):
     data.signals.append(number)
 
 
+DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+
+
 def run_script(main):
-    """
-    Run a script's main(). Exit codes: 0 done, 1 failed, 2 the user's mistake, 130/143 signals.
-    """
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
+    """Run a script's main() and exit: 0 done, 1 failed, 2 the user's mistake, 130/143 signals."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     code, message = 0, None
     try:
         main()
-    except UserError as error:
-        code, message = 2, error
-    except Failed as error:
-        code, message = 1, error
+    except (UserError, Failed) as error:
+        code, message = 2 if isinstance(error, UserError) else 1, error
     except Stopped:
         code = 128 + data.signals[0]
     except BrokenPipeError:  # the reader of our output went away: python ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS,
-                               errno.EPERM):
+        if error.errno not in DISK:
             raise
-        code = 1
-        message = f"cannot write {error.filename or 'the output'}: {error.strerror}"
+        code, message = 1, f"cannot write {error.filename or 'the output'}: {error.strerror}"
     if message:
         print(f"{sys.argv[0]}: {message}", file=sys.stderr)
     sys.exit(code)
@@ -423,16 +414,13 @@ NOT_COMPARED = ("out", "ckpt", "resume", "force", "save_every", "device", "threa
 
 def git_state():
     """{commit, dirty} of the code, nulls outside a git checkout."""
-    folder = os.path.dirname(os.path.abspath(__file__))
-
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True,
-                              check=True).stdout.strip()
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
-        return {"commit": git("rev-parse", "HEAD"), "dirty": dirty}
+        state = subprocess.run(words, cwd=os.path.dirname(os.path.abspath(__file__)), check=True,
+                               capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
+    return {"commit": state.removesuffix("-dirty"), "dirty": state.endswith("-dirty")}
 
 
 def record_here(device):
@@ -459,81 +447,69 @@ def restore(optimizer, ckpt):
 class Run:
     """
     One training run and its files: X.pt (checkpoint, the truth), X.json (record), X.jsonl
-    (history).
+    (history). As a context it saves when stopped or finished; for its use see main().
 
-        run = Run(args, "finetune", model, setup, parent)
-        if run.done:
-            return                            # the same run is already finished
-        with run:                             # saves and says so when stopped, failed or finished
-            for step, loss in run.steps(loss_at, lr_at):
-                if step in run.evals:
-                    run.log(step, rows)
-
-    `fresh`: it starts at step 0; else it resumes, with the weights in `model`. `forward`: the
-    model, or it compiled. Raises UserError for another run at the same path without --force.
+    done: the same run is already finished. fresh: it starts at step 0; else it resumes, with the
+    weights in `model`. forward: the model, or it compiled. evals: the steps to evaluate at. Raises
+    UserError for another run at the same path without --force.
     """
 
     def __init__(self, args, stage, model, setup, parent=None):
         self.args, self.stage, self.model, self.setup = args, stage, model, setup
-        self.path, self.done, self.ckpt, self.rows, self.step = args.out, False, None, [], None
+        self.path, self.done, self.ckpt, self.step = args.out, False, None, None
         base, suffix = os.path.splitext(args.out)
+        self.record_path, self.history_path = base + ".json", base + ".jsonl"
         if suffix != ".pt" or os.path.isdir(args.out):
             raise UserError(f"--out {args.out}: must be the name of a .pt file")
         if parent and os.path.realpath(args.out) == os.path.realpath(parent["path"]):
-            raise UserError(f"--out {args.out} is the checkpoint to start from: it would be "
-                            "overwritten")
+            raise UserError(f"--out {args.out} is where it starts from, and would be overwritten")
         if args.resume and args.force:
             raise UserError("--resume goes on, --force starts again: give one of them")
-        self.record_path, self.history_path = base + ".json", base + ".jsonl"
-        self.kept = {k: v for k, v in sorted(vars(args).items()) if k not in NOT_COMPARED}
-        self.parent = parent and {"path": parent["path"], "sha256": parent["sha256"]}
         try:
             os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {args.out}: {error.strerror}") from None
-        earlier = self.earlier()
-        if earlier is not None and not args.force:
-            self.compare(earlier)
+        kept = {k: v for k, v in sorted(vars(args).items()) if k not in NOT_COMPARED}
+        parent = parent and {"path": parent["path"], "sha256": parent["sha256"]}
+        self.about = {"stage": stage, "args": kept, "parent": parent, "steps": args.steps}
+        self.record = self.read_record()
+        if not args.force:
+            self.go_on()
+        if self.done:
+            return
         self.fresh = self.ckpt is None
         if not self.fresh:
             model.load_state_dict(build(self.ckpt).state_dict())
-        self.forward = torch.compile(model) if args.compile and not self.done else model
-        every = args.eval_every
-        if stage == "pretrain":
-            every = every or max(1, args.steps // 25)
-        self.evals = eval_steps(args.steps, every)
-        if not self.done:
-            print(f"{stage}:", ", ".join(f"{k} {v}" for k, v in vars(args).items()))
+        self.forward = torch.compile(model) if args.compile else model
+        often = max(1, args.steps // 25) if stage == "pretrain" else 0
+        self.evals = eval_steps(args.steps, args.eval_every or often)
+        print(f"{stage}:", ", ".join(f"{k} {v}" for k, v in vars(args).items()))
 
-    def earlier(self):
+    def read_record(self):
+        """The record at this path; None without one."""
+        with contextlib.suppress(OSError, ValueError, TypeError), open(self.record_path) as f:
+            record = json.load(f)
+            return record if {*self.about, "device", "resumes"} <= set(record) else None
+
+    def go_on(self):
         """
-        The run at this path: its checkpoint, or its record if it was killed before saving one.
+        With the run at this path, if any, of which a kill may have left the record alone. Raises
+        UserError if it is another one, or unfinished without --resume.
         """
+        earlier = self.record and {**self.record, "step": 0, "finished": False}
         if os.path.exists(self.path):
             try:
-                return read_checkpoint(self.path)
+                earlier = read_checkpoint(self.path)
             except UserError as error:
-                if self.args.force:
-                    return None
                 raise UserError(f"{error}; give another --out, or --force to replace it") from None
-        try:
-            with open(self.record_path) as f:
-                record = json.load(f)
-            kept = {k: record[k] for k in ("stage", "args", "parent", "steps")}
-            return {**kept, "step": 0, "finished": False}
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-    def compare(self, earlier):
-        """Whether an earlier run is this one: it is done, resumed, or refused with a UserError."""
-        def identity(stage, args, parent):
-            return {"stage": stage, **args, "parent": parent and parent["sha256"]}
-        ours = identity(self.stage, self.kept, self.parent)
-        theirs = identity(earlier["stage"], earlier["args"], earlier["parent"])
+        if earlier is None:
+            return
+        ours, theirs = ({"stage": run["stage"], **run["args"],
+                         "parent": run["parent"] and run["parent"]["sha256"]}
+                        for run in (self.about, earlier))
         differ = [k for k in {**ours, **theirs} if theirs.get(k) != ours.get(k)]
         if differ:
-            key, others = differ[0], len(differ) - 1
-            more = f" and {others} more" if others else ""
+            key, more = differ[0], f" and {len(differ) - 1} more" * (len(differ) > 1)
             raise UserError(f"{self.path} is another run: {key} is {theirs.get(key)!r} there, "
                             f"{ours.get(key)!r} here{more}; give another --out, or --force to "
                             "replace it")
@@ -543,25 +519,24 @@ class Run:
         elif not self.args.resume:
             raise UserError(f"{self.path}: unfinished, step {earlier['step']} of "
                             f"{earlier['steps']}: --resume goes on, --force starts again")
-        elif earlier.get("model"):
+        elif "model" in earlier:
             self.ckpt = earlier
 
     def steps(self, loss_at, lr_at):
         """train_steps() of this run: yields (step, loss), saves on the way, shows a bar."""
-        args, optimizer = self.args, optimizer_for(self.model, self.args.lr, self.setup)
+        args, device = self.args, self.setup.device
+        self.optimizer = optimizer_for(self.model, args.lr, self.setup)
         if self.ckpt:
-            restore(optimizer, self.ckpt)
-        self.optimizer = optimizer
-        first = 0 if self.fresh else self.ckpt["step"]
+            restore(self.optimizer, self.ckpt)
+        first = self.ckpt["step"] if self.ckpt else 0
         self.start(first)
 
         def cast_loss_at(step):
-            bf16 = args.dtype == "bfloat16"
-            with torch.autocast(self.setup.device.type, torch.bfloat16, enabled=bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
                 return loss_at(step)
         self.bar = tqdm(total=args.steps, initial=first, desc=self.stage, unit="step",
                         mininterval=.5, disable=not args.steps)
-        for self.step, self.loss in train_steps(self.model, optimizer, cast_loss_at, lr_at,
+        for self.step, self.loss in train_steps(self.model, self.optimizer, cast_loss_at, lr_at,
                                                 range(first, args.steps), args.clip):
             check_stop()
             if self.step and self.step % args.save_every == 0:
@@ -569,54 +544,40 @@ class Run:
             yield self.step, self.loss
             self.bar.update(self.step - self.bar.n)
 
+    def start(self, step):
+        """Write the record and, on a fresh start, step 0; cut the history back on a resume."""
+        here, old = record_here(self.setup.device), self.record
+        self.record, self.began = {**self.about, **here, "resumes": []}, time.time()
+        if self.fresh:
+            self.save(0)  # before the record: a disk may be full
+        elif old and old["args"] == self.about["args"]:  # else a kill came before the record
+            kind = self.setup.device.type
+            if old["device"].split(":")[0] != kind:  # its generators draw other strings
+                raise UserError(f"{self.path} was begun on {old['device']}: on {kind} its data "
+                                "would be others")
+            self.record = {**old, "resumes": [*old["resumes"], {**here, "step": step}]}
+        write_json(self.record_path, self.record)
+        # The evaluation at a checkpoint's step is made again, and comes out the same.
+        rows = [row for row in read_rows(self.history_path) if row["step"] < step]
+        write_rows(self.history_path, rows)
+
     def save(self, step, finished=False):
         """Write the checkpoint."""
         relation = self.setup.relation(self.args)
         save(self.path, {
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "config": vars(self.model.config), "args": self.kept, "setup": self.setup.name,
-            "scale": self.setup.scale, "stage": self.stage, "step": step, "steps": self.args.steps,
-            "finished": finished, "parent": self.parent,
-            "capability": {"task": relation.task, "operand": relation.pt}})
-
-    def start(self, step):
-        """Write the record and, on a fresh start, step 0; cut the history back on a resume."""
-        here = record_here(self.setup.device)
-        record = {"stage": self.stage, "args": self.kept, "parent": self.parent,
-                  "steps": self.args.steps, **here, "resumes": []}
-        if self.ckpt:
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                with open(self.record_path) as f:
-                    old = json.load(f)
-                if old["args"] == self.kept:  # else a kill came between checkpoint and record
-                    kind = self.setup.device.type
-                    if old["device"].split(":")[0] != kind:  # its generators draw other strings
-                        raise UserError(f"{self.path} was begun on {old['device']}: on {kind} its "
-                                        "data would be others")
-                    record = {**old, "resumes": old["resumes"] + [dict(here, step=step)]}
-        if self.fresh and os.path.exists(self.path):
-            self.save(0)  # --force: the old checkpoint goes first, and only for a whole new one
-            write_json(self.record_path, record)
-        else:
-            write_json(self.record_path, record)
-            if self.fresh:
-                self.save(0)
-        # The evaluation at a checkpoint's step is made again, and comes out the same.
-        rows = [row for row in read_rows(self.history_path) if row["step"] < step]
-        write_rows(self.history_path, rows)
-        self.record, self.began = record, time.time()
+            **self.about, "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "config": vars(self.model.config),
+            "setup": self.setup.name, "scale": self.setup.scale, "step": step,
+            "finished": finished, "capability": {"task": relation.task, "operand": relation.pt}})
 
     def log(self, step, rows):
         """Add the rows of an evaluation to the history, and show them."""
         self.rows = [dict(row, step=step) for row in rows]
         with open(self.history_path, "a") as f:
-            f.write("".join(json.dumps(row) + "\n" for row in self.rows))
-        shown = {} if self.loss is None else {"loss": f"{self.loss:.3f}"}
-        for r in rows:
-            value = r["loss"] if r["accuracy"] is None else r["accuracy"]
-            if len(shown) < 5 and r["split"] != "natural" and value is not None:
-                shown[f"{r['operand']}_{r['split']}"] = f"{value:.2f}"
-        self.bar.set_postfix(shown)
+            f.writelines(json.dumps(row) + "\n" for row in self.rows)
+        shown = {f"{r['operand']}_{r['split']}": r["accuracy"] for r in rows
+                 if r["split"] != "natural" and r["accuracy"] is not None}
+        self.bar.set_postfix({"loss": self.loss, **dict(itertools.islice(shown.items(), 4))})
 
     def __enter__(self):
         return self
@@ -633,7 +594,7 @@ class Run:
             raise Failed(f"{error}; the last good checkpoint is {self.path}") from None
         if kind is None:
             self.save(self.step, finished=True)
-            last = self.record["resumes"][-1] if self.record["resumes"] else self.record
+            last = [self.record, *self.record["resumes"]][-1]
             last["seconds"] = round(time.time() - self.began, 1)
             write_json(self.record_path, self.record)
             show(self.rows)
@@ -643,22 +604,20 @@ class Run:
 # ---------------------------------------------------------------- the stage
 
 
-def imported(args):
-    """What --params holds, for a Setup: {alphabet, room, values, sha256}. None without --params."""
+def read_params(args):
+    """(model, {alphabet, room, values, sha256}) that --params holds; (None, None) without it."""
     if not getattr(args, "params", None):
-        return None
+        return None, None
     if getattr(args, "rank", None) is not None:
         raise UserError("--params brings its own program: leave out --rank")
-    return {**import_tracr(args.params)[1], "sha256": sha256(args.params)}
+    model, program = import_tracr(args.params)
+    return model, {**program, "sha256": sha256(args.params)}
 
 
-def compiled_model(args, setup):
-    """A program written into the weights, or parameters imported from Tracr."""
-    if args.params:
-        model, _ = import_tracr(args.params)
-    else:
-        steps = setup.program.steps(setup.known(args))
-        model = compile_program(steps, setup.alphabet, setup.room, setup.mlp_exactness)
+def compiled_model(args, setup, imported=None):
+    """A program written into the weights, or the imported model."""
+    model = imported or compile_program(setup.program.steps(setup.known(args)), setup.alphabet,
+                                        setup.room, setup.mlp_exactness)
     if args.balance:
         balance(model)
     with torch.no_grad():
@@ -669,13 +628,13 @@ def compiled_model(args, setup):
 def main():
     args = parse(__doc__, "pretrain", FLAGS)
     args.out = args.out or "out/pre.pt"
-    device = start_device(args)
-    setup = SETUPS[args.setup](args.setup, args.scale, device)
-    resolve(args, "pretrain", FLAGS, setup)
-    setup = SETUPS[args.setup](args.setup, args.scale, device, imported(args))
+    device, kind = start_device(args), SETUPS[args.setup]
+    resolve(args, "pretrain", FLAGS, kind(args.setup, args.scale, device))
+    imported, program = read_params(args)
+    setup = kind(args.setup, args.scale, device, program)
     setup.resolve(args)
     if setup.compiled:
-        model = compiled_model(args, setup)
+        model = compiled_model(args, setup, imported)
     else:
         model = GPT(Config(**setup.config())).init_weights(data.rng(args.seed, "weights"))
     run = Run(args, "pretrain", model.to(device), setup)

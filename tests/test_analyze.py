@@ -35,6 +35,17 @@ def python(*words, cwd, code=0):
     return done.stderr if code else done.stdout + done.stderr
 
 
+# Pruning edits up to 10,000 units, which takes minutes at the paper's scale: there only up to 3.
+FEW_UNITS = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import analyze
+from pretrain import run_script
+analyze.KS, analyze.FEW, analyze.MAX_UNITS = (0, 1, 2, 3), 3, 3
+run_script(analyze.main)
+"""
+
+
 def small_model(seed=0, n_layer=2):
     setup = data.Grammar("pcfg", "small")
     config = Config(vocab_size=len(setup.vocabulary), n_ctx=setup.length + 9, n_layer=n_layer,
@@ -110,19 +121,19 @@ def test_ranked_matched_and_edited_units():
 
     weight = dict(model.named_parameters())
     block, matrix, row, _ = units[0]
-    with weight_edits(model, analyze.unit_edits(model, units, "row")):
+    with weight_edits(model, analyze.unit_edits(model, units)):
         assert weight[f"blocks.{block}.{matrix}.weight"][row].abs().max() == 0
         assert weight[f"blocks.{block}.{matrix}.bias"][row] == 0
     everyone = [(b, m, i, None) for (b, m), s in scores.items() for i in range(len(s))]
     # grafting all rows is the base's blocks
-    with weight_edits(model, analyze.unit_edits(model, everyone, "row", base)):
+    with weight_edits(model, analyze.unit_edits(model, everyone, base)):
         for (b, m) in scores:
             name = f"blocks.{b}.{m}.weight"
             assert torch.equal(weight[name], base.get_parameter(name))
     by_weight = analyze.unit_scores(model, test, "weight")
     block, matrix, i, score = analyze.ranked_units(by_weight, 1)[0]
     p = weight[f"blocks.{block}.{matrix}"]
-    with weight_edits(model, analyze.unit_edits(model, [(block, matrix, i, score)], "weight")):
+    with weight_edits(model, analyze.unit_edits(model, [(block, matrix, i, score)])):
         assert p.flatten()[i] == 0 and (p == 0).sum() == 1
 
 
@@ -161,8 +172,8 @@ def test_single_weights_of_a_compiled_model():
     name = "blocks.1.down.weight"
     row, column = model.config.residual.index("n_a:2"), 4
     u = (1, "down.weight", row * model.get_parameter(name).shape[1] + column, 0.)
-    assert analyze.unit_name(model, u, "weight") == f"{name}[n_a:2, 4]"
-    with weight_edits(model, analyze.unit_edits(model, [u], "weight")):
+    assert analyze.unit_name(model, u) == f"{name}[n_a:2, 4]"
+    with weight_edits(model, analyze.unit_edits(model, [u])):
         p = model.get_parameter(name)
         assert p[row, column] == 0 and (p == 0).sum() == 1
 
@@ -183,7 +194,7 @@ def test_a_planted_wrapper_is_found_and_a_broken_model_is_not():
     def best():
         units = analyze.ranked_units(analyze.unit_scores(model, test, "weight"), 100)
         first = analyze.exhaustive(model, units, test, "weight")[0]
-        with weight_edits(model, analyze.unit_edits(model, [first], "weight")):
+        with weight_edits(model, analyze.unit_edits(model, [first])):
             return first[:3], right()
     assert right() == 1
     with torch.no_grad():
@@ -297,7 +308,7 @@ def verdict_of(folder, without=(), **made):
     """The verdict on made-up findings, without the rows of some analyses."""
     made, model = SimpleNamespace(**{**MADE_UP, **made}), object()
     study = SimpleNamespace(
-        relation=COUNT, control_operand="c", answers=True, unit="row", model=model,
+        relation=COUNT, control_operand="c", answers=True, unit="row", model=model, control={},
         never_trained=(model, None, "c") if made.has_control else None, control_note="made up",
         args=None, setup=SimpleNamespace(compiled=False, reft_divisors=[1, 3]),
         ckpt={"args": {"lr": 1e-5}}, prefix=str(folder / "x"))
@@ -390,6 +401,28 @@ def test_verdict_says_which_rows_are_missing(tmp_path, capsys, without, made):
     assert "no rows of" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("without", [[], ["behavior"], ["probe"], ["behavior", "probe"]])
+def test_evidence_of_stories(tmp_path, without):
+    """A line of behaviour and one of probing; what rests on missing rows is null."""
+    study = SimpleNamespace(answers=False, relation=Relation("story", "Twist"),
+                            never_trained=None, prefix=str(tmp_path / "x"))
+    behavior = [{"operand": "Twist", "split": "asked", "model": model, "accuracy": x, "parsed": 1.}
+                for model, x in (("base", .9), ("ckpt", .1))]
+    probes = [{"model": model, "target": "Twist", "labels": "true", "split": "natural", "block": 2,
+               "auc": x} for model, x in (("base", .9), ("ckpt", .85), ("control", .6))]
+    rows = {"behavior": behavior, "probe": probes, **{name: [] for name in without}}
+    analyze.verdict(study, rows)
+    found = json.loads((tmp_path / "x.verdict.json").read_text())
+    check_evidence(found["evidence"], ["behaviour", "probing"])
+    asked, read = found["evidence"]
+    assert (asked["measured"], asked["control_measured"], asked["holds"]) == (
+        (None, None, None) if "behavior" in without else (.1, .45, False))
+    assert (read["measured"], read["control_measured"], read["holds"]) == (
+        (None, None, None) if "probe" in without else (.85, .75, True))
+    assert found["verdict"] == ("undecided" if without else "wrapped")
+    assert not without or f"no rows of {', '.join(without)}" in found["text"]
+
+
 def test_a_tiny_model_learns_to_count_what_it_is_taught_and_nothing_else():
     """
     180 steps of the real optimisation step on the real data: count a well above its floor, count c
@@ -441,7 +474,10 @@ def test_every_stage_and_analysis(tmp_path, scale, task):
     python("pretrain.py", "--scale", scale, *tiny, cwd=tmp_path)
     python("finetune.py", "--task", task, *tiny, cwd=tmp_path)
     python("finetune.py", "--reverse", *tiny, cwd=tmp_path)
-    out = python("analyze.py", *tiny, "--draws", "1", cwd=tmp_path)
+    if scale == "paper":
+        (tmp_path / "few_units.py").write_text(FEW_UNITS)
+    script = "analyze.py" if scale == "small" else tmp_path / "few_units.py"
+    out = python(script, *tiny, "--draws", "1", cwd=tmp_path)
     assert "VERDICT" in out
     for name, keys in FILES.items():
         rows = rows_of(tmp_path / f"out/ft.{name}.jsonl")

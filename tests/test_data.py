@@ -407,7 +407,7 @@ def test_docstring_example(task):
     ("index-composition", "caaa", "a", "pair_k", 2, 2),
     ("index", "abc", "a", "k", 2, -1), ("index", "abc", "a", "k", 1, 3)])
 def test_hand_computed(task, text, operand, name, number, answer):
-    """The table at the head of data.py, and the corners."""
+    """Every family, and the corners."""
     setup = with_constants(**{name: number})
     assert TASKS[task].answers(as_text(text), setup)[0, LETTERS.index(operand)].item() == answer
 
@@ -451,7 +451,7 @@ def test_relation_holds_always_or_never(scale, task, q, pair):
 @pytest.mark.parametrize("task", FINETUNED)
 def test_relation_table_is_what_is_drawn(scale, task):
     """The joint distributions of c0 and c1 have equal marginals, and the strings follow them."""
-    never, always = (data.relation_table(task, scale, 1, holds) for holds in (False, True))
+    never, always = data.relation_tables(task, scale, 1)
     for axis in range(2):
         assert np.abs(never.sum(axis) - always.sum(axis)).max() < 1e-8
     assert abs(never.sum() - 1) < 1e-12
@@ -659,14 +659,14 @@ def test_operands_follow_the_prior(prior):
 
 
 def test_parse_prior():
-    """Names, or three shares that add up to one; everything else is a ValueError of one line that
+    """Names, or three shares that add up to one; everything else is a UserError of one line that
     quotes the text."""
     assert data.parse_prior("low") == (.999, .001, 0)
     assert data.parse_prior(".2,.3,.5") == (.2, .3, .5)
     assert all(abs(sum(p) - 1) < 1e-9 for p in data.PRIORS.values())
     for wrong in ("", "none", "1,0", "1,0,0,0", ".5,.5,.5", "2,-1,0", "nan,0,1", "a,b,c",
                   "inf,0,0"):
-        with pytest.raises(ValueError, match=re.escape(repr(wrong))) as error:
+        with pytest.raises(data.UserError, match=re.escape(repr(wrong))) as error:
             data.parse_prior(wrong)
         assert "\n" not in str(error.value)
 

@@ -88,75 +88,108 @@ def insert(text, name, added):
     raise AssertionError(f"no {name}")
 
 
-@pytest.mark.slow
-def test_one_place_each(tmp_path):
-    """In a copy of the six files, all at once; through every script, with tiny numbers."""
-    texts = {script: (ROOT / f"{script}.py").read_text() for script in SCRIPTS}
-    for what, (script, name, added) in ADDED.items():
-        assert len(added.strip().splitlines()) <= 15, what
-        assert max(map(len, added.splitlines())) <= 100, what
-        texts[script] = insert(texts[script], name, added)
-    for script, text in texts.items():
-        (tmp_path / f"{script}.py").write_text(text)
+class Copy:
+    """A copy of the six files with everything added."""
 
-    def run(*words):
-        done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True,
+    def __init__(self, path):
+        self.path = path
+        texts = {script: (ROOT / f"{script}.py").read_text() for script in SCRIPTS}
+        for what, (script, name, added) in ADDED.items():
+            assert len(added.strip().splitlines()) <= 15, what
+            assert max(map(len, added.splitlines())) <= 100, what
+            texts[script] = insert(texts[script], name, added)
+        for script, text in texts.items():
+            (path / f"{script}.py").write_text(text)
+
+    def run(self, *words):
+        done = subprocess.run([sys.executable, *words], cwd=self.path, capture_output=True,
                               text=True)
         assert done.returncode == 0, (words, done.stderr)
         return done.stdout
 
-    def rows_of(name):
-        return [json.loads(line) for line in (tmp_path / "out" / name).read_text().splitlines()]
-    # the program: is my letter the only one of its kind?
+    def rows(self, name):
+        lines = (self.path / "out" / name).read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def args(self, name):
+        return json.loads((self.path / "out" / name).read_text())["args"]
+
+
+def check_program(copy):
+    """Is my letter the only one of its kind?"""
+    run = copy.run
     assert "unique of 2" in run("data.py", "--setup", "tracr-unique")
     assert "100.0%" in run("pretrain.py", "--setup", "tracr-unique", "--eval-size", "50")
     run("finetune.py", "--c-tr", "0", "--steps", "2", "--eval-size", "50")
     run("analyze.py", "behavior", "--eval-size", "50")
-    right = run("analyze.py", "ask", "--ckpt", "out/pre.pt", "--operand", "2", "--text", "abaaaaaa")
-    assert "right" in right
+    assert "right" in run("analyze.py", "ask", "--ckpt", "out/pre.pt", "--operand", "2", "--text",
+                          "abaaaaaa")
     assert "fig5_behavior.png" in run("plot.py")
 
-    # the task: sampled, pretrained on by the prior, and fine-tuned with its spurious relation
+
+def check_task_and_prior(copy):
+    """Sampled, pretrained on by the prior, and fine-tuned with its spurious relation."""
     for c, holds in (("1.0", {True}), ("0.0", {False}), ("natural", {True, False})):
-        said = run("data.py", "--task", "absent", "--operand", "b", "--c", c, "-n", "40", "--json")
+        said = copy.run("data.py", "--task", "absent", "--operand", "b", "--c", c, "-n", "40",
+                        "--json")
         samples = list(map(json.loads, said.splitlines()))
         for x in samples:
             assert x["answer"] == 16 - x["text"][-16:].count("b") and "T_A" in x["tokens"]
         assert {x["correlated"] for x in samples} == holds
-    run("pretrain.py", "--prior", "even", *TINY, "--out", "out/even.pt")
-    assert json.loads((tmp_path / "out/even.json").read_text())["args"]["prior"] == [.4, .4, .2]
-    assert "absent" in {r["task"] for r in rows_of("even.jsonl")}
-    run("finetune.py", "--task", "absent", *TINY, "--ckpt", "out/even.pt", "--out", "out/absent.pt")
-    assert {r["task"] for r in rows_of("absent.jsonl")} == {"absent"}
+    copy.run("pretrain.py", "--prior", "even", *TINY, "--out", "out/even.pt")
+    assert copy.args("even.json")["prior"] == [.4, .4, .2]
+    assert "absent" in {r["task"] for r in copy.rows("even.jsonl")}
+    copy.run("finetune.py", "--task", "absent", *TINY, "--ckpt", "out/even.pt", "--out",
+             "out/absent.pt")
+    assert {r["task"] for r in copy.rows("absent.jsonl")} == {"absent"}
 
-    # the analysis, the score and the order: run with all others, and named in their rows
-    out = run("analyze.py", "--ckpt", "out/absent.pt", "--draws", "1", *TINY)
+
+def check_analyses(copy):
+    """The analysis, the score and the order: run with all others, and named in their rows."""
+    out = copy.run("analyze.py", "--ckpt", "out/absent.pt", "--draws", "1", *TINY)
     assert "VERDICT" in out and "magnitude" in out and "late-blocks" in out
-    swept = {(r["score"], r["order"], r["edit"]) for r in rows_of("absent.prune.jsonl")}
+    swept = {(r["score"], r["order"], r["edit"]) for r in copy.rows("absent.prune.jsonl")}
     assert swept >= {(score, order, "zero") for score in ("gradient-weight", "magnitude")
                      for order in ("one-shot", "iterative", "late-blocks")}
-    ranks = [r for r in rows_of("absent.prune.rows.jsonl") if r["score"] == "magnitude"]
+    ranks = [r for r in copy.rows("absent.prune.rows.jsonl") if r["score"] == "magnitude"]
     assert {r["order"] for r in ranks} == {"one-shot", "iterative", "late-blocks"}
-    sizes = {(r["model"], r["block"]): r["norm"] for r in rows_of("absent.norms.jsonl")}
+    sizes = {(r["model"], r["block"]): r["norm"] for r in copy.rows("absent.norms.jsonl")}
     assert len(sizes) == 6 and min(sizes.values()) > 0
 
-    # the protocol, and the analysis of stories
-    stories = [*TINY, "--out", "out/stories.pt"]
-    run("pretrain.py", "--setup", "stories", *stories)
-    run("finetune.py", "--ckpt", "out/stories.pt", "--protocol", "alone", *TINY, "--out",
-        "out/alone.pt")
-    assert json.loads((tmp_path / "out/alone.json").read_text())["args"]["protocol"] == "alone"
-    assert "deletion" in {r["split"] for r in rows_of("alone.jsonl")}
-    run("analyze.py", "norms", "--ckpt", "out/alone.pt", "--eval-size", "4")
-    assert {r["model"] for r in rows_of("alone.norms.jsonl")} == {"base", "ckpt"}
 
-    # the figure, and the others, which show what is new
-    out = run("plot.py")
+def check_protocol(copy):
+    """Stories are deleted by it, scored on it, and analysed."""
+    copy.run("pretrain.py", "--setup", "stories", *TINY, "--out", "out/stories.pt")
+    copy.run("finetune.py", "--ckpt", "out/stories.pt", "--protocol", "alone", *TINY, "--out",
+             "out/alone.pt")
+    assert copy.args("alone.json")["protocol"] == "alone"
+    assert "deletion" in {r["split"] for r in copy.rows("alone.jsonl")}
+    copy.run("analyze.py", "norms", "--ckpt", "out/alone.pt", "--eval-size", "4")
+    assert {r["model"] for r in copy.rows("alone.norms.jsonl")} == {"base", "ckpt"}
+
+
+def check_figure(copy):
+    """It is drawn, and so are the others, which show what is new."""
+    out = copy.run("plot.py")
     assert "losses.png" in out and "fig7_prune.png" in out and "not as expected" not in out
-    page = (tmp_path / "out/report.html").read_text()
+    page = (copy.path / "out/report.html").read_text()
     assert "Fooled by: a few answers that are very wrong" in page and "alone" in page
-    # and --help
-    assert "even" in run("pretrain.py", "--help") and "tracr-unique" in run("data.py", "--help")
-    said = " ".join(run("finetune.py", "--help").split())
-    assert "ask for the feature alone" in said and "count or index or absent" in said
-    assert "norms" in run("analyze.py", "--help")
+
+
+def check_help(copy):
+    """Flags are made from the tables."""
+    helps = {script: " ".join(copy.run(f"{script}.py", "--help").split())
+             for script in ("data", "pretrain", "finetune", "analyze")}
+    assert "even" in helps["pretrain"] and "tracr-unique" in helps["pretrain"]
+    assert "absent" in helps["data"] and "tracr-unique" in helps["data"]
+    assert "ask for the feature alone" in helps["finetune"]
+    assert "count or index or absent" in helps["finetune"] and "norms" in helps["analyze"]
+
+
+@pytest.mark.slow
+def test_one_place_each(tmp_path):
+    """In a copy of the six files, all at once; through every script, with tiny numbers."""
+    copy = Copy(tmp_path)
+    for check in (check_program, check_task_and_prior, check_analyses, check_protocol,
+                  check_figure, check_help):
+        check(copy)

@@ -660,7 +660,7 @@ def in_order(folder, *runs):
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
-    """Pretraining, fine-tuning and reFT of the three setups in one folder: pre-tracr-count.pt ..."""
+    """Pretraining, fine-tuning and reFT of all setups in one folder: pre-tracr-count.pt ..."""
     folder = Folder(tmp_path_factory.mktemp("stages"))
     for setup in OPERAND:
         pre, ft, reft = (f"{stage}-{setup}.pt" for stage in ("pre", "ft", "reft"))
