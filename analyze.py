@@ -949,6 +949,7 @@ class Arm(NamedTuple):
     lr: float
     operand: str
     curves: dict     # {split: [(step, accuracy)]}, on natural and c0 strings
+    known: dict      # {split: size and floors of its test set}
     max_steps: int
     seed: int
 
@@ -963,30 +964,34 @@ def teach(study, name, start, operand, lr, max_steps):
                      c_tr=0.)
     batch = data.stream(lambda n, rng: setup.finetuning(n, rng, args), study.args.batch_size,
                         study.seed, "revive", study.device)
-    curves, n = {"natural": [], "c0": []}, min(REVIVED, study.args.eval_size)
+    n, curves, tests, known = min(REVIVED, study.args.eval_size), {}, {}, {}
+    for split in ("natural", "c0"):
+        test = study.test(operand, split, n=n)
+        tests[split], curves[split] = test.examples, []
+        known[split] = floors(test.examples.answer, test.other)
     for step, _ in train_steps(model, optimizer_for(model, lr, setup),
                                lambda step: loss_of(model, batch(step)), constant(lr),
                                range(max_steps)):
         check_stop()
         if step % setup.teach_every == 0 or step == max_steps:
-            for split, curve in curves.items():
-                x = study.test(operand, split, n=n).examples
-                curve.append((step, accuracy(predict(model, x), x.answer)))
+            for split, x in tests.items():
+                curves[split].append((step, accuracy(predict(model, x), x.answer)))
             if all(curve[-1][1] >= THRESHOLDS[-1] for curve in curves.values()):
                 break
-    return Arm(name, lr, operand, curves, max_steps, study.seed)
+    return Arm(name, lr, operand, curves, known, max_steps, study.seed)
 
 
 def pretraining_arm(study):
     """Pretraining itself, from its history; no curves where it was only scored at its ends."""
-    ckpt, (task, a, *_), curves = study.base_ckpt, study.relation, {}
+    ckpt, (task, a, *_), curves, known = study.base_ckpt, study.relation, {}, {}
     history = read_rows(os.path.splitext(ckpt["path"])[0] + ".jsonl")
     for split in ("natural", "c0"):
         rows = select(history, task=task, operand=a, split=split)
         if len(rows) > 3 and ckpt["stage"] == "pretrain":
             curves[split] = [(r["step"], r["accuracy"]) for r in rows]
+            known[split] = {k: rows[-1][k] for k in ("n", "floor", "cross_floor")}
     args = ckpt["args"]
-    return Arm("pretraining", args["lr"], a, curves, ckpt["steps"], args["seed"])
+    return Arm("pretraining", args["lr"], a, curves, known, ckpt["steps"], args["seed"])
 
 
 @analysis(needs_base=True, applies=has_answers)
@@ -1022,13 +1027,11 @@ def revive(study):
     for arm in arms:
         about = {"arm": arm.arm, "lr": arm.lr}
         for split, curve in arm.curves.items():
-            test = study.test(arm.operand, split, n=min(REVIVED, study.args.eval_size))
-            known = floors(test.examples.answer, test.other)
             for threshold in THRESHOLDS:
                 rows.append(study.row(
                     operand=arm.operand, split=split, seed=arm.seed, accuracy=curve[-1][1],
-                    **known, **about, threshold=threshold, steps=steps_to(curve, threshold),
-                    max_steps=arm.max_steps))
+                    **arm.known[split], **about, threshold=threshold,
+                    steps=steps_to(curve, threshold), max_steps=arm.max_steps))
             for step, share in curve:
                 curve_rows.append({**about, "step": step, "split": split, "accuracy": share,
                                    "seed": arm.seed})
@@ -1092,7 +1095,7 @@ def behavior_evidence(study, rows, v):
         measured = v[f"ckpt_{role}_c0"]
         v[f"{role}_c0_cross_floor"] = floor = picked(rows, "cross_floor", **c0)
         v[f"{role}_c0_follows_a_plus_q"] = picked(rows, "share_a_plus_q", **c0)
-        lines.append(Evidence("behaviour", f"{o} is answered on c0, where the relation never holds",
+        lines.append(Evidence("behaviour", f"{o} is answered on c0",
                               measured, f"best guess from {other}", floor, MARGIN,
                               wins(measured, floor, MARGIN)))
     return lines
@@ -1116,7 +1119,7 @@ def prune_evidence(study, rows, v):
     v["never_prune_c0"] = picked(rows, edit="zero", control="never-trained")
     drawn = largest(v["random_c0_max"], v["never_prune_c0"])
     return [Evidence("pruning", f"{a} on c0, {v['prune_k']} {study.unit}s zeroed ({order})",
-                     v["prune_c0"], "best random draw or never-trained operand", drawn, MARGIN,
+                     v["prune_c0"], f"random, or {study.control_operand}'s own", drawn, MARGIN,
                      wins(v["prune_c0"], v["pt_c0_cross_floor"], MARGIN)
                      and wins(v["prune_c0"], drawn, MARGIN))]
 
@@ -1136,8 +1139,8 @@ def probe_evidence(study, rows, v):
     if not study.never_trained:
         v["never_probe"] = None
     blind = largest(v["probe_untrained"], v["never_probe"])
-    return [Evidence("probing", f"{a} is read while {b} is asked, natural strings",
-                     v["probe_natural"], "untrained model or never-trained operand", blind, READS,
+    return [Evidence("probing", f"{a} is read while {b} is asked", v["probe_natural"],
+                     f"untrained model, or {c}", blind, READS,
                      wins(v["probe_natural"], blind, READS) and v["probe_natural"] >= KNOWS)]
 
 
@@ -1277,7 +1280,8 @@ def verdict(study, rows):
     write_json(f"{study.prefix}.verdict.json",
                {"verdict": word, "text": text, "evidence": lines, **v})
     print("\nEVIDENCE")
-    show(lines, ("instrument", "question", "measured", "control", "control_measured", "holds"))
+    lines = [{**line, "control's": line["control_measured"]} for line in lines]
+    show(lines, ("instrument", "question", "measured", "control", "control's", "holds"))
     print(textwrap.fill(f"VERDICT  {text}", 100, subsequent_indent="  "))
 
 

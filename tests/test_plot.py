@@ -333,23 +333,29 @@ def test_accuracies_are_the_last_step_beside_the_papers(readme):
                                        split=split) if row["task"] == "count"]
         ours = float(max(rows, key=lambda row: int(row["step"]))["accuracy"])
         cells.append(f"{100 * ours:.1f} / {100 * paper['low', '0.5', '1e-5', operand, split]:.1f}")
-    assert line(section(readme, "grid/low"), "low", "1e-4", "0.5", "", "0")[:4] == cells
-    counter = line(section(readme, "tracr/count"), "counter", "1e-1", "1", "", "0")
-    assert counter == ["100.0 / 100.0", "4.6 / 0.7", "0.0 / 0.0", "40.1 / 35.8", "*", "blend 0.64"]
+    assert line(section(readme, "grid/low"), "low", "1e-4", "0.5")[:4] == cells
+    counter = line(section(readme, "tracr/count"), "counter", "1e-1", "1")
+    pairs = [cell.split(" / ") for cell in counter[:4]]
+    first = [f"{ours.split(', ')[0]} / {paper}" for ours, paper in pairs]  # seed 0
+    assert first == ["100.0 / 100.0", "4.6 / 0.7", "0.0 / 0.0", "40.1 / 35.8"]
+    assert counter[4] == "5 of 5" and counter[5].split(", ")[0] == "blend 0.64"
 
 
 def test_cells_near_the_papers_are_counted_right():
     """The counts that about.md quotes: of Table 3, both accuracies of O_FT within 10 points."""
     rows = []
-    for folder in ("count", "max", "variants"):
-        rows += plot.paper_table(plot.find_runs(str(RESULTS / "tracr" / folder)))[1]
+    for seed in (0, 1):
+        for folder in ("count", "max", "variants"):
+            runs = plot.find_runs(str(RESULTS / "tracr" / folder))
+            one = plot.paper_table([run for run in runs if run.args["seed"] == seed])[1]
+            rows += [[seed, *row] for row in one]
 
     def near(name, variant, seed):
-        stars = [row[9] for row in rows if (row[0], row[3], row[4]) == (name, variant, seed)]
-        return stars.count("*"), len(stars)
-    assert near("counter", "", "0") == (20, 28) and near("max-identifier", "", "0") == (9, 28)
-    assert near("counter", "outputs x 1", "1") == (25, 28)
-    assert near("counter", "outputs x 1", "0") == (8, 15)
+        cells = [row[9] for row in rows if (row[0], row[1], row[4]) == (seed, name, variant)]
+        return cells.count("1 of 1"), len(cells)
+    assert near("counter", "", 0) == (20, 28) and near("max-identifier", "", 0) == (9, 28)
+    assert near("counter", "outputs x 1", 1) == (25, 28)
+    assert near("counter", "outputs x 1", 0) == (8, 15)
 
 
 def test_sweeps_are_the_rows_of_pruning(readme):

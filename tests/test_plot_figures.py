@@ -49,7 +49,7 @@ def texts(fig):
 
 
 def test_every_caption_says_what_fools_it():
-    assert len(plot.FIGURES) == 17
+    assert len(plot.FIGURES) == 15
     for name, (function, _) in plot.FIGURES.items():
         assert "Fooled by: " in function.__doc__ and name in vars(plot), name
 
@@ -188,6 +188,28 @@ def test_both_ends_of_c_tr_are_in_one_figure(tmp_path):
         assert len(fig.axes) == 2 * 4 and "one string" in rests  # two blocks, before and after
 
 
+def test_a_reversed_model_is_the_third_map(tmp_path):
+    """Its parent is a run that is drawn."""
+    write(tmp_path, "ft", analysed_rows("tracr-count"), c_tr=1., pair=["a", "b"])
+    write(tmp_path, "back", analysed_rows("tracr-count"), "ft", reverse=True, pair=["a", "b"])
+    for name in ("ft", "back"):
+        write_maps(tmp_path, name, "tracr-count")
+    for name in ("fig39_maps", "fig46_hidden"):
+        fig, _ = drawn(tmp_path, name)
+        titles = [ax.get_title().split(", ")[1] for ax in fig.axes]
+        assert titles == 2 * ["base", "fine-tuned", "reversed"]
+
+
+def test_what_is_left_out_is_said(tmp_path, capsys):
+    for seed in range(5):  # rates
+        for c_tr in (0., .5, 1.):
+            write(tmp_path, f"ft{seed}{c_tr}", {"": history_rows("tracr-count")}, c_tr=c_tr,
+                  lr=10. ** -seed, pair=["a", "b"])
+    assert drawn(tmp_path, "table3") and drawn(tmp_path, "fig6_curves")
+    notes = capsys.readouterr().out
+    assert "table3: rates: only 4 of 5" in notes and "history: groups: only 12 of 15" in notes
+
+
 def test_sweeps_are_selected_by_columns(tmp_path):
     """The most thorough order of each score, pool and control; random draws span a band."""
     files = analysed_rows()
@@ -231,7 +253,7 @@ def test_arms_keep_their_looks_and_what_was_not_reached_is_said(tmp_path):
 
 def test_malformed_rows_cost_a_figure_and_no_more(tmp_path, capsys):
     files = analysed_rows()
-    files[".prune"][0]["order"] = "by feeling"
+    files[".prune"][8]["k"] = "a few"  # exhaustive
     write(tmp_path, "ft", {"": history_rows(), **files}, c_tr=1., pair=["a", "b"])
     runs = plot.find_runs(str(tmp_path))
     assert plot.attempt("fig7_prune", plot.FIGURES["fig7_prune"].function, runs) is None
@@ -300,10 +322,10 @@ def test_the_papers_scores_are_beside_ours(folder, monkeypatch):
     rows = [{"protocol": "filter", "lr": "1e-4", "reft_step": "30", "twist": ".81"},
             {"protocol": "not-in-pretraining", "lr": "", "reft_step": "0", "twist": ".12"}]
     monkeypatch.setattr(plot, "paper_rows", lambda name: rows)
-    fig, _ = drawn(folder, "table1_stories")
-    points = []
-    for ax in fig.axes:
-        for handle, label in zip(*ax.get_legend_handles_labels()):
-            if label == "the paper":
-                points.append([tuple(map(round, xy)) for xy in handle.get_xydata()])
-    assert points == [[(10, 81)], [(0, 12)]]
+    head, lines = plot.revival_table(plot.find_runs(str(folder)))
+    assert head == ["group", "split", "0", "10", "30"]
+    assert lines[-2:] == [["the paper: filter 1e-4", "asked", "-", "81", "-"],
+                          ["the paper: not-in-pretraining ", "asked", "12", "-", "-"]]
+    ours = {line[1]: line[2:] for line in lines if "protocol\xa0filter" in line[0]}
+    assert [cell.split()[0] for cell in ours["asked"]] == ["50.0", "60.0", "70.0"]
+    assert [cell.split()[0] for cell in ours["unasked"]] == 3 * ["5.0"]
