@@ -56,20 +56,20 @@ OBSERVING = {"seed", "taught", "eval_every", "eval_size", "save_every", "compile
 INHERITED = {"prior", "task", "pair", "operand", "q", "reverse", "feature", "without", "source",
              "protocol", "probability"}  # said once, by the last stage
 DETAIL = re.compile("^(task|feature|text|base_.._c.|ft_c0_cross.*)$|follows|"
-                    "_(draws|block|parsed|reached)$")  # of a verdict, not tabulated
+                    "_(draws|block|parsed|reached)$")  # of a verdict, not in its table
 RULES = {"share_a": "a", "share_b": "b", "share_a_plus_q": "a+q", "share_blend": "blend",
          "share_constant": "constant"}
 
 # a look: label, colour (of Okabe and Ito), marker, line style
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#777777"
+PURPLE, SKY, GREY, DARK = "#CC79A7", "#56B4E9", "#777777", "#444444"
 SPLITS = {"c0": ("c0", BLUE, "o", "-"), "c1": ("c1", ORANGE, "s", "-"),
           "natural": ("natural", GREEN, "^", "-")}
 MODELS = {"base": ("base", BLUE, "s", "-"), "ckpt": ("fine-tuned", RED, "o", "-"),
           "untrained": ("untrained", GREY, "^", "-."),
           "control": ("never-trained control", GREEN, "v", ":")}
-FLOORS = {"floor": ("majority floor", "#444444", "|", "--"),
-          "cross_floor": ("cross floor", "#444444", "2", ":")}
+FLOORS = {"floor": ("majority floor", DARK, "|", "--"),
+          "cross_floor": ("cross floor", DARK, "2", ":")}
 CYCLE = [(BLUE, "o", "-"), (GREEN, "^", "--"), (RED, "s", "-."), (PURPLE, "D", ":"),
          (ORANGE, "P", "-"), (SKY, "X", "--"), (GREY, "v", "-.")]  # looks without their labels
 
@@ -93,7 +93,7 @@ def at_most(limit, items, what):
     return items[:limit]
 
 
-# ---------------------------------------------------------------- runs
+# ---- runs
 
 
 def value_of(text, column=None):
@@ -123,11 +123,9 @@ def read_rows(path, keys, constants=None):
     if not isfile(path):
         return rows
     with open(path, newline="", errors="replace") as file:
-        if constants is None:
-            lines = map(value_of, filter(str.strip, file))
-        else:
-            lines = map(partial(row_of, constants=constants), csv.DictReader(file))
-        for row in lines:
+        of_table = partial(row_of, constants=constants)
+        for row in map(value_of, filter(str.strip, file)) if constants is None else map(
+                of_table, csv.DictReader(file)):
             if isinstance(row, dict) and keys <= set(row) and all(
                     isinstance(row.get(key), (int, float, type(None))) for key in NUMBERS):
                 rows.append(row)
@@ -159,10 +157,7 @@ def read_maps(prefix, start, kind):
 def paper_rows(name):
     """The rows of one of the paper's tables in results/; [] without it."""
     path = join(dirname(abspath(__file__)), "results", name)
-    if not isfile(path):
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    return read_file(path, lambda file: list(csv.DictReader(io.TextIOWrapper(file)))) or []
 
 
 def raw_run(prefix):
@@ -218,8 +213,8 @@ def find_runs(folder):
 
 def open_run(name, prefix, entries):
     """
-    Completes a run with what makes its group. `answers` are the rows of behavior about the pair
-    itself; `role` says whose operand a row is about; `reversed` is its reFT.
+    Completes a run with what makes its group. answers: rows of behavior about the pair; role: whose
+    operand a row is about; reversed: its reFT.
     """
     run = entries[prefix]
     record, args, rows = run.record, run.record["args"], run.rows
@@ -228,7 +223,6 @@ def open_run(name, prefix, entries):
     rows["answers"] = [row for row in rows["behavior"] if row.get("share_a") is not None]
     first = next((rows[kind][0] for kind in rows if rows[kind]), {})
     pair = args.get("pair") or ["a", "b"]
-    last = max([row["step"] for row in rows["history"]], default=None)
     for kind in KINDS:
         for row in rows[kind]:
             row["role"] = {pair[0]: "O_PT", pair[1]: "O_FT"}.get(row.get("operand"), "other")
@@ -238,15 +232,15 @@ def open_run(name, prefix, entries):
                 row["value"] = f"> {limit}" if row.get("steps") is None else str(row["steps"])
     setup = first.get("setup") or args.get("setup") or "pcfg"
     settings = {"setup": setup, "scale": first.get("scale"), **settings_of(prefix, entries)}
-    stage = {"finetune": "fine-tuning"}.get(record["stage"], record["stage"])
-    stage = "reFT" if args.get("reverse") else stage
+    stage = "reFT" if args.get("reverse") else record["stage"].replace("finetune", "fine-tuning")
     group = stage + json.dumps(settings, sort_keys=True)
     verdict = run.verdict if isinstance(run.verdict, dict) else None
     rows["verdict"] = list(verdict_rows(verdict or {}))
     sha256 = (record.get("parent") or {}).get("sha256")
     vars(run).update(
-        name=name, args=args, pair=pair, settings=settings, kind=stage, group=group, last=last,
-        verdict=verdict, parent=parent_of(prefix, entries), reversed=None,
+        name=name, args=args, pair=pair, settings=settings, kind=stage, group=group,
+        last=max(values_of(rows["history"], "step"), default=None), verdict=verdict,
+        parent=parent_of(prefix, entries), reversed=None,
         identity=json.dumps([group, args.get("seed"), sha256]))
     return run
 
@@ -293,7 +287,7 @@ def arm_label(arm, lr, own_lr):
     return words + (", same rate" if abs(ratio - 1) < .01 else f", rate x {ratio:.2g}")
 
 
-# ---------------------------------------------------------------- groups
+# ---- groups
 
 
 def describe(key, value):
@@ -328,10 +322,8 @@ def having(runs, kind, stages=None, max_groups=None):
                               settings=members[0].settings) for members in groups.values()]
     for group in groups:
         group.label = label_of(group, groups)
-    if max_groups:  # analysed ones first
-        groups.sort(key=lambda group: -sum(map(bool, group.runs[0].rows.values())))
-        groups = at_most(max_groups, groups, f"{kind}: groups")
-    return sorted(groups, key=order_of)
+    groups.sort(key=order_of)
+    return at_most(max_groups, groups, f"{kind}: groups") if max_groups else groups
 
 
 def varies(key, rows):
@@ -349,20 +341,18 @@ def label_of(group, groups):
     words = [describe(key, group.settings[key]) for key in keys or ["task", "prior", "c_tr", "lr"]
              if group.settings.get(key) is not None]
     named = group.kind == "reFT" or any(other.kind != group.kind for other in groups)
-    seeds = f"{len(group.runs)}\xa0seeds"
-    if len(group.runs) == 1:
-        seeds = f"seed\xa0{group.runs[0].args.get('seed')}"
+    seed, more = group.runs[0].args.get("seed"), len(group.runs)
+    seeds = f"{more}\xa0seeds" if more > 1 else f"seed\xa0{seed}"
     return ", ".join([group.kind] * named + words) + f" ({seeds})"
 
 
 def order_of(group):
     """Low prior first, then by correlation and rate."""
-    prior, numbers = group.settings.get("prior"), map(group.settings.get, ("c_tr", "lr"))
-    prior = [-p for p in prior] if isinstance(prior, list) else []
-    return group.kind == "reFT", prior, [x if isinstance(x, (int, float)) else 0 for x in numbers]
+    prior, c_tr, lr = map(group.settings.get, ("prior", "c_tr", "lr"))
+    return group.kind == "reFT", [-p for p in prior or ()], c_tr or 0, lr or 0
 
 
-# ---------------------------------------------------------------- numbers
+# ---- numbers
 
 
 def fits(row, want):
@@ -382,6 +372,10 @@ def flat(group, kind, **want):
     return sum(select(group, kind, **want), [])
 
 
+def values_of(rows, key):
+    return [row[key] for row in rows]
+
+
 def wilson(p, n, z=1.96):
     """95 % interval of a share p of n."""
     middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** .5
@@ -391,13 +385,13 @@ def wilson(p, n, z=1.96):
 def spread(group, kind, key="accuracy", times=100, **want):
     """
     (mean, low, high, values) over the runs of a group, in percent (times 1: as they are), or None.
-    One run: the Wilson interval of its n strings (stories: those that parse), which knows nothing
-    of seeds; several: from the smallest to the largest.
+    One run: the Wilson interval of its n strings (stories: those that parse); several: smallest and
+    largest.
     """
     runs = list(filter(None, select(group, kind, key, **want)))
     if not runs:
         return None
-    values, first = [np.mean([row[key] for row in rows]) for rows in runs], runs[0][0]
+    values, first = [np.mean(values_of(rows, key)) for rows in runs], runs[0][0]
     parsed = 1 if first.get("parsed") is None else first["parsed"]
     n = 0 if key in NO_SHARE else (first.get("n") or 0) * parsed
     low, high = wilson(values[0], n) if len(values) == 1 and n else (min(values), max(values))
@@ -408,20 +402,26 @@ def spread(group, kind, key="accuracy", times=100, **want):
 
 def bands(group, kind, x, key="accuracy", times=100, **want):
     """spread() at every x where all runs of a group have a value: {x: spread}."""
-    places = [{row[x] for row in rows} for rows in select(group, kind, key, **want) if rows]
+    places = [set(values_of(rows, x)) for rows in select(group, kind, key, **want) if rows]
     shared = sorted(set.intersection(*places)) if places else ()
     return {at: spread(group, kind, key, times, **want, **{x: at}) for at in shared}
 
 
-# ---------------------------------------------------------------- drawing
+# ---- drawing
 
 plt.rcParams.update({
-    "figure.constrained_layout.use": True, "figure.dpi": 110, "font.size": 8.5,
+    "figure.constrained_layout.use": True, "figure.dpi": 100, "font.size": 8.5,
     "axes.titlesize": 9, "figure.titlesize": 9.5, "figure.titleweight": "bold",
     "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "grid.color": "#e6e6e6", "lines.markersize": 4, "legend.frameon": False})
-FIGURES = {}
-WIDTH = 9.1  # inches: 1000 pixels, the width of the page
+FIGURES, LOOKS = {}, {}
+WIDTH = 9.1  # inches: 910 pixels, the width of the page
+
+
+def look_of(kind, label):
+    """The colour, marker and line style of a label among those of its kind seen so far."""
+    looks = LOOKS.setdefault(kind, {})
+    return looks.setdefault(label, CYCLE[len(looks) % len(CYCLE)])
 
 
 class Figure(NamedTuple):
@@ -443,8 +443,8 @@ class Series(NamedTuple):
 def figure(kind=None, limit=4, stages=("fine-tuning", "reFT"), stories=False, **words):
     """
     Registers a figure; its docstring is the caption. With a kind of rows: a function of a group
-    that returns panels (functions of axes); without: of the runs, that returns compose(...).
-    stories: of runs of stories, else of all others.
+    that returns panels (functions of axes); without: of runs, that returns compose(...). stories:
+    of runs of stories, else of all others.
     """
     def register(function):
         def of_groups(runs):
@@ -474,10 +474,14 @@ def marks(look, group, kind, cells, **want):
     return Series(*look, points)
 
 
+def symbols(text, form):
+    return re.sub(r"\b(O|C|eta)_(PT|FT|Tr|M|S)\b", form, text)
+
+
 def tex(text):
     """Symbols with their subscripts; other dollar signs are text."""
-    text = re.sub(r"\beta_([MS])\b", r"$\\eta_{\\mathrm{\1}}$", str(text).replace("$", r"\$"))
-    return re.sub(r"\b([OC])_(PT|FT|Tr)\b", r"$\1_{\\mathrm{\2}}$", text)
+    text = symbols(str(text).replace("$", r"\$"), r"$\1_{\\mathrm{\2}}$")
+    return text.replace("$eta", r"$\eta")
 
 
 def scale_axis(axis, label, places=()):
@@ -557,7 +561,7 @@ def picture(values, names, title, norm, cmap="Blues"):
         ax.imshow(values, cmap=cmap, norm=norm, aspect="auto")
         ax.set_yticks(range(len(names[0])), names[0])
         ax.set_xticks(range(len(names[1])), names[1])
-        ax.tick_params(length=0, labelsize=5.5 if len(names[1]) > 12 else 7)
+        ax.tick_params(length=0, labelsize=5.5 if len(names[1]) > 20 else 7)
         ax.set_title(tex(title))
         ax.grid(False)
     return draw
@@ -586,10 +590,9 @@ def compose(groups, kind, blocks, across=4, **words):
             entries = {**dict(zip(labels, handles)), **entries}
         for ax in axes[len(drawn):]:
             ax.set_visible(False)
-    n = {row["n"] for g in groups for row in flat(g, kind) if row.get("n")} or {"?"}
-    n = " to ".join(map(str, sorted({min(n), max(n)})))
-    rests = words.get("rests") or f"n = {n} a point; bands, whiskers: smallest to largest seed, " \
-        "of one seed the 95 % Wilson interval"
+    n = sorted({row["n"] for g in groups for row in flat(g, kind) if row.get("n")}) or ["?"]
+    rests = words.get("rests") or f"n = {' to '.join(map(str, n[:1] + n[1:][-1:]))} a point; " \
+        "bands, whiskers: smallest to largest seed, of one seed the 95 % Wilson interval"
     columns = 165 // (9 + max(map(len, entries), default=0)) or 1
     fig.set_figheight(rows * height + .4 - (-len(entries) // columns) * .2)
     fig.legend(entries.values(), entries.keys(), loc="outside lower center", handlelength=3,
@@ -597,7 +600,7 @@ def compose(groups, kind, blocks, across=4, **words):
     return fig, rests
 
 
-# ---------------------------------------------------------------- figures
+# ---- figures
 
 
 def behaviour(group, cells, floors=()):
@@ -652,16 +655,10 @@ def fig6_curves(group):
     return curves(cells, looks, group=group, kind="history", x="step")
 
 
-SWEEPS = {"gradient-weight, one-shot": (ORANGE, "o"), "gradient-weight, iterative": (PURPLE, "D"),
-          "gradient-weight, exhaustive": (RED, "s"), "gradient-change, one-shot": (BLUE, "^"),
-          "gradient-weight, exhaustive, zero-in-program": (GREEN, "v"),
-          "random, exhaustive, zero-in-program": (SKY, "")}
-
-
 def sweeps(group, **want):
     """
     A line for each score, order, pool and control; only the exhaustive order where it is there.
-    Colour: score, order and pool; line style: control. Bands span all draws.
+    Line style: control. Bands span all draws.
     """
     want, orders, drawn = {"unit": ("row", "weight"), **want}, {}, []
     rows = sum(select(group, "prune", "k", **want), [])
@@ -676,8 +673,10 @@ def sweeps(group, **want):
         tried = orders[control, score, pool]
         for order in ["exhaustive"] if "exhaustive" in tried else tried:
             name = f"{score}, {order}" + f", {pool}" * (pool != "all")
-            look = (name + f" ({control})" * bool(control), *SWEEPS.get(name, (GREY, "")),
-                    "--" if control else "-")
+            color, marker, _ = look_of("sweeps", name)
+            if score == "random":
+                color, marker = GREY if pool == "all" else DARK, ""
+            look = name + f" ({control})" * bool(control), color, marker, "--" if control else "-"
             drawn.append(line(look, apart, "prune", "k", not drawn and GREY, order=order,
                               score=score, pool=pool, control=control or None, **want))
     return drawn
@@ -716,9 +715,6 @@ def fig8_probe(group):
                              split="natural"), "fig8_probe: targets")
 
 
-ARM_LOOKS = {}  # of those seen so far
-
-
 @figure("revive", share=False, height=2.3)
 def fig9_revive(group):
     """
@@ -728,8 +724,7 @@ def fig9_revive(group):
     Fooled by: unequal rates (given beside the fine-tuning's; pretraining has its own, larger one).
     """
     arms, ends = dict.fromkeys(row["label"] for row in flat(group, "revive")), []
-    looks = {(arm, *ARM_LOOKS.setdefault(arm, CYCLE[len(ARM_LOOKS) % len(CYCLE)])): {"label": arm}
-             for arm in arms}
+    looks = {(arm, *look_of("arms", arm)): {"label": arm} for arm in arms}
     panels = curves({f"{split} strings": {"split": split} for split in ("natural", "c0")}, looks,
                     group=group, kind="revive.curve", x="step")
     for threshold, marker in ((.9, "o"), (.99, "D")):
@@ -814,7 +809,7 @@ def table3(runs):
     groups, paper, cells = having(runs, "history", ("fine-tuning",)), paper_shares(), {}
     for g, role, split in product(groups, ("O_FT", "O_PT"), SPLITS):
         name, rate, c_tr, variant = paper_place(g.settings)
-        panels = cells.setdefault(f"{name} {variant}: {role}", {})
+        panels = cells.setdefault(f"{name} {variant}".strip() + f": {role}", {})
         ours, theirs = panels.setdefault(-g.settings["lr"], {}).setdefault(split, ({}, {}))
         ours[c_tr] = spread(g, "history", role=role, split=split, step=g.runs[0].last)
         if (name, rate, c_tr, role, split) in paper:
@@ -846,7 +841,7 @@ def fig55_classes(group):
             label = "best zeroed" if tried else "none zeroed"
             label += ", zero in program" * (row["pool"] != "all")
             points = {c: [100 * n / row["n"]] * 3 for c, n in row["predicted"].items()}
-            series.append(Series(label, *CYCLE[len(series)][:2], "", points))
+            series.append(Series(label, *look_of("zeroed", label)[:2], "", points))
             right.append(f"{row['accuracy']:.0%}")
     names = sorted(set().union(*[one.points for one in series]), key=lambda c: (len(c), c))
     right = "right: " + ", ".join(right)
@@ -884,8 +879,8 @@ def story_rate(scale, rate):
 def story_groups(runs, kind, key="accuracy", stages=("fine-tuning", "reFT"), **want):
     """
     The groups with such values, deletions first. protocol: how the feature is deleted, or was
-    before reFT; CONTROL: not in pretraining; at: the rate of that deletion; own: its own rate;
-    words: the protocol, and what else tells a group from others; look: one of CYCLE, by words.
+    before reFT, or CONTROL; at: the rate of that deletion; own: its own rate; words: the protocol,
+    and what else tells a group from others.
     """
     groups = [g for g in having(runs, kind, stages) if spread(g, kind, key, **want)]
     for g in groups:
@@ -895,12 +890,12 @@ def story_groups(runs, kind, key="accuracy", stages=("fine-tuning", "reFT"), **w
         g.rate = settings.get("finetune lr" if g.kind == "reFT" else "lr")
         g.at, g.own = story_rate(scale, g.rate), story_rate(scale, settings.get("lr"))
     groups.sort(key=lambda g: (g.kind == "reFT", g.protocol == CONTROL, -(g.rate or 0), g.protocol))
-    looks = {CONTROL: ("k", "v", "--")}
     for g in groups:
         same = [o for o in groups if (o.kind, o.protocol, o.at) == (g.kind, g.protocol, g.at)]
         g.words = g.protocol + f", {label_of(g, same)}" * (len(same) > 1)
         g.label = g.words + f", {g.at}" * (g.protocol != CONTROL)
-        g.look = looks.setdefault(g.words, CYCLE[(len(looks) - 1) % len(CYCLE)])
+        control = g.protocol == CONTROL
+        g.look = ("k", "v", "--") if control else look_of("protocols", g.words)
     return groups
 
 
@@ -977,7 +972,7 @@ def fig32_stories_probe(runs):
     return compose(groups, "probe", [("", [panel]) for panel in panels], 3)
 
 
-# ---------------------------------------------------------------- tables
+# ---- tables
 
 TABLES = {}  # {name: (function, whether it is about stories, None: about both)}
 CELLS = [("O_FT", "c1"), ("O_FT", "c0"), ("O_PT", "c1"), ("O_PT", "c0")]
@@ -1008,8 +1003,8 @@ def tables_of(runs, names):
         function, stories = TABLES[name]
         made = attempt(name, function, runs if stories is None else about(runs, stories))
         if made and made[1]:
-            kept = [i for i, cells in enumerate(zip(*made[1])) if set(cells) - {"", "-"}]
-            head, *rows = [[line[i] for i in kept] for line in (made[0], *made[1])]
+            columns = [each for each in zip(made[0], *made[1]) if set(each[1:]) - {"", "-"}]
+            head, *rows = zip(*columns)
             title, _, caption = " ".join(function.__doc__.split()).partition(". ")
             tables.append((title, caption, head, rows))
     return tables
@@ -1049,12 +1044,12 @@ def summary(runs, value, of):
     Of rows of runs: the mean and every run, in percent; of stories the mean by the number that
     parse, and the 95 % Wilson interval of all together; AUC and mass: the mean; words: all.
     """
-    values = [row[value] for row in sum(runs, [])]
+    values = values_of(sum(runs, []), value)
     if value == "value" and not all(isinstance(x, float) for x in values) or not values:
         return ", ".join(map(str, values)) or "-"
-    values = [of([row[value] for row in rows]) for rows in runs]
+    values = [of(values_of(rows, value)) for rows in runs]
     if value in ("auc", "mass"):
-        return f"{np.mean(values):.3f}"
+        return f"{np.mean(values):.{3 if value == 'auc' else 2}f}"
     parsed = [(rows[0].get("parsed") or 0) * (rows[0].get("n") or 0) for rows in runs]
     mean = np.average(values, weights=parsed if any(parsed) else None)
     low, high = wilson(mean, sum(parsed) or 1)
@@ -1143,8 +1138,9 @@ def paper_table(runs):
             near &= (abs(ours - theirs) < 10.001) | (role == "O_PT")
             texts.append(f"{', '.join(f'{x:.1f}' for x in ours)} / {theirs:.1f}")
         if texts:
+            rules_seen = ", ".join(map(rule_of, group.runs))
             rows.append([place[0], rate_words(group.settings["lr"]), f"{place[2]:g}", variant,
-                         *texts, f"{sum(near)} of {len(near)}", ", ".join(map(rule_of, group.runs))])
+                         *texts, f"{sum(near)} of {len(near)}", rules_seen])
     rows.sort(key=lambda row: (row[0] != "low", row[0], -float(row[1]), *row[2:4]))
     cells = [" ".join(cell) for cell in CELLS]
     return ["prior or program", "lr", "C_Tr", "variant", *cells, "near", "rule"], rows
@@ -1164,7 +1160,7 @@ def sweep_table(runs):
     """
     Pruning: accuracy of O_PT, or of the control's operand, on c0. Percent; K units are edited:
     none, 1, 10, 100, or the number that was chosen on other strings; random units: the mean of the
-    draws, and the best draw (`python analyze.py prune`).
+    draws, and the best draw (`analyze.py prune`).
     """
     sweep = ("unit", "score", "order", "pool", "control", "side", "edit")
     make = partial(pivot, runs, "prune", sweep, "group", split="c0", role=("O_PT", "other"))
@@ -1175,8 +1171,10 @@ def sweep_table(runs):
     rows += [["0", *line] for line in untouched]
     for k in (1, 10, 100, "chosen"):
         want = {"chosen": True} if k == "chosen" else {"k": k}
-        rows += sorted([str(k), *line] for line in make(**want)[1])
-        rows += [[f"{k}, best draw", *line] for line in make(**want, score="random", of=max)[1]]
+        rows += sorted([str(k), *line] for line in make(**want, unit=("row", "weight"))[1])
+        best = make(**want, score="random", of=max)[1] if k in (1, "chosen") else ()
+        rows += [[f"{k}, best draw", *line] for line in best]
+    rows += [["chosen", *line] for line in make(chosen=True, unit="dimension")[1]]
     return ["K", *head], rows
 
 
@@ -1184,7 +1182,7 @@ def sweep_table(runs):
 def probe_table(runs):
     """
     Probes: accuracy at the best block. Percent, natural strings; prompt: the operand asked for
-    (`python analyze.py probe`). Every block: fig8_probe. The best of several is a little lucky.
+    (`analyze.py probe`). The best of several (fig8_probe has every block) is a little lucky.
     """
     return pivot(runs, "probe", ("model", "target", "prompt"), "group", of=max, split="natural",
                  labels="true")
@@ -1195,7 +1193,7 @@ def attention_table(runs):
     """
     Attention of the answer's position, mean over heads and strings. O_FT asked; mass on a region;
     kept: overlap with the compiled pattern; order: how often a selected letter gets more than
-    another (AUC); chance: what even attention would give (`python analyze.py attention`).
+    another (AUC); chance: what even attention would give (`analyze.py attention`).
     """
     runs = [run for run in runs if run.kind == "fine-tuning"]
     want = {"region": ("kept", "order", "window", *sum((run.pair for run in runs), [])),
@@ -1209,7 +1207,7 @@ def attention_table(runs):
 def revive_table(runs):
     """
     Steps until O_PT is back, or the control is learned. Natural strings, every seed and data order;
-    > where it was not reached (`python analyze.py revive`).
+    > where it was not reached (`analyze.py revive`).
     """
     return pivot(runs, "revive", ("label", "threshold"), "group", "value", split="natural")
 
@@ -1217,8 +1215,7 @@ def revive_table(runs):
 @table()
 def reversed_table(runs):
     """
-    Accuracy after reFT of whole runs. Percent (`python finetune.py --reverse`, `analyze.py
-    behavior`).
+    Accuracy after reFT of whole runs. Percent (`finetune.py --reverse`, `analyze.py behavior`).
     """
     runs = [run for run in runs if run.kind == "reFT"]
     return pivot(runs, "answers", ("role", "split"), "group", model="ckpt")
@@ -1248,7 +1245,7 @@ def feature_table(runs):
     """
     Generation scores of all features. Percent of stories with it, of those that parse; unasked: the
     instruction does not ask for it. A deletion should move the deleted feature alone. Fooled by:
-    mistakes of the classifier, for real text (`python analyze.py behavior`).
+    mistakes of the classifier, for real text (`analyze.py behavior`).
     """
     return pivot(runs, "behavior", ("model", "group", "split"), "operand",
                  split=("asked", "unasked"))
@@ -1259,7 +1256,7 @@ def story_probe_table(runs):
     """
     Probes of the deleted feature. Block 0: the embedding; area under the ROC curve (.5: chance),
     then balanced accuracy in percent; base: upper bound; control, not in pretraining: lower bound;
-    even: stories in which no sentence leans to a label (`python analyze.py probe`).
+    even: stories in which no sentence leans to a label (`analyze.py probe`).
     """
     target, rows = tuple(run.args.get("feature") for run in runs), []
     index = ("group", "model", "labels", "split")
@@ -1271,7 +1268,7 @@ def story_probe_table(runs):
 
 @table(None)
 def run_table(runs):
-    """What made these files."""
+    """What made these files. A line a run."""
     rows = []
     for run in runs:
         record, git = run.record, run.record.get("git") or {}
@@ -1283,7 +1280,7 @@ def run_table(runs):
     return ["run", "command", "commit", "versions", "device", "time"], rows
 
 
-# ---------------------------------------------------------------- report
+# ---- report
 
 STYLE = """body{font:16px/1.5 Georgia,serif;max-width:66rem;margin:2rem auto;padding:0 1rem}
 h1,h2,th,b{font-family:sans-serif}p,figcaption{max-width:46rem}figure{margin:2rem 0}
@@ -1299,8 +1296,7 @@ parse."""}
 
 def rich(text):
     """Escaped text, the symbols with their subscripts."""
-    text = re.sub(r"\beta_([MS])\b", r"η<sub>\1</sub>", html.escape(str(text)))
-    return re.sub(r"\b([OC])_(PT|FT|Tr)\b", r"\1<sub>\2</sub>", text)
+    return symbols(html.escape(str(text)), r"\1<sub>\2</sub>").replace("eta<sub>", "&eta;<sub>")
 
 
 def as_html(title, caption, head, rows):
@@ -1337,10 +1333,10 @@ def about_text(folder):
     """(what we find, in words; the tables to be shown, of a comment <!-- tables: ... --> in it)"""
     path = join(folder, "about.md")
     if not isfile(path):
-        return "", list(TABLES)[:-1]
+        return "", []
     with open(path) as file:
-        text, names, *_ = re.split("<!-- tables:(.*)-->", file.read() + "<!-- tables:-->")
-    return text.strip(), [name for name in TABLES if name in names.split()]
+        text, *names = re.split("<!-- tables: (.*) -->", file.read())
+    return text.strip(), names[0].split() if names else []
 
 
 def readme(folder):
@@ -1366,7 +1362,7 @@ def readme(folder):
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-# ---------------------------------------------------------------- evidence
+# ---- evidence
 
 
 def write(path, content):
@@ -1389,10 +1385,9 @@ def write_evidence(runs, folder):
     Runs as tables: runs.jsonl, a .csv a kind of row, an .npz a kind of map for the first seeds.
     A column that has one value in every run is no column, but said in runs.jsonl as a constant.
     """
-    if isdir(folder) and not isfile(join(folder, "runs.jsonl")):
-        strange = [name for name in os.listdir(folder) if name.endswith((".csv", ".npz"))]
-        if strange:
-            mistake(f"{folder}: holds {strange[0]}, which plot.py did not write")
+    for kind in KINDS if not isfile(join(folder, "runs.jsonl")) else ():
+        if isfile(join(folder, f"{kind}.csv")):
+            mistake(f"{folder}: holds {kind}.csv, which plot.py did not write")
     lines = {run.name: {"run": run.name, "record": run.record, "verdict": run.verdict,
                         "constants": {}} for run in runs}
     for kind in KINDS:
@@ -1431,7 +1426,7 @@ def write_maps(runs, kind, path):
         write(path, buffer.getvalue())
 
 
-# ---------------------------------------------------------------- command line
+# ---- command line
 
 
 def mistake(text):
@@ -1445,8 +1440,8 @@ def draw(function, runs):
     if drawn is None:
         return None
     drawn[0].canvas.draw()
-    pixels = np.round(np.asarray(drawn[0].canvas.buffer_rgba()) / 17).astype(np.uint8) * 17
-    plt.imsave(png, pixels, pil_kwargs={"optimize": True})  # 16 levels a colour: half the size
+    pixels = np.round(np.asarray(drawn[0].canvas.buffer_rgba()) / 5).astype(np.uint8) * 5
+    plt.imsave(png, pixels, pil_kwargs={"optimize": True})  # fewer colours: a smaller file
     return png.getvalue(), f"{' '.join(function.__doc__.split())} {drawn[1]}."
 
 
@@ -1454,9 +1449,8 @@ def draw_all(runs, folder, names):
     """{name: (picture, caption)} of the figures that have rows; written to a folder as well."""
     pictures = {}
     for name in names:
-        function, stories = FIGURES[name]
-        own = about(runs, stories)
-        drawn = attempt(name, draw, function, own) if own else None
+        own = about(runs, FIGURES[name].stories)
+        drawn = attempt(name, draw, FIGURES[name].function, own) if own else None
         plt.close("all")
         if drawn:
             pictures[name] = drawn
