@@ -174,7 +174,9 @@ def pivot(rows, keys, column, value):
     """Print a line for each combination of `keys`, a column for each column(row), and values."""
     lines, columns = {}, dict.fromkeys(map(column, rows))
     for r in rows:
-        line = tuple("-" if r[k] is None else r[k] for k in keys)
+        values = [r[k] for k in keys]
+        line = tuple("-" if v is None else f"{v:.2g}" if isinstance(v, float) else v
+                     for v in values)
         lines.setdefault(line, collections.defaultdict(list))[column(r)].append(r)
     body = []
     for line, cells in lines.items():
@@ -391,11 +393,12 @@ def matched_units(units, scores, rng, program=None):
     Random units, rank by rank from the same block and matrix as `units`: queries, keys and values
     apart, of a compiled program also its zeros.
     """
-    zeros = only_zero(scores, program) if program else scores
+    written = only_zero(scores, program) if program else {}
+    written = {key: (x == -torch.inf).tolist() for key, x in written.items()}
 
     def pool_of(block, matrix, index):
         part = matrix.startswith("attn.qkv") and index * 3 // len(scores[block, matrix])
-        return block, matrix, part, bool(zeros[block, matrix][index] == -torch.inf)
+        return block, matrix, part, bool(written) and written[block, matrix][index]
     pools, matched = collections.defaultdict(list), []
     for block, matrix in scores:
         for index in torch.randperm(len(scores[block, matrix]), generator=rng).tolist():
@@ -798,7 +801,9 @@ def classifier_of(study):
         return {}
     model, n, rng = study.base or study.model, 8 * study.args.eval_size, data.rng(0, "judge")
     if study.args.judge:
-        model, _ = load(study.args.judge, study.device)
+        model, ckpt = load(study.args.judge, study.device)
+        if ckpt["config"]["words"] != study.ckpt["config"]["words"]:
+            raise UserError(f"--judge {study.args.judge}: other words than {study.args.ckpt}")
     x, y = labelled(model, setup, n, False, rng)
     unseen, truth = labelled(model, setup, max(2, n // 4), True, rng)
     mean, sd = x.mean((0, 1)), x.std((0, 1)) + 1e-8
@@ -881,14 +886,14 @@ def attention(study):
             pattern = patterns[-1]  # (n, block, head, query, key)
             maps[f"{name}_{prompt}" if prompt else name] = pattern[few].squeeze(3).cpu().numpy()
             for block, head in np.ndindex(*pattern.shape[1:3]):
-                here, masses = pattern[:, block, head], {}
+                one_head, masses = pattern[:, block, head], {}
                 for region, where in regions.items():
-                    mass = (here[:, at] * where).sum(1).mean().item()
+                    mass = (one_head[:, at] * where).sum(1).mean().item()
                     masses[region] = mass, where.float().mean().item()
                 if setup.compiled:
                     program, letters = patterns[0][:, block, head], slice(1, setup.length + 1)
-                    masses.update(program_overlap(here, program, letters))
-                about = dict(operand=prompt or a, split="natural", n=len(here), model=name,
+                    masses.update(program_overlap(one_head, program, letters))
+                about = dict(operand=prompt or a, split="natural", n=len(x.tokens), model=name,
                              prompt=prompt, block=block, head=head)
                 for region, (mass, chance) in masses.items():
                     rows.append(study.row(**about, region=region, mass=mass, chance=chance))
@@ -1118,7 +1123,8 @@ def prune_evidence(study, rows, v):
     v["random_c0_mean"] = float(np.mean(draws)) if draws else None
     v["never_prune_c0"] = picked(rows, edit="zero", control="never-trained")
     drawn = largest(v["random_c0_max"], v["never_prune_c0"])
-    return [Evidence("pruning", f"{a} on c0, {v['prune_k']} {study.unit}s zeroed ({order})",
+    k = "-" if v["prune_k"] is None else v["prune_k"]
+    return [Evidence("pruning", f"{a} on c0, {k} {study.unit}s zeroed ({order})",
                      v["prune_c0"], f"random, or {study.control_operand}'s own", drawn, MARGIN,
                      wins(v["prune_c0"], v["pt_c0_cross_floor"], MARGIN)
                      and wins(v["prune_c0"], drawn, MARGIN))]
@@ -1163,6 +1169,8 @@ def revive_evidence(study, rows, v):
         back = bool(known < KNOWS and v["reft_reached"] and FASTER * steps <= theirs)
     question = f"steps of reFT until {study.relation.pt} is right on {threshold:.0%}"
     taught = f"teaching {study.control_operand}" if study.never_trained else "none"
+    question += ": more than" * (v["reft_reached"] is False)
+    taught += ": more than" * (v["control_reached"] is False)
     return [Evidence("reviving", question, steps, taught, theirs, FASTER, back, "steps")]
 
 
@@ -1228,7 +1236,7 @@ def story_evidence(study, rows):
         v[f"{model}_auc"] = picked(probes, "auc", model=model, block=v["probe_block"])
     low, high, before, after = (v.get(k) for k in ("control_auc", "base_auc", "base_asked",
                                                    "ckpt_asked"))
-    half, bounds = before and before / 2, "none: bounds too near"
+    half, bounds = before and before / 2, "none: bounds too near" if low is not None else "none"
     v["between"] = middle = None
     if wins(high, low, APART):
         v["between"], middle = (v["ckpt_auc"] - low) / (high - low), (low + high) / 2
@@ -1379,7 +1387,7 @@ def chosen_names(study):
     return [name for name in known if name in args.analysis] or names
 
 
-def look(study):
+def run_analyses(study):
     """Run what was asked for, then the verdict where all that it rests on is there."""
     names, args, relation = chosen_names(study), study.args, study.relation
     args.draws = args.draws or 8
@@ -1407,7 +1415,7 @@ def main():
     for flag in itertools.chain(*FLAGS.values()):
         check_above(flag.name, getattr(args, flag.key), flag.above)
     try:
-        look(Study(args, start_device(args)))
+        run_analyses(Study(args, start_device(args)))
     except ValueError as error:  # a file of stories that is gone, or has too few of a kind
         raise UserError(f"--ckpt {args.ckpt}: {error}") from None
 

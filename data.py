@@ -857,7 +857,7 @@ class StoryFile:
     rule, classify = False, None  # no rule tells what a real story has
 
     def __init__(self, path):
-        self.shards = read_shards(f"{path}.unwrap")
+        self.path, self.shards = path, read_shards(f"{path}.unwrap")
         if not self.shards or not self.shards[-1]["about"]["finished"]:
             raise ValueError(f"{path}.unwrap is missing, unfinished or damaged: "
                              "pretrain.py --setup stories --data prepares it")
@@ -881,7 +881,8 @@ class StoryFile:
         places = self.places(feature, has, held_out)
         if not len(places):
             having = "" if has is None else f" {'with' if has else 'without'} {feature}"
-            raise ValueError(f"no {'held-out' if held_out else 'training'} record{having}")
+            part = "held-out" if held_out else "training"
+            raise ValueError(f"{self.path}: no {part} record{having}")
         chosen = torch.randint(len(places), (n,), generator=rng, device=rng.device)
         return [self.record(i) for i in places[chosen.cpu()].tolist()]
 
@@ -1224,6 +1225,11 @@ class Setup:
             if isinstance(value := getattr(type(self), key), tuple):
                 setattr(self, key, value[SCALES.index(scale)])
 
+    @property
+    def draws_on(self):
+        """The device of the generators that training examples are drawn with."""
+        return self.device
+
     def open(self, args, words=None):
         pass
 
@@ -1538,7 +1544,9 @@ class Compiled(Answers):
         return self.order[0] if rank is None else str(rank)
 
     def resolve_pretraining(self, args):
-        args.steps, args.lr, args.clip = 0, 0., 1.  # nothing is trained
+        if args.compile:
+            raise UserError(f"--compile is not for setup {self.name}, where nothing is trained")
+        args.steps, args.lr, args.clip = 0, 0., 1.
         args.program = self.imported
         check_choice("--rank", self.known(args), self.operands)
         if self.imported:
@@ -1596,7 +1604,7 @@ class Stories(Setup):
     reverse_lr = 4e-5, 1e-5     # eta_S. ours (small): 100 steps of reFT show it
     needs = dict.fromkeys(("pretrain", "finetune"), ["feature", "without", "data"])
     warmup, anneals, order = .02, False, list(FEATURES)
-    operands = order
+    operands, draws_on = order, "cpu"  # where stories are written and spelled, whatever trains
 
     def open(self, args, words=None):
         """Draw from args.data, or from the embedded corpus. Raises ValueError, in one line."""
@@ -1627,6 +1635,8 @@ class Stories(Setup):
             if known and {**args.source, "name": ""} != {**known, "name": ""}:
                 raise ValueError(f"{args.data}: not the file that {args.ckpt} was trained on")
             self.open(args, words)
+            if args.data:
+                self.tests(args, 0)  # raises where the file has no such stories
         except ValueError as error:
             raise UserError(f"--data {error}") from None
 
@@ -1814,22 +1824,22 @@ def sample(setup, text, relation, operand):
     (name, pt, ft, q), task = relation, setup.tasks[relation.task]
     names = [setup.vocabulary[t] for t in setup.sequence(text, name, operand)[0].tolist()]
     r = dict(zip(setup.operands, task.answers(text, setup)[0].tolist()))
-    said = {o: setup.alphabet[x] if task.letter else x for o, x in r.items()}
+    shown_r = {o: setup.alphabet[x] if task.letter else x for o, x in r.items()}
     correlated, second = None, task.second(setup)
     if name in setup.finetuned:
         correlated = min(r[pt], r[ft]) >= 0 and r[ft] - r[pt] == q
     facts = {"setup": setup.name, "task": name, "operand": operand if task.has_operand else None,
-             "operand2": second, "text": setup.string_of(text[0]), "answer": said[operand],
+             "operand2": second, "text": setup.string_of(text[0]), "answer": shown_r[operand],
              "correlated": correlated, "tokens": names}
     shown = names if len(names) < 30 else [*names[:8], "...", *names[-7:]]
     letters, marks = setup.explain(text[0], name, operand)
     reason = task.reason.format(O=operand, O2=second)
     lines = [f"{name} of {operand}" if task.has_operand else name,
              f"  the model sees  {' '.join(shown)}", f"  text            {letters}",
-             f"                  {marks}", f"  answer {said[operand]!s:<8} {reason}"]
+             f"                  {marks}", f"  answer {shown_r[operand]!s:<8} {reason}"]
     if correlated is not None:
         holds = "holds" if correlated else "does not hold"
-        lines.append(f"  relation        r({pt}) = {said[pt]}, r({ft}) = {said[ft]}: "
+        lines.append(f"  relation        r({pt}) = {shown_r[pt]}, r({ft}) = {shown_r[ft]}: "
                      f"r({ft}) - r({pt}) = {q} {holds}")
     return facts, "\n".join(lines) + "\n"
 

@@ -73,7 +73,7 @@ def main():
         if run.fresh:
             add_noise(model, getattr(args, "noise", 0.), args.seed)
         batch = data.stream(lambda n, rng: setup.finetuning(n, rng, args), args.batch_size,
-                            args.seed, "finetune", device)
+                            args.seed, "finetune", setup.draws_on)
         rate = finetune_rate(args, setup)
         for step, loss in run.steps(lambda step: loss_of(run.forward, batch(step)), rate):
             if step in run.evals:

@@ -322,7 +322,8 @@ def weight_edits(model, edits):
     Undone bit for bit on leaving, also after an exception. Raises KeyError for an unknown name.
     """
     parameters = dict(model.named_parameters())
-    before = {name: parameters[name].detach().clone() for name, _, _ in edits}
+    names = {name for name, _, _ in edits}
+    before = {name: parameters[name].detach().clone() for name in names}
     try:
         for name, index, value in edits:
             parameters[name].data[index] = value
@@ -482,6 +483,8 @@ def refuse(path, verdict):
         yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except (MemoryError, torch.OutOfMemoryError):  # not the file's fault
+        raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
         raise UserError(f"{path}: {verdict} ({reason})") from None

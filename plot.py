@@ -766,18 +766,18 @@ def fig10_attention(group):
 
 
 def program_maps(group, kind, norm, cmap):
-    """Before, after and reversed, the two blocks (or heads) where fine-tuning changes most."""
+    """Before, after and reversed, the block (or head) where fine-tuning changes most."""
     run = group.runs[0]
     maps, back = run.maps(kind), run.reversed.maps(kind) if run.reversed else {}
     if not {"base", "ckpt"} <= set(maps):
         return []
     stages = {"base": maps["base"], "fine-tuned": maps["ckpt"], "reversed": back.get("ckpt")}
     stages = {name: z[0].reshape(-1, *z.shape[-2:]) for name, z in stages.items() if z is not None}
-    change = np.ptp([stages["base"], stages["fine-tuned"]], (0, 2, 3))
+    head = np.abs(stages["base"] - stages["fine-tuned"]).mean((1, 2)).argmax()
     tokens = maps["vocabulary"][maps["tokens"][0]]
     names = ["", "", "answer"], tokens if kind == "attention" else ()
     return [picture(z[head], names, f"block {head}, {name}", norm, cmap)
-            for head in sorted(np.argsort(-change)[:2]) for name, z in stages.items()]
+            for name, z in stages.items()]
 
 
 @figure("attention", 8, ("fine-tuning",), height=1.7, rests=ONE)

@@ -231,7 +231,7 @@ def fact(row, key):
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.3f}" if key == "loss" else percent(value)
+        return f"{value:.3f}" if key in ("loss", "cosine") else percent(value)
     return "-" if value is None else value
 
 
@@ -260,11 +260,12 @@ class Flag(NamedTuple):
 
 
 MACHINE = {"machine": [
-    Flag("--device", "where to compute; auto: cuda if there, else cpu", default="auto",
-         choices=("auto", "cpu", "cuda", "mps")),
+    Flag("--device", "where to compute: auto, cpu, cuda, cuda:N, mps; auto: cuda if it works, else "
+         "cpu", default="auto"),
     Flag("--threads", "CPU threads; 0: torch's choice", int, -1, 0)]}
 RUN = {"run": [
-    Flag("--out", "checkpoint to write, with .json and .jsonl beside it", default=None),
+    Flag("--out", "checkpoint to write, with .json and .jsonl beside it; else out/pre.pt, of a "
+         "fine-tuning out/ft.pt, with --reverse out/reft.pt", default=None),
     Flag("--resume", "go on with an interrupted run", bool, default=False),
     Flag("--force", "start again, replacing at once what is at --out", bool, default=False),
     Flag("--save-every", "steps between checkpoints", int, 0, 250),
@@ -305,15 +306,17 @@ def default_of(flag, stage, setup):
 
 
 def default_words(flag, stage):
-    """The default of a flag, for --help; where setups and scales differ, each."""
+    """The default of a flag, if any, for --help; where setups and scales differ, each."""
     if flag.default is not OWN:
-        return f" (default: {flag.default})"
+        return "" if flag.default is None else f" (default: {flag.default})"
     groups = {}
     for name in SETUPS:
         small, paper = (default_of(flag, stage, SETUPS[name](name, s)) for s in data.SCALES)
         if small is not OWN:
             words = f"{small}" if small == paper else f"small {small}, paper {paper}"
             groups.setdefault(words, []).append(name)
+    if set(groups) == {"None"}:
+        return f" (for {', '.join(groups['None'])})"
     words = [f"{', '.join(names)}: {value}" for value, names in groups.items()]
     return f" (default: {'; '.join(words)})"
 
@@ -365,13 +368,12 @@ def start_device(args):
         torch.set_num_threads(args.threads)
     # momentum of compiled models fades to 1e-38, where a step takes three times as long
     torch.set_flush_denormal(True)
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    name = args.device
-    if name == "auto":
-        name = "cuda" if cuda else "cpu"
-    if not {"cpu": True, "cuda": cuda, "mps": mps}[name]:
-        raise UserError(f"--device {name}: not available here")
-    return torch.device(name)
+    for name in ("cuda", "cpu") if args.device == "auto" else (args.device,):
+        with contextlib.suppress(RuntimeError, AssertionError):  # the latter: a build without cuda
+            device = torch.zeros(1, device=name).device
+            if device.type in ("cpu", "cuda", "mps"):
+                return device
+    raise UserError(f"--device {args.device}: not available on this machine")
 
 
 def on_signal(number, frame):
@@ -423,7 +425,7 @@ def git_state():
     return {"commit": state.removesuffix("-dirty"), "dirty": state.endswith("-dirty")}
 
 
-def record_here(device):
+def start_facts(device):
     """What a record says of this start: command, code, versions, machine, time."""
     command = " ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
     versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -484,6 +486,8 @@ class Run:
         often = max(1, args.steps // 25) if stage == "pretrain" else 0
         self.evals = eval_steps(args.steps, args.eval_every or often)
         print(f"{stage}:", ", ".join(f"{k} {v}" for k, v in vars(args).items()))
+        sizes = {k: v for k, v in vars(model.config).items() if k not in ("residual", "words")}
+        print("model:", ", ".join(f"{k} {v}" for k, v in sizes.items()))
 
     def read_record(self):
         """The record at this path; None without one."""
@@ -546,8 +550,8 @@ class Run:
 
     def start(self, step):
         """Write the record and, on a fresh start, step 0; cut the history back on a resume."""
-        here, old = record_here(self.setup.device), self.record
-        self.record, self.began = {**self.about, **here, "resumes": []}, time.time()
+        facts, old = start_facts(self.setup.device), self.record
+        self.record, self.began = {**self.about, **facts, "resumes": []}, time.time()
         if self.fresh:
             self.save(0)  # before the record: a disk may be full
         elif old and old["args"] == self.about["args"]:  # else a kill came before the record
@@ -555,7 +559,7 @@ class Run:
             if old["device"].split(":")[0] != kind:  # its generators draw other strings
                 raise UserError(f"{self.path} was begun on {old['device']}: on {kind} its data "
                                 "would be others")
-            self.record = {**old, "resumes": [*old["resumes"], {**here, "step": step}]}
+            self.record = {**old, "resumes": [*old["resumes"], {**facts, "step": step}]}
         write_json(self.record_path, self.record)
         # The evaluation at a checkpoint's step is made again, and comes out the same.
         rows = [row for row in read_rows(self.history_path) if row["step"] < step]
@@ -642,11 +646,14 @@ def main():
         return
     with run:
         batch = data.stream(lambda n, rng: setup.pretraining(n, rng, args), args.batch_size,
-                            args.seed, "pretrain", device)
+                            args.seed, "pretrain", setup.draws_on)
         lr_at = cosine(args.lr, args.steps, warmup=setup.warmup)
         for step, loss in run.steps(lambda step: loss_of(run.forward, batch(step)), lr_at):
             if step in run.evals:
                 run.log(step, evaluate(model, setup, setup.tests(args, step)))
+    if setup.compiled and run.rows[2]["accuracy"] < .9:  # natural strings
+        print(f"  note: this model does not answer {' '.join(setup.relation(args)[:2])}: it has "
+              "another capability, or none")
 
 
 if __name__ == "__main__":
