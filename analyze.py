@@ -1414,10 +1414,7 @@ def main():
     args = parse(__doc__, "analyze", FLAGS, f"{names} (default: all that apply)")
     for flag in itertools.chain(*FLAGS.values()):
         check_above(flag.name, getattr(args, flag.key), flag.above)
-    try:
-        run_analyses(Study(args, start_device(args)))
-    except ValueError as error:  # a file of stories that is gone, or has too few of a kind
-        raise UserError(f"--ckpt {args.ckpt}: {error}") from None
+    run_analyses(Study(args, start_device(args)))
 
 
 if __name__ == "__main__":

@@ -859,8 +859,8 @@ class StoryFile:
     def __init__(self, path):
         self.path, self.shards = path, read_shards(f"{path}.unwrap")
         if not self.shards or not self.shards[-1]["about"]["finished"]:
-            raise ValueError(f"{path}.unwrap is missing, unfinished or damaged: "
-                             "pretrain.py --setup stories --data prepares it")
+            raise UserError(f"{path}.unwrap is missing, unfinished or damaged: "
+                            "pretrain.py --setup stories --data prepares it")
         self.tokenizer = Tokenizer(self.shards[0]["about"]["words"])
         self.features = torch.cat([shard["index"][:, 5:] > 0 for shard in self.shards])
         self.held_out = max(1, min(len(self) // 100, 20000))
@@ -882,7 +882,7 @@ class StoryFile:
         if not len(places):
             having = "" if has is None else f" {'with' if has else 'without'} {feature}"
             part = "held-out" if held_out else "training"
-            raise ValueError(f"{self.path}: no {part} record{having}")
+            raise UserError(f"{self.path}: no {part} record{having}")
         chosen = torch.randint(len(places), (n,), generator=rng, device=rng.device)
         return [self.record(i) for i in places[chosen.cpu()].tolist()]
 
@@ -1182,7 +1182,7 @@ def story_source(path, words=None):
     """
     source = StoryFile(path) if path else StoryCorpus()
     if words and tuple(words) != source.tokenizer.words:
-        raise ValueError("not the words that the checkpoint was trained on")
+        raise UserError("not the words that the checkpoint was trained on")
     return source
 
 
@@ -1909,14 +1909,14 @@ def main():
             print(json.dumps(facts) if args.json else lines)
         if relation and args.c != "natural" and not args.json:
             print(relation_summary(setup, relation, args.c, draws))
-    except (UserError, ValueError) as error:
+    except ValueError as error:
         parser.error(str(error))
 
 
 # ---------------------------------------------------------------- errors and files
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake of the user's: one line on stderr, exit code 2."""
 
 
