@@ -1723,6 +1723,7 @@ class Stories(Setup):
         about = row(self, task="story", operand=feature, split=split, seed=seed)
         return Test(about, self.examples(records, wanted="story"), how="loss")
 
+    @functools.cache
     def generation_test(self, feature, n, seed):
         """Held-out instructions, then a story begins: n ask for the feature, n do not."""
         prompts = []

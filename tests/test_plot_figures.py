@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import plot
+from test_plot import history
 
 ROOT = Path(plot.__file__).resolve().parent
 ROW = {"scale": "small", "accuracy": None, "floor": None, "cross_floor": None, "n": 100,
@@ -265,13 +266,8 @@ def test_malformed_rows_cost_a_figure_and_no_more(tmp_path, capsys):
 
 
 def story_history(shares, deletion=True):
-    rows = []
-    for step, share in zip((0, 10, 30), shares):
-        for split in ("with", "without", "deletion")[:2 + deletion]:
-            rows.append({"step": step, "split": split, "loss": .5 - share / 10})
-        for split, p in (("asked", share), ("unasked", .05)):
-            rows.append({"step": step, "split": split, "accuracy": p, "parsed": .8})
-    return [{"setup": "stories", "task": "story", "operand": "Twist", **row} for row in rows]
+    about = {"setup": "stories", "task": "story", "operand": "Twist"}
+    return [{**about, **row} for row in history(shares, deletion)]
 
 
 @pytest.fixture
