@@ -35,7 +35,7 @@ from finetune import finetune_rate
 from model import GPT, Config, activations, generate, load, loss_of, weight_edits
 from pretrain import (MACHINE, Flag, accuracy, add_noise, answer_row, check_above, constant,
                       evaluate, floors, optimizer_for, parse, percent, predict, run_script, show,
-                      start_device, table, train_steps)
+                      start_device, table, train_steps, update_of)
 
 # ---------------------------------------------------------------- the study
 
@@ -974,9 +974,8 @@ def teach(study, name, start, operand, lr, max_steps):
         test = study.test(operand, split, n=n)
         tests[split], curves[split] = test.examples, []
         known[split] = floors(test.examples.answer, test.other)
-    for step, _ in train_steps(model, optimizer_for(model, lr, setup),
-                               lambda step: loss_of(model, batch(step)), constant(lr),
-                               range(max_steps)):
+    update = update_of(model, optimizer_for(model, lr, setup), lambda x: loss_of(model, x))
+    for step, _ in train_steps(update, batch, constant(lr), range(max_steps)):
         check_stop()
         if step % setup.teach_every == 0 or step == max_steps:
             for split, x in tests.items():

@@ -75,7 +75,7 @@ def main():
         batch = data.stream(lambda n, rng: setup.finetuning(n, rng, args), args.batch_size,
                             args.seed, "finetune", setup.draws_on)
         rate = finetune_rate(args, setup)
-        for step, loss in run.steps(lambda step: loss_of(run.forward, batch(step)), rate):
+        for step, loss in run.steps(batch, lambda x: loss_of(run.forward, x), rate):
             if step in run.evals:
                 run.log(step, evaluate(model, setup, setup.tests(args, step)))
 

@@ -66,7 +66,15 @@ def rotation(positions, d_head):
 def rotate(x, turn):
     """Rotate dimensions i, i + e / 2 of x (n, h, t, e): q k depends on distance alone."""
     (cos, sin), (a, b) = turn, x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).type_as(x)
+
+
+def products_are_faster(k):
+    """
+    Whether two batched products and a softmax attend to keys k (n, h, t, e) faster than SDPA does:
+    on a CPU, whose SDPA is made for long sequences, and very slow in bfloat16.
+    """
+    return k.device.type == "cpu" and k.shape[2] <= (512 if k.dtype == torch.bfloat16 else 64)
 
 
 class Attention(nn.Module):
@@ -95,8 +103,8 @@ class Attention(nn.Module):
         elif self.causal:  # one query does not see later keys
             k, v = k[:, :, :query.stop], v[:, :, :query.stop]
         is_causal = self.causal and query.stop is None and mask is None
-        if self.scores._forward_hooks or self.pattern._forward_hooks:  # somebody reads them
-            scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[3])  # (n, h, query, key)
+        if self.scores._forward_hooks or self.pattern._forward_hooks or products_are_faster(k):
+            scores = q / math.sqrt(q.shape[3]) @ k.mT  # (n, h, query, key)
             if is_causal:
                 mask = scores.new_full(scores.shape[2:], -torch.inf).triu(1)
             if mask is not None:
@@ -184,8 +192,8 @@ def loss_of(forward, x):
     """
     if x.at is not None:
         return F.cross_entropy(forward(x.tokens, x.at).float(), x.target[:, x.at])
-    logits, wanted = forward(x.tokens), x.target >= 0
-    loss = F.cross_entropy(logits[wanted].float(), x.target[wanted])
+    logits = forward(x.tokens)  # gathering the wanted ones would make the host wait for a GPU
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), x.target.flatten(), ignore_index=-1)
     if x.extra:
         column, weight = x.extra
         loss = loss + weight * F.cross_entropy(logits[:, column].float(), x.target[:, column])

@@ -13,6 +13,7 @@ model of the grammar learns: under the low prior a, hardly b, never c (paper sec
 model has one capability, exact by construction. A story model writes what its instruction asks for.
 """
 import argparse
+import collections
 import contextlib
 import errno
 import functools
@@ -40,41 +41,134 @@ from model import (GPT, LOGIT_SCALE, Config, balance, build, compile_program, ge
 # ---------------------------------------------------------------- the optimisation step
 
 
-def train_steps(model, optimizer, loss_at, lr_at, steps, clip=1.0):
+LOOK = 16  # updates whose losses are read together: reading makes the host wait for the device
+WARM = 3   # updates on Examples of a shape before they are recorded
+
+
+def train_steps(update, batch, lr_at, steps):
     """
     Train through `steps`, a range such as range(400), or range(250, 400) to go on. Yields (step,
-    loss) with step updates done and the loss of the last one (None at first), from steps.start to
-    steps.stop inclusive: the untouched and the finished model pass through the caller's same code.
+    loss) with step updates done and the loss of the last one (None at first, then a tensor), from
+    steps.start to steps.stop inclusive: the untouched and the finished model pass through the
+    caller's same code.
 
-    loss_at(step) -> loss of batch `step`; lr_at(step) -> learning rate; clip: largest gradient
-    norm. Raises Failed when loss, gradient or weights are not finite, before anybody saves them.
+    update: see update_of(); batch(step) -> Examples; lr_at(step) -> learning rate. Raises Failed,
+    at most LOOK updates later, when loss or gradients are not finite.
     """
-    loss = None
+    loss, seen = None, []
     for step in steps:
         yield step, loss
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step)
-        loss = loss_at(step)
+        seen.append(update(batch(step), lr_at(step)))
+        loss = seen[-1][0]
+        if len(seen) == LOOK or step + 1 == steps.stop:
+            for at, numbers in enumerate(torch.stack(seen).tolist(), step + 1 - len(seen)):
+                if not all(map(math.isfinite, numbers)):
+                    raise Failed("step {}: loss {}, gradient norm {}, lr {:.3g}: not finite".format(
+                        at, *numbers, lr_at(at)))
+            seen.clear()
+    yield steps.stop, loss
+
+
+def update_of(model, optimizer, loss_of, clip=1.0, dtype=torch.float32):
+    """
+    update(examples, lr) -> tensor (loss, gradient norm): one step of training, for which nobody has
+    waited yet. loss_of(examples) -> loss; clip: largest gradient norm; dtype: float32, or bfloat16
+    by autocast. On CUDA the step is a recording(): loss_of must not read the device there.
+    """
+    def step(x):
+        x, share = part_of(x)
+        with torch.autocast(x.tokens.device.type, torch.bfloat16, dtype == torch.bfloat16, False):
+            loss = loss_of(x) * share
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()
-        loss = loss.item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Failed(f"step {step}: loss {loss}, gradient norm {norm}, lr {lr_at(step):.3g}: "
-                         "not finite")
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
-        if not torch.nn.utils.get_total_norm(model.parameters()).isfinite():
-            raise Failed(f"step {step + 1}: the weights are not finite, lr {lr_at(step):.3g}")
-    yield steps.stop, loss
+        return torch.stack((loss.detach(), norm))
+
+    replay = recording(step) if model.tok.weight.is_cuda and not ranks()[1] > 1 else step
+
+    def update(x, lr):
+        for group in optimizer.param_groups:
+            group["lr"].fill_(lr)
+        return replay(x)
+    return update
+
+
+def recording(step):
+    """
+    step(examples) for a GPU, where it takes longer to launch hundreds of small kernels than to run
+    them: the WARM first calls on Examples of a shape are as usual, the next one is recorded as a
+    CUDA graph, which one call replays from then on, on new examples in the same place.
+    """
+    graphs, calls = {}, collections.Counter()
+    side, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def replay(x):
+        shape = tuple(v.shape if torch.is_tensor(v) else v for v in x)
+        calls[shape] += 1
+        if calls[shape] <= WARM:  # recording needs that this was done on another stream before
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                numbers = step(x)
+            torch.cuda.current_stream().wait_stream(side)
+            return numbers
+        if shape not in graphs:
+            place = x._make(v.clone() if torch.is_tensor(v) else v for v in x)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                numbers = step(place)
+            graphs[shape] = graph, place, numbers
+        graph, place, numbers = graphs[shape]
+        for old, new in zip(place, x):
+            if torch.is_tensor(new):
+                old.copy_(new)
+        graph.replay()
+        return numbers.clone()
+    return replay
 
 
 def optimizer_for(model, lr, setup):
     """AdamW (.9, .95), weight decay .1; for compiled models SGD, momentum .9 (paper section 3)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    lr = torch.tensor(lr, device=trained[0].device)  # a recording reads it anew
     if setup.compiled:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        return torch.optim.SGD(trained, lr=lr, momentum=.9, foreach=True)
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(.9, .95), weight_decay=.1,
-                             fused=next(model.parameters()).device.type in ("cpu", "cuda"))
+        return torch.optim.SGD(trained, lr=lr, momentum=.9, fused=True)
+    return torch.optim.AdamW(trained, lr=lr, betas=(.9, .95), weight_decay=.1, fused=True,
+                             capturable=lr.is_cuda)
+
+
+# ---------------------------------------------------------------- device, numbers, processes
+
+
+def ranks():
+    """(rank of this process, number of processes): torchrun starts several."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def part_of(x):
+    """This process's part of Examples, and what its mean counts in the mean of all."""
+    rank, world = ranks()
+    if world == 1:
+        return x, 1
+    part = x.rows(slice(rank, None, world))
+    return part, world * (part.target >= 0).sum() / (x.target >= 0).sum()
+
+
+def training_dtype(name, setup):
+    """
+    The name of the dtype that `auto` means: bfloat16 where the device multiplies in it, else
+    float32; compiled models are always float32. Raises UserError where that was not asked for.
+    """
+    if setup.compiled and name == "bfloat16":
+        raise UserError("--dtype bfloat16: compiled models are exact in float32 only")
+    if name != "auto":
+        return name
+    if setup.device.type == "cuda":
+        fast = torch.cuda.get_device_capability(setup.device) >= (8, 0)
+    else:
+        can = torch.cpu.get_capabilities() if setup.device.type == "cpu" else {}
+        fast = can.get("avx512_bf16") or can.get("amx_bf16")
+    return "bfloat16" if fast and not setup.compiled else "float32"
 
 
 @torch.no_grad()
@@ -274,8 +368,9 @@ RUN = {"run": [
     Flag("--eval-size", "strings in a test set, or stories in a set and in a score", int, 0),
     Flag("--seed", "seed of weights, data order and test sets", int, -1, 0),
     Flag("--compile", "torch.compile the model", bool, default=False),
-    Flag("--dtype", "of the forward pass; bfloat16 by autocast", default="float32",
-         choices=("float32", "bfloat16"))], **MACHINE}
+    Flag("--dtype", "of training's forward pass, bfloat16 by autocast; auto: bfloat16 where the "
+         "device multiplies in it, else float32", default="auto",
+         choices=("auto", "float32", "bfloat16"))], **MACHINE}
 FLAGS = {"model and data": [
     Flag("--setup", "where the capability comes from", default="pcfg", choices=tuple(SETUPS)),
     Flag("--scale", "minutes on two CPU cores, or the paper's sizes for a GPU", default="small",
@@ -368,6 +463,10 @@ def start_device(args):
         torch.set_num_threads(args.threads)
     # momentum of compiled models fades to 1e-38, where a step takes three times as long
     torch.set_flush_denormal(True)
+    if ranks()[0]:
+        sys.stdout = open(os.devnull, "w")
+    if torch.cuda.is_available() and ranks()[1] > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     for name in ("cuda", "cpu") if args.device == "auto" else (args.device,):
         with contextlib.suppress(RuntimeError, AssertionError):  # the latter: a build without cuda
             device = torch.zeros(1, device=name).device
@@ -436,7 +535,10 @@ def start_facts(device):
 def restore(optimizer, ckpt):
     """Load the optimizer's state of a checkpoint. Raises UserError if it does not fit."""
     try:
+        lr = optimizer.defaults["lr"]
         optimizer.load_state_dict(ckpt["optimizer"])
+        for group in optimizer.param_groups:
+            group["lr"] = lr  # the tensor on the device; its value is set before each step
         for p, state in optimizer.state.items():
             moments = [state[k] for k in ("exp_avg", "exp_avg_sq", "momentum_buffer") if k in state]
             if any(moment.shape != p.shape for moment in moments):
@@ -459,6 +561,7 @@ class Run:
     def __init__(self, args, stage, model, setup, parent=None):
         self.args, self.stage, self.model, self.setup = args, stage, model, setup
         self.path, self.done, self.ckpt, self.step = args.out, False, None, None
+        self.leads = ranks()[0] == 0  # of the processes of torchrun one writes, scores and speaks
         base, suffix = os.path.splitext(args.out)
         self.record_path, self.history_path = base + ".json", base + ".jsonl"
         if suffix != ".pt" or os.path.isdir(args.out):
@@ -471,6 +574,7 @@ class Run:
             os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {args.out}: {error.strerror}") from None
+        args.dtype = training_dtype(args.dtype, setup)
         kept = {k: v for k, v in sorted(vars(args).items()) if k not in NOT_COMPARED}
         parent = parent and {"path": parent["path"], "sha256": parent["sha256"]}
         self.about = {"stage": stage, "args": kept, "parent": parent, "steps": args.steps}
@@ -482,12 +586,24 @@ class Run:
         self.fresh = self.ckpt is None
         if not self.fresh:
             model.load_state_dict(build(self.ckpt).state_dict())
-        self.forward = torch.compile(model) if args.compile else model
+        self.forward = self.join(model)
+        if args.compile:
+            self.forward = torch.compile(self.forward)
         often = max(1, args.steps // 25) if stage == "pretrain" else 0
-        self.evals = eval_steps(args.steps, args.eval_every or often)
+        self.evals = eval_steps(args.steps, args.eval_every or often) if self.leads else ()
         print(f"{stage}:", ", ".join(f"{k} {v}" for k, v in vars(args).items()))
         sizes = {k: v for k, v in vars(model.config).items() if k not in ("residual", "words")}
         print("model:", ", ".join(f"{k} {v}" for k, v in sizes.items()))
+
+    def join(self, model):
+        """The model, with several processes one whose gradients are the mean of all processes'."""
+        world = ranks()[1]
+        if world == 1:
+            return model
+        if self.args.batch_size < world:
+            raise UserError(f"--batch-size {self.args.batch_size}: fewer than {world} processes")
+        torch.distributed.init_process_group("nccl" if self.setup.device.type == "cuda" else "gloo")
+        return torch.nn.parallel.DistributedDataParallel(model)
 
     def read_record(self):
         """The record at this path; None without one."""
@@ -526,22 +642,20 @@ class Run:
         elif "model" in earlier:
             self.ckpt = earlier
 
-    def steps(self, loss_at, lr_at):
+    def steps(self, batch, loss_of, lr_at):
         """train_steps() of this run: yields (step, loss), saves on the way, shows a bar."""
-        args, device = self.args, self.setup.device
+        args = self.args
         self.optimizer = optimizer_for(self.model, args.lr, self.setup)
         if self.ckpt:
             restore(self.optimizer, self.ckpt)
         first = self.ckpt["step"] if self.ckpt else 0
         self.start(first)
 
-        def cast_loss_at(step):
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                return loss_at(step)
+        update = update_of(self.model, self.optimizer, loss_of, args.clip,
+                           getattr(torch, args.dtype))
         self.bar = tqdm(total=args.steps, initial=first, desc=self.stage, unit="step",
-                        mininterval=.5, disable=not args.steps)
-        for self.step, self.loss in train_steps(self.model, self.optimizer, cast_loss_at, lr_at,
-                                                range(first, args.steps), args.clip):
+                        mininterval=.5, disable=not (args.steps and self.leads))
+        for self.step, self.loss in train_steps(update, batch, lr_at, range(first, args.steps)):
             check_stop()
             if self.step and self.step % args.save_every == 0:
                 self.save(self.step)
@@ -550,6 +664,8 @@ class Run:
 
     def start(self, step):
         """Write the record and, on a fresh start, step 0; cut the history back on a resume."""
+        if not self.leads:
+            return
         facts, old = start_facts(self.setup.device), self.record
         self.record, self.began = {**self.about, **facts, "resumes": []}, time.time()
         if self.fresh:
@@ -565,8 +681,16 @@ class Run:
         rows = [row for row in read_rows(self.history_path) if row["step"] < step]
         write_rows(self.history_path, rows)
 
+    def check_finite(self):
+        """Raise Failed before weights that are not finite are saved or scored."""
+        if not torch.nn.utils.get_total_norm(self.model.parameters()).isfinite():
+            raise Failed(f"step {self.step}: the weights are not finite")
+
     def save(self, step, finished=False):
         """Write the checkpoint."""
+        self.check_finite()
+        if not self.leads:
+            return
         relation = self.setup.relation(self.args)
         save(self.path, {
             **self.about, "model": self.model.state_dict(),
@@ -576,12 +700,13 @@ class Run:
 
     def log(self, step, rows):
         """Add the rows of an evaluation to the history, and show them."""
+        self.check_finite()
         self.rows = [dict(row, step=step) for row in rows]
         with open(self.history_path, "a") as f:
             f.writelines(json.dumps(row) + "\n" for row in self.rows)
         shown = {f"{r['operand']}_{r['split']}": r["accuracy"] for r in rows
                  if r["split"] != "natural" and r["accuracy"] is not None}
-        self.bar.set_postfix({"loss": self.loss, **dict(itertools.islice(shown.items(), 4))})
+        self.bar.set_postfix({"loss": self.loss and self.loss.item(), **dict(itertools.islice(shown.items(), 4))})
 
     def __enter__(self):
         return self
@@ -590,10 +715,14 @@ class Run:
         if self.step is None:  # nothing was begun
             return
         self.bar.close()
+        if not self.leads and kind in (None, Stopped):
+            return
         if kind is Stopped:
             self.save(self.step)
             print(f"{self.path}: stopped and saved at step {self.step} of {self.args.steps}; go on "
                   "with --resume")
+        if kind is RuntimeError and ranks()[1] > 1:
+            kind, error = Failed, f"step {self.step}: another process ended"
         if kind is Failed:
             raise Failed(f"{error}; the last good checkpoint is {self.path}") from None
         if kind is None:
@@ -648,7 +777,7 @@ def main():
         batch = data.stream(lambda n, rng: setup.pretraining(n, rng, args), args.batch_size,
                             args.seed, "pretrain", setup.draws_on)
         lr_at = cosine(args.lr, args.steps, warmup=setup.warmup)
-        for step, loss in run.steps(lambda step: loss_of(run.forward, batch(step)), lr_at):
+        for step, loss in run.steps(batch, lambda x: loss_of(run.forward, x), lr_at):
             if step in run.evals:
                 run.log(step, evaluate(model, setup, setup.tests(args, step)))
     if setup.compiled and run.rows[2]["accuracy"] < .9:  # natural strings

@@ -52,6 +52,16 @@ jobs_grid() {
         echo "tune grid/$prior/ctr$c-lr$lr $prior-0 0 --c-tr $c --lr $lr"
     done; done; done
 }
+dtypes() {  # a command for every seed and dtype
+    for seed in 101 102 103 104 105; do for dtype in bfloat16 float32; do
+        eval "echo \"$1\""
+    done; done
+}
+jobs_dtype() { dtypes 'train dtype/pre-$dtype-$seed pretrain.py --seed $seed --dtype $dtype'; }
+jobs_dtype_tune() {
+    dtypes 'train dtype/$dtype-$seed finetune.py --ckpt $OUT/dtype/pre-$dtype-$seed.pt --seed $seed --dtype $dtype'
+}
+jobs_dtype_look() { dtypes 'look dtype/$dtype-$seed'; }
 for stage in ${STAGES:-jobs_pre jobs_tune jobs_look jobs_grid}; do
     $stage | tr '\n' '\0' | xargs -0 -P "${LANES:-2}" -I{} bash -c "{}"
 done
