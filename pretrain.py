@@ -73,7 +73,7 @@ def update_of(model, optimizer, loss_of, clip=1.0, dtype=torch.float32):
     """
     update(examples, lr) -> tensor (loss, gradient norm): one step of training, for which nobody has
     waited yet. loss_of(examples) -> loss; clip: largest gradient norm; dtype: float32, or bfloat16
-    by autocast. On CUDA the step is a recording(): loss_of must not read the device there.
+    by autocast. On CUDA the step is recorded(): loss_of must not read the device there.
     """
     def step(x):
         x, share = part_of(x)
@@ -85,46 +85,66 @@ def update_of(model, optimizer, loss_of, clip=1.0, dtype=torch.float32):
         optimizer.zero_grad()
         return torch.stack((loss.detach(), norm))
 
-    replay = recording(step) if model.tok.weight.is_cuda and not ranks()[1] > 1 else step
+    on_gpu = model.tok.weight.is_cuda and ranks()[1] == 1
+    train = recorded(step) if on_gpu else step
 
     def update(x, lr):
         for group in optimizer.param_groups:
             group["lr"].fill_(lr)
-        return replay(x)
+        return train(x)
     return update
 
 
-def recording(step):
+def recorded(step):
     """
-    step(examples) for a GPU, where it takes longer to launch hundreds of small kernels than to run
-    them: the WARM first calls on Examples of a shape are as usual, the next one is recorded as a
-    CUDA graph, which one call replays from then on, on new examples in the same place.
+    step(examples) -> tensor for a GPU, where it takes longer to launch hundreds of small kernels
+    than to run them. The WARM first calls on Examples of a shape are as usual, the next one is
+    recorded; from then on one launch replays it, on new examples in the same place.
     """
-    graphs, calls = {}, collections.Counter()
-    side, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    places, results, calls, replays = {}, {}, collections.Counter(), {}
 
-    def replay(x):
+    def call(x):
         shape = tuple(v.shape if torch.is_tensor(v) else v for v in x)
-        calls[shape] += 1
-        if calls[shape] <= WARM:  # recording needs that this was done on another stream before
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                numbers = step(x)
-            torch.cuda.current_stream().wait_stream(side)
-            return numbers
-        if shape not in graphs:
-            place = x._make(v.clone() if torch.is_tensor(v) else v for v in x)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                numbers = step(place)
-            graphs[shape] = graph, place, numbers
-        graph, place, numbers = graphs[shape]
-        for old, new in zip(place, x):
+        if shape not in places:
+            places[shape] = x._make(v.clone() if torch.is_tensor(v) else v for v in x)
+        for old, new in zip(places[shape], x):
             if torch.is_tensor(new):
                 old.copy_(new)
-        graph.replay()
-        return numbers.clone()
-    return replay
+
+        def run():
+            results[shape] = step(places[shape])
+        calls[shape] += 1
+        if calls[shape] <= WARM:
+            aside(run)
+        else:
+            if shape not in replays:
+                replays[shape] = record(run)
+            replays[shape]()
+        return results[shape].clone()
+    return call
+
+
+def aside(run):
+    """Run on a stream of its own: what is to be recorded must not have run on the usual one."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+
+
+@functools.cache
+def memory_pool():
+    """The memory that all recordings share: they never run at the same time."""
+    return torch.cuda.graph_pool_handle()
+
+
+def record(run):
+    """A function that launches at once, as a CUDA graph, all that run() would launch now."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=memory_pool()):
+        run()
+    return graph.replay
 
 
 def optimizer_for(model, lr, setup):
@@ -706,7 +726,8 @@ class Run:
             f.writelines(json.dumps(row) + "\n" for row in self.rows)
         shown = {f"{r['operand']}_{r['split']}": r["accuracy"] for r in rows
                  if r["split"] != "natural" and r["accuracy"] is not None}
-        self.bar.set_postfix({"loss": self.loss and self.loss.item(), **dict(itertools.islice(shown.items(), 4))})
+        loss = None if self.loss is None else self.loss.item()
+        self.bar.set_postfix({"loss": loss, **dict(itertools.islice(shown.items(), 4))})
 
     def __enter__(self):
         return self
