@@ -83,7 +83,10 @@ def update_of(model, optimizer, loss_of, clip=1.0, dtype=torch.float32):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
-        return torch.stack((loss.detach(), norm))
+        loss = loss.detach()
+        if ranks()[1] > 1:
+            torch.distributed.all_reduce(loss.div_(ranks()[1]))  # the mean of all processes
+        return torch.stack((loss, norm))
 
     on_gpu = model.tok.weight.is_cuda and ranks()[1] == 1
     train = recorded(step) if on_gpu else step
