@@ -80,12 +80,16 @@ class Examples(NamedTuple):
         """A list of examples, `size` in each, the last one maybe fewer."""
         return [self.rows(slice(i, i + size)) for i in range(0, len(self.tokens), size)]
 
-    def trimmed(self):
-        """Without the columns behind the last one in which any output is wanted."""
+    def batches(self, size):
+        """split(size), each without the columns behind the last in which any output is wanted."""
+        parts = self.split(size)
         if self.at is not None:  # a compiled model attends to its padding
-            return self
-        width = int((self.target >= 0).any(0).nonzero().max()) + 1
-        return self._replace(tokens=self.tokens[:, :width], target=self.target[:, :width])
+            return parts
+        column = torch.arange(1, self.target.shape[1] + 1, device=self.target.device)
+        ends = ((self.target >= 0) * column).amax(1).tolist()
+        widths = [max(ends[i:i + size]) for i in range(0, len(ends), size)]
+        return [part._replace(tokens=part.tokens[:, :width], target=part.target[:, :width])
+                for part, width in zip(parts, widths)]
 
 
 class Test(NamedTuple):
@@ -124,7 +128,9 @@ def rng(seed, *labels, device="cpu"):
     return torch.Generator(device).manual_seed(int(words[0] >> np.uint64(1)))
 
 
-CHUNK = 16  # batches drawn together: the sampler is faster on many strings
+# Batches drawn together: the sampler is faster on many strings, above all on a GPU, where launching
+# takes its time.
+CHUNK, CHUNK_ON_GPU = 16, 64
 
 
 def stream(draw, batch_size, seed, label, device="cpu"):
@@ -132,11 +138,13 @@ def stream(draw, batch_size, seed, label, device="cpu"):
     A function k -> batch k of what draw(n, generator) draws. Batch k depends on (seed, label, k)
     and the batch size alone: an interrupted run goes on exactly where it was.
     """
+    together = CHUNK_ON_GPU if torch.device(device).type == "cuda" else CHUNK
+
     @functools.lru_cache(maxsize=1)
     def chunk(i):
-        drawn = draw(batch_size * CHUNK, rng(seed, label, i, device=device))
-        return [batch.trimmed() for batch in drawn.split(batch_size)]
-    return lambda k: chunk(k // CHUNK)[k % CHUNK]
+        drawn = draw(batch_size * together, rng(seed, label, i, device=device))
+        return drawn.batches(batch_size)
+    return lambda k: chunk(k // together)[k % together]
 
 
 def most_frequent(answers):

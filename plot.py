@@ -1095,7 +1095,9 @@ def paper_shares():
     """{(prior or program, the paper's rate, C_Tr, role, split): percent}"""
     shares, roles = {}, {"a": "O_PT", "b": "O_FT", "OPT": "O_PT", "OFT": "O_FT"}
     for row in paper_rows("paper_count.csv") + paper_rows("paper_tracr.csv"):
-        place = row.get("prior") or row["task"], float(row["lr"]), float(row["c_tr"])
+        name = row.get("prior") or row["task"]
+        name += ", 50K" * (row.get("pretrain_steps") == "50000")
+        place = name, float(row["lr"]), float(row["c_tr"])
         split = row.get("split") or "c" + row["c_te"]
         shares[*place, roles[row["operand"]], split] = 100 * float(row["accuracy"])
     return shares
@@ -1115,7 +1117,10 @@ def paper_place(settings):
     else:
         name = describe("prior", settings.get("prior")).split("\xa0")[1]
         name += f", {settings.get('task')}" * (settings.get("task") != "count")
-        lr = lr if settings["scale"] == "paper" else float(f"{lr / 10:.2g}")
+        if settings["scale"] == "small":
+            lr = float(f"{lr / 10:.2g}")
+        elif settings.get("pretrain steps") == 50000:
+            name += ", 50K"
     return name, lr, settings["c_tr"], ", ".join(words)
 
 
@@ -1124,9 +1129,9 @@ def paper_table(runs):
     """
     Accuracy after fine-tuning, ours / the paper's. Percent, every seed; near: seeds with both of
     O_FT within 10 points. The paper: Table 5 (250 letters, six blocks, 10K steps; at our small
-    scale its rate is a tenth) and Table 3 (compiled models). Rule: the one that explains most
-    answers on c0, and its share; b: learned, a+q: the shortcut, blend: (a + b + q) / 2, constant:
-    always the same.
+    scale its rate is a tenth), Table 6 (50K pretraining steps in place of 200K) and Table 3
+    (compiled models). Rule: the one that explains most answers on c0, and its share; b: learned,
+    a+q: the shortcut, blend: (a + b + q) / 2, constant: always the same.
     """
     paper, rows = paper_shares(), []
     for group in having(runs, "history", ("fine-tuning",)):

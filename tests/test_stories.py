@@ -364,7 +364,7 @@ def test_losses_against_a_slow_reference(setup):
     assert loss_of(model, x).item() == pytest.approx(expected, abs=1e-5)
     wide = x._replace(tokens=F.pad(x.tokens, (0, 9)), target=F.pad(x.target, (0, 9), value=-1))
     assert loss_of(model, wide).item() == pytest.approx(expected, abs=1e-5)
-    assert torch.equal(wide.trimmed().tokens, x.tokens)
+    assert torch.equal(wide.batches(len(wide.tokens))[0].tokens, x.tokens)
     test = data.Test({"operand": "Twist"}, setup.examples(records, wanted="story"), how="loss")
     row = pretrain.loss_row(model, test, batch=5)
     assert row["loss"] == pytest.approx(torch.cat(inside).mean().item(), abs=1e-5)

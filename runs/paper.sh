@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# The paper's sizes (Table 6: 50,000 pretraining and 10,000 fine-tuning steps) in a quarter of an hour
+# on one GPU, most important first: the low prior, its fine-tunings, what is inside two of them, then
+# the high prior. A job starts only if the time left is as long as the last one of its kind took; one
+# that time cuts short is saved. Restartable: what is done is passed over.
+#
+#     bash runs/paper.sh                                  # MINUTES=14 PYTHON=path/to/python
+#     SCALE=small STEPS=60 MINUTES=4 bash runs/paper.sh   # a rehearsal on a CPU
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PYTHON=${PYTHON:-python} OUT=${OUT:-out/evidence/paper} SCALE=${SCALE:-paper}
+export END=$(($(date +%s) + ${MINUTES:-14} * 60))
+mkdir -p "$OUT"
+
+job() {  # kind of job, script and flags
+    local left=$((END - $(date +%s))) begin=$SECONDS
+    local took; took=$(cat "$OUT/$1.seconds" 2>/dev/null || echo 1)
+    if ((left < took)); then
+        echo "no time left for ${*:2}"
+        return
+    fi
+    echo "$left s left: ${*:2}"
+    timeout -s INT "$left" "$PYTHON" "${@:2}" 2>> "$OUT/log" >> "$OUT/log" &&
+        echo $((SECONDS - begin)) > "$OUT/$1.seconds" || echo "exit code $?: ${*:2}"
+}
+train() {  # kind, run, script and flags: few saves and scores, since each one costs seconds
+    local often=5000 compile=--compile
+    [ "$SCALE" = paper ] || { often=30; compile=; }
+    job "$1" "${@:3}" --out "$OUT/$2.pt" --resume --save-every "$often" $compile
+}
+pretrain() {  # prior
+    train pretrain "$1" pretrain.py --scale "$SCALE" --prior "$1" --eval-every $((${STEPS:-50000} / 10)) \
+        ${STEPS:+--steps "$STEPS"}
+}
+tune() {  # prior, C_Tr, rate
+    train finetune "$1-ctr$2-lr$3" finetune.py --ckpt "$OUT/$1.pt" --c-tr "$2" --lr "$3" \
+        ${STEPS:+--steps "$STEPS"}
+}
+look() {  # prior, C_Tr, rate; reviving takes thousands of steps here, an hour in float32
+    job analyze analyze.py behavior prune probe attention --ckpt "$OUT/$1-ctr$2-lr$3.pt"
+}
+export -f job train tune look
+lanes() {
+    xargs -P "${LANES:-3}" -I{} bash -c "{}"
+}
+tunes() {  # prior: "tune prior C_Tr rate" a line, the clearest cases first
+    for lr in 1e-4 1e-5 1e-6; do for c in 1 0 .5 .8; do echo "tune $1 $c $lr"; done; done
+}
+pretrain low
+tunes low | head -n 8 | lanes
+printf '%s\n' "look low 1 1e-5" "look low 1 1e-4" "look low 0 1e-4" | lanes
+pretrain high
+{ tunes high | head -n 8; tunes low | tail -n 4; tunes high | tail -n 4; } | lanes
+"$PYTHON" plot.py "$OUT" --evidence "${RESULTS:-results/paper}" --figures fig6_curves fig7_prune fig8_probe
