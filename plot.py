@@ -1346,10 +1346,15 @@ def about_text(folder):
 
 def readme(folder):
     """
-    README.md of committed evidence: a section a folder, with its about.md (the command and what we
-    find), figures and tables; the captions of the figures once, at the end.
+    README.md of committed evidence: what about.md says of all, with the .csv files that it names; a
+    section a folder, with its about.md (the command and what we find), figures and tables; the
+    captions of the figures once, at the end.
     """
-    parts, shown = [about_text(folder)[0]], set()
+    (text, files), shown = about_text(folder), set()
+    parts = [text]
+    for name in files:
+        lines = read_file(join(folder, name), lambda f: list(csv.reader(io.TextIOWrapper(f))))
+        parts += [as_markdown("Measured", f"`{name}`.", lines[0], lines[1:])] if lines else []
     for where, folders, names in os.walk(folder):
         folders.sort()
         if "runs.jsonl" in names:
