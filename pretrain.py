@@ -40,7 +40,6 @@ from model import (GPT, LOGIT_SCALE, Config, balance, build, compile_program, ge
 
 # ---------------------------------------------------------------- the optimisation step
 
-
 LOOK = 16  # updates whose losses are read together: reading makes the host wait for the device
 WARM = 3   # updates on Examples of a shape before they are recorded
 
@@ -81,11 +80,11 @@ def update_of(model, optimizer, loss_of, clip=1.0, dtype=torch.float32):
             loss = loss_of(x) * share
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        loss = loss.detach()
+        if ranks()[1] > 1:  # before the weights change: another process may have ended
+            torch.distributed.all_reduce(loss.div_(ranks()[1]))  # the mean of all processes
         optimizer.step()
         optimizer.zero_grad()
-        loss = loss.detach()
-        if ranks()[1] > 1:
-            torch.distributed.all_reduce(loss.div_(ranks()[1]))  # the mean of all processes
         return torch.stack((loss, norm))
 
     on_gpu = model.tok.weight.is_cuda and ranks()[1] == 1
@@ -93,7 +92,7 @@ def update_of(model, optimizer, loss_of, clip=1.0, dtype=torch.float32):
 
     def update(x, lr):
         for group in optimizer.param_groups:
-            group["lr"].fill_(lr)
+            group["lr"].fill_(torch.tensor(lr))  # beyond float32: infinite
         return train(x)
     return update
 
@@ -104,7 +103,7 @@ def recorded(step):
     than to run them. The WARM first calls on Examples of a shape are as usual, the next one is
     recorded; from then on one launch replays it, on new examples in the same place.
     """
-    places, results, calls, replays = {}, {}, collections.Counter(), {}
+    places, results, calls, graphs = {}, {}, collections.Counter(), {}
 
     def call(x):
         shape = tuple(v.shape if torch.is_tensor(v) else v for v in x)
@@ -120,9 +119,9 @@ def recorded(step):
         if calls[shape] <= WARM:
             aside(run)
         else:
-            if shape not in replays:
-                replays[shape] = record(run)
-            replays[shape]()
+            if shape not in graphs:
+                graphs[shape] = record(run, next(iter(graphs.values()), None))
+            graphs[shape].replay()
         return results[shape].clone()
     return call
 
@@ -136,18 +135,15 @@ def aside(run):
     torch.cuda.current_stream().wait_stream(side)
 
 
-@functools.cache
-def memory_pool():
-    """The memory that all recordings share: they never run at the same time."""
-    return torch.cuda.graph_pool_handle()
-
-
-def record(run):
-    """A function that launches at once, as a CUDA graph, all that run() would launch now."""
+def record(run, earlier=None):
+    """
+    What run() would launch now as a CUDA graph, whose replay() launches it at once. It shares the
+    memory of an earlier one: they never run at the same time.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=memory_pool()):
+    with torch.cuda.graph(graph, pool=earlier and earlier.pool()):
         run()
-    return graph.replay
+    return graph
 
 
 def optimizer_for(model, lr, setup):
@@ -663,6 +659,9 @@ class Run:
             raise UserError(f"{self.path}: unfinished, step {earlier['step']} of "
                             f"{earlier['steps']}: --resume goes on, --force starts again")
         elif "model" in earlier:
+            if earlier["config"] != vars(self.model.config):  # of an older version
+                raise UserError(f"{self.path} was begun with another kind of model; give another "
+                                "--out, or --force to replace it")
             self.ckpt = earlier
 
     def steps(self, batch, loss_of, lr_at):
@@ -707,7 +706,8 @@ class Run:
     def check_finite(self):
         """Raise Failed before weights that are not finite are saved or scored."""
         if not torch.nn.utils.get_total_norm(self.model.parameters()).isfinite():
-            raise Failed(f"step {self.step}: the weights are not finite")
+            lr = self.optimizer.param_groups[0]["lr"].item()
+            raise Failed(f"step {self.step}: the weights are not finite, lr {lr:.3g}")
 
     def save(self, step, finished=False):
         """Write the checkpoint."""
@@ -739,14 +739,16 @@ class Run:
         if self.step is None:  # nothing was begun
             return
         self.bar.close()
-        if not self.leads and kind in (None, Stopped):
+        if kind and issubclass(kind, RuntimeError) and ranks()[1] > 1:
+            kind = Stopped if data.signals else Failed  # torchrun stops them one after the other
+            error = f"step {self.step}: another process ended ({str(error).splitlines()[0]})"
+        if not self.leads and kind is None:
             return
         if kind is Stopped:
             self.save(self.step)
             print(f"{self.path}: stopped and saved at step {self.step} of {self.args.steps}; go on "
                   "with --resume")
-        if kind is RuntimeError and ranks()[1] > 1:
-            kind, error = Failed, f"step {self.step}: another process ended"
+            raise Stopped from None
         if kind is Failed:
             raise Failed(f"{error}; the last good checkpoint is {self.path}") from None
         if kind is None:

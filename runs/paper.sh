@@ -41,14 +41,15 @@ look() {  # prior, C_Tr, rate; reviving takes thousands of steps here, an hour i
 }
 export -f job train tune look
 lanes() {
-    xargs -P "${LANES:-3}" -I{} bash -c "{}"
+    xargs -P "${LANES:-4}" -I{} bash -c "{}"
 }
 tunes() {  # prior: "tune prior C_Tr rate" a line, the clearest cases first
-    for lr in 1e-4 1e-5 1e-6; do for c in 1 0 .5 .8; do echo "tune $1 $c $lr"; done; done
+    for c in 1 0 .5 .8; do for lr in 1e-4 1e-5; do echo "tune $1 $c $lr"; done; done
+    for c in 1 0 .5 .8; do echo "tune $1 $c 1e-6"; done
 }
 pretrain low
-tunes low | head -n 8 | lanes
-printf '%s\n' "look low 1 1e-5" "look low 1 1e-4" "look low 0 1e-4" | lanes
+tunes low | head -n 3 | lanes
+{ tunes low | head -n 3 | sed s/tune/look/; tunes low | tail -n +4; } | lanes
 pretrain high
-{ tunes high | head -n 8; tunes low | tail -n 4; tunes high | tail -n 4; } | lanes
+tunes high | lanes
 "$PYTHON" plot.py "$OUT" --evidence "${RESULTS:-results/paper}" --figures fig6_curves fig7_prune fig8_probe

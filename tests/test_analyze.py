@@ -437,8 +437,8 @@ def test_a_tiny_model_learns_to_count_what_it_is_taught_and_nothing_else():
     tests = [setup.test(COUNT, "a", "natural", 300, 0),
              setup.test(COUNT._replace(pt="c"), "c", "c0", 300, 0)]
     optimizer = pretrain.optimizer_for(model, 3e-3, setup)
-    for _ in pretrain.train_steps(model, optimizer, lambda step: loss_of(model, batch(step)),
-                                  pretrain.cosine(3e-3, 180), range(180)):
+    update = pretrain.update_of(model, optimizer, lambda x: loss_of(model, x))
+    for _ in pretrain.train_steps(update, batch, pretrain.cosine(3e-3, 180), range(180)):
         pass
     a, c = pretrain.evaluate(model, setup, tests)
     assert a["accuracy"] > .9 > a["floor"] + .2

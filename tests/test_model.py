@@ -2,11 +2,13 @@
 What model.py promises: a causal GPT whose activations can be read and replaced by name, edits that undo themselves bit
 for bit, checkpoints that come back as they were, and generation that a slow loop over full forward passes agrees with.
 """
+import copy
 import math
 from dataclasses import asdict, replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import data
 import model as model_py
@@ -86,9 +88,13 @@ def test_causal(model, tokens):
 
 
 @torch.no_grad()
-def test_forward_against_a_plain_reference(model, tokens):
-    """The whole network written out again, head by head: pre-norm, tanh GELU, 1/sqrt(d_head), residual sums."""
-    w = model.state_dict()
+@pytest.mark.parametrize("activation", ["gelu_exact", "gelu", "relu"])
+def test_forward_against_a_plain_reference(model, tokens, activation):
+    """The whole network written out again, head by head: pre-norm, GELU, 1/sqrt(d_head), residual sums."""
+    w, model = model.state_dict(), GPT(replace(CONFIG, activation=activation))
+    model.load_state_dict(w)
+    act = {"relu": lambda y: y * (y > 0), "gelu_exact": lambda y: .5 * y * (1 + torch.erf(y / math.sqrt(2))),
+           "gelu": lambda y: .5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + .044715 * y ** 3)))}[activation]
 
     def norm(x, name):
         x = x - x.mean(-1, keepdim=True)
@@ -106,8 +112,7 @@ def test_forward_against_a_plain_reference(model, tokens):
                 z[:, t, part] = (scores.softmax(-1)[..., None] * v[:, :t + 1, part]).sum(1)
         x = x + z @ w[b + "attn.out.weight"].T + w[b + "attn.out.bias"]
         y = norm(x, b + "ln2") @ w[b + "up.weight"].T + w[b + "up.bias"]
-        y = .5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + .044715 * y ** 3)))
-        x = x + y @ w[b + "down.weight"].T + w[b + "down.bias"]
+        x = x + act(y) @ w[b + "down.weight"].T + w[b + "down.bias"]
     assert torch.allclose(model(tokens), norm(x, "ln") @ w["head.weight"].T, atol=1e-4)
 
 
@@ -162,6 +167,21 @@ def test_loss_by_hand(model, tokens):
     loss_of(model, Examples(tokens, only, at=6)).backward()
     for name, p in model.named_parameters():
         assert torch.allclose(p.grad, full[name], rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("extra", [None, (6, .5)])
+def test_loss_equals_that_of_the_gathered_outputs(model, tokens, extra):
+    """Padding is left out by ignoring it, not by picking the others: the same loss and gradients."""
+    target = tokens.roll(-1, 1).masked_fill(torch.arange(T) > torch.tensor([6, 12, 8, 7, 10])[:, None], -1)
+    logits, wanted = model(tokens), target >= 0
+    loss = F.cross_entropy(logits[wanted], target[wanted])
+    if extra:
+        loss = loss + .5 * F.cross_entropy(logits[:, 6], target[:, 6])
+    slow = torch.autograd.grad(loss, list(model.parameters()))
+    fast = loss_of(model, Examples(tokens, target, extra=extra))
+    assert abs(fast.item() - loss.item()) < 1e-6 and len(tokens[~wanted]) == 17
+    for ours, theirs in zip(torch.autograd.grad(fast, list(model.parameters())), slow):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------- rotary positions, tied weights
@@ -255,10 +275,96 @@ def test_impossible_story_models(wrong):
         GPT(replace(STORY, **wrong))
 
 
-# ---------------------------------------------------------------- generation
-
 SHAPES_THAT_GENERATE = {"story": STORY, "learned": CONFIG, "rotary": replace(CONFIG, rotary=True),
                         "tied": replace(CONFIG, tied=True), "one block": replace(STORY, n_layer=1)}
+
+
+# ---------------------------------------------------------------- two ways to attend
+
+COMPILED = replace(CONFIG, causal=False, layer_norm=False, activation="relu", n_out=7, train_head=False)
+WAYS = {"products": True, "sdpa": False}
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """Attention by this way, whatever is faster."""
+    monkeypatch.setattr(model_py, "products_are_faster", lambda k: WAYS[request.param])
+
+
+def plain_logits(gpt, tokens):
+    """The reference: attention query by query, in double precision; rotary pairs are complex numbers."""
+    gpt, c, t = copy.deepcopy(gpt).double(), gpt.config, torch.arange(tokens.shape[1])
+    angles = t[:, None] / 10000 ** (torch.arange(0, E, 2).double() / E)
+    turns = torch.polar(torch.ones_like(angles), angles)[:, None]  # (t, 1, e / 2)
+
+    def turned(y):  # (n, t, h, e)
+        z = torch.complex(*y.chunk(2, -1)) * turns
+        return torch.cat((z.real, z.imag), -1)
+    x = gpt.tok(tokens) if c.rotary else gpt.tok(tokens) + gpt.pos(t)
+    for block in gpt.blocks:
+        q, k, v = block.attn.qkv(block.ln1(x)).unflatten(2, (3, H, E)).unbind(2)
+        q, k = (turned(q), turned(k)) if c.rotary else (q, k)
+        z = []
+        for i in t.tolist():
+            seen = slice(i + 1 if c.causal else None)
+            weights = ((q[:, i, None] * k[:, seen]).sum(-1) / math.sqrt(E)).softmax(1)  # (n, keys, h)
+            z.append((weights[..., None] * v[:, seen]).sum(1).flatten(1))
+        x = x + block.attn.out(torch.stack(z, 1))
+        x = x + block.down(block.activation(block.up(block.ln2(x))))
+    return gpt.head(gpt.ln(x)).float()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [*SHAPES_THAT_GENERATE.values(), COMPILED], ids=[*SHAPES_THAT_GENERATE, "compiled"])
+def test_both_ways_to_attend_equal_the_plain_one(config, tokens, way):
+    """Of whole sequences, of one position, with the pattern looked at; in the cache: prompts, then two tokens more."""
+    gpt = loud(config)
+    full = plain_logits(gpt, tokens)
+    scale = 1 + full.abs().max()
+    assert (gpt(tokens) - full).abs().max() < 1e-5 * scale
+    assert (activations(gpt, tokens)[0] - full).abs().max() < 1e-5 * scale
+    for at in (0, 4, T - 1):
+        assert (gpt(tokens, at) - full[:, at]).abs().max() < 1e-5 * scale
+    if config.causal:
+        cache = Cache(gpt, torch.tensor([4, 0, 3, 1, 2]), 13)
+        rows = [tokens[i, :7 - pad].tolist() for i, pad in enumerate(cache.pads.flatten().tolist())]
+        ends = [len(row) - 1 for row in rows]
+        logits = gpt(left_padded(rows)[0], at=6, cache=cache)
+        assert (logits - full[range(N), ends]).abs().max() < 1e-5 * scale
+        places = torch.tensor(ends)[:, None] + torch.tensor([1, 2])
+        logits = gpt(tokens.gather(1, places), cache=cache)
+        assert (logits - full[torch.arange(N)[:, None], places]).abs().max() < 1e-5 * scale
+
+
+@pytest.mark.parametrize("config", [CONFIG, STORY])
+@pytest.mark.parametrize("at", [None, 7])
+def test_both_ways_to_attend_have_the_same_gradients(config, tokens, at, monkeypatch):
+    """To single precision; in bfloat16 they are finite, and logits and gradients off by its rounding."""
+    gpt, seen = loud(config), {}
+    for name, faster in WAYS.items():
+        monkeypatch.setattr(model_py, "products_are_faster", lambda k, faster=faster: faster)
+        for half in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                logits = gpt(tokens, at)
+            assert logits.dtype == (torch.bfloat16 if half else torch.float32)
+            grads = torch.autograd.grad(logits.float().square().mean(), list(gpt.parameters()))
+            seen[name, half] = torch.cat([x.detach().flatten() for x in (logits.float(), *grads)])
+    exact = seen["products", False]
+    for (name, half), x in seen.items():
+        assert x.isfinite().all() and (x - exact).norm() < (2 ** -6 if half else 1e-5) * exact.norm(), (name, half)
+        assert not half or (x != exact).any()
+
+
+def test_where_products_are_faster():
+    """On a CPU, for short sequences; those of bfloat16 may be longer."""
+    for t, dtype, device, yes in ((41, torch.float32, "cpu", True), (65, torch.float32, "cpu", False),
+                                  (200, torch.bfloat16, "cpu", True), (600, torch.bfloat16, "cpu", False),
+                                  (41, torch.float32, "meta", False), (41, torch.bfloat16, "meta", False)):
+        assert model_py.products_are_faster(torch.empty(2, 3, t, 4, dtype=dtype, device=device)) == yes
+
+
+# ---------------------------------------------------------------- generation
+
 PROMPTS = [[3, 7, 1, 4, 4], [9], [28, 2, 11], [5, 6, 7, 8, 9, 10, 11, 12], [1, 2]]
 
 
@@ -313,7 +419,7 @@ def test_cached_logits_are_those_of_the_full_forward(generator, tokens, eyes):
 
 @torch.no_grad()
 @pytest.mark.parametrize("most", [0, 1, 6, 100])
-def test_greedy_generation_equals_the_slow_loop(generator, most):
+def test_greedy_generation_equals_the_slow_loop(generator, most, way):
     """Row by row, with an end token that some rows reach and others do not; alone as in a batch; lists as tensors."""
     free = [slow_greedy(generator, p, most, -1) for p in PROMPTS]
     assert generate(generator, PROMPTS, most, None, temperature=0, end=-1) == free
@@ -324,6 +430,14 @@ def test_greedy_generation_equals_the_slow_loop(generator, most):
         assert expected == [row[:row.index(end)] if end in row else row for row in free]
         assert all(generate(generator, [torch.tensor(p)], most, None, temperature=0, end=end) == [row]
                    for p, row in zip(PROMPTS, expected))
+
+
+def test_greedy_generation_is_the_same_both_ways_to_attend(generator, monkeypatch):
+    rows = []
+    for faster in WAYS.values():
+        monkeypatch.setattr(model_py, "products_are_faster", lambda k, faster=faster: faster)
+        rows.append(generate(generator, PROMPTS, 16, None, temperature=0, end=-1))
+    assert rows[0] == rows[1]
 
 
 def test_generation_stops_work_early(monkeypatch):
@@ -656,7 +770,8 @@ def test_saving_is_all_or_nothing(model, tmp_path):
 
 @pytest.mark.parametrize("wrong", [
     {"d_model": 24}, {"n_layer": 2}, {"n_layer": 4}, {"n_layer": 10 ** 9}, {"vocab_size": 10 ** 15}, {"d_mlp": 0},
-    {"n_ctx": -1}, {"d_head": 3.0}, {"n_head": True}, {"n_head": "2"}, {"more": 1}])
+    {"n_ctx": -1}, {"d_head": 3.0}, {"n_head": True}, {"n_head": "2"}, {"more": 1},
+    {"activation": "other"}, {"activation": []}])
 def test_config_that_lies_about_shapes(model, tmp_path, wrong):
     """Refused in one line that names the file, before anything of that size is allocated."""
     save(tmp_path / "x.pt", checkpoint(model, config={**asdict(CONFIG), **wrong}))

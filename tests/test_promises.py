@@ -11,6 +11,7 @@ import os
 import pathlib
 import pickle
 import random
+import re
 import resource
 import runpy
 import shutil
@@ -52,12 +53,13 @@ def save_with_moments(path, ckpt):
     save(path, ckpt)
 
 
-def _script(script, words, folder, log, most_bytes):
+def _script(script, words, folder, log, most_bytes, variables):
     """
     The body of a new process: `python script words` in a folder, what it prints in log.out and
     log.err.
     """
     os.chdir(folder)
+    os.environ.update(variables)
     for number, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(log + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     if most_bytes:
@@ -74,12 +76,16 @@ class Folder:
         self.path, self.number = path, 0
         (path / "log").mkdir()
 
-    def start(self, script, *words, most_bytes=None):
-        """A running process; most_bytes: no file may grow beyond, as if the disk were full."""
+    def start(self, script, *words, most_bytes=None, variables=()):
+        """
+        A running process; most_bytes: no file may grow beyond, as if the disk were full; variables:
+        of its environment.
+        """
         self.number += 1
         log = str(self.path / "log" / str(self.number))
         words = [str(w) for w in words]
-        process = FORKS.Process(target=_script, args=(script, words, self.path, log, most_bytes))
+        process = FORKS.Process(target=_script, args=(script, words, self.path, log, most_bytes,
+                                                      dict(variables)))
         process.start()
         process.log, process.began = log, time.time()
         return process
@@ -254,9 +260,9 @@ def test_nothing_imports_fcntl():
 
 
 RUNS = {"pretrain": ("pretrain.py", ["--steps", "40", "--eval-every", "6", "--save-every", "3",
-                                     *TINY]),
+                                     "--dtype", "bfloat16", *TINY]),
         "finetune": ("finetune.py", ["--steps", "40", "--eval-every", "6", "--save-every", "3",
-                                     "--ckpt", "pre.pt", *TINY])}
+                                     "--dtype", "float32", "--ckpt", "pre.pt", *TINY])}
 
 
 @pytest.mark.parametrize("stage", RUNS)
@@ -288,14 +294,15 @@ def test_killed_at_random_moments(copy, stage):
     assert json.loads((copy.path / "x.json").read_text())["args"] == read_checkpoint(out)["args"]
 
 
-@pytest.mark.parametrize("stage, number, code", [("pretrain", signal.SIGTERM, 143),
-                                                 ("finetune", signal.SIGINT, 130)])
-def test_stopped_while_training(copy, stage, number, code):
+@pytest.mark.parametrize("stage, number, code, dtype", [
+    ("pretrain", signal.SIGTERM, 143, "float32"), ("finetune", signal.SIGINT, 130, "bfloat16")])
+def test_stopped_while_training(copy, stage, number, code, dtype):
     """
     One signal: saved at the very step, told how to go on, 128 + signal; resumed, it ends as the
     uninterrupted run.
     """
-    script, words = f"{stage}.py", ["--steps", "120", "--eval-every", "50", *TINY]
+    script = f"{stage}.py"
+    words = ["--steps", "120", "--eval-every", "50", "--dtype", dtype, *TINY]
     words += ["--ckpt", "pre.pt"] if stage == "finetune" else []
     assert copy.run(script, *words, "--out", "whole.pt").code == 0
     process = copy.start(script, *words, "--out", "x.pt")
@@ -682,13 +689,14 @@ def test_loss_that_is_not_finite(copy, script, words):
     """
     Exit code 1 and one line with the step, the rate and the last good checkpoint, which loads and
     is finite, even if every step is saved; a last step that ends in nonsense does not count as
-    finished. The history stays JSON.
+    finished. The history stays JSON. The step is at most 16 after the first that was nonsense.
     """
     words = {"pretrain.py": PRETRAIN, "finetune.py": FINETUNE}[script] + words
     result = copy.run(script, *words, "--out", "x.pt")
     assert result.code == 1 and len(result.err) == 1, result.raw
-    for word in ("step 1", "lr", "not finite", "x.pt"):
+    for word in ("lr", "not finite", "the last good checkpoint is x.pt"):
         assert word in result.err[0]
+    assert 1 <= int(re.search(r"step (\d+):", result.err[0])[1]) <= 16
     ckpt = load(copy.path / "x.pt", unfinished=True)[1]
     assert not ckpt["finished"] and finite(copy.path / "x.pt")
     mistake(copy.run("finetune.py", *FINETUNE, "--ckpt", "x.pt", "--out", "y.pt"), "unfinished")
