@@ -272,7 +272,7 @@ def main():
     on_gpu, rows = device.type == "cuda", []
     setup = data.Grammar("pcfg", "paper" if on_gpu else "small", device)
     about = SimpleNamespace(
-        setup=setup, on_gpu=on_gpu, group=10 if on_gpu else 1, repeats=args.repeats,
+        setup=setup, on_gpu=on_gpu, group=10 if on_gpu else 5, repeats=args.repeats,
         compile=args.compile, dtypes=dict.fromkeys(("float32", training_dtype("auto", setup))))
     name = torch.cuda.get_device_name(device) if on_gpu else "{}, {} threads".format(
         torch.cpu.get_capabilities().get("cpu_name", "CPU"), torch.get_num_threads())
