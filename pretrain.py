@@ -482,8 +482,8 @@ def start_device(args):
         torch.set_num_threads(args.threads)
     # momentum of compiled models fades to 1e-38, where a step takes three times as long
     torch.set_flush_denormal(True)
-    # glibc gives freed megabytes back to the kernel, and a step asks for them anew page by page, until
-    # it has seen a block freed that is as large as it ever keeps. This one saves a fifth of a step.
+    # glibc gives freed megabytes back to the kernel, and a step asks for them anew page by page,
+    # until it has seen a block freed as large as it ever keeps. This one saves a fifth of a step.
     torch.empty(31 << 20, dtype=torch.uint8)
     if ranks()[0]:
         sys.stdout = open(os.devnull, "w")

@@ -4,10 +4,12 @@ README's commands; and one tiny training that must learn.
 """
 import copy
 import json
+import os
 import re
 import shlex
-import subprocess
+import runpy
 import sys
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,23 +23,37 @@ import data
 import pretrain
 from data import PROGRAMS, Relation
 from model import GPT, Config, activations, balance, compile_program, load, loss_of, weight_edits
+from test_promises import FORKS
 
 ROOT = Path(__file__).parent.parent
 COUNT = Relation("count", "a", "b", 1)
 
 
+def _script(script, words, folder, log):
+    """The body of a new process, which was forked from one that has imported torch."""
+    os.chdir(folder)
+    for number, suffix in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(log + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = [script, *words]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
 def python(*words, cwd, code=0):
     """Run a script; returns what it printed, on stderr alone where it is to fail."""
-    words = [str(word) for word in words]
-    done = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=cwd,
-                          capture_output=True, text=True)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stderr if code else done.stdout + done.stderr
+    with tempfile.TemporaryDirectory() as folder:
+        log, words = os.path.join(folder, "log"), [str(word) for word in words]
+        process = FORKS.Process(target=_script, args=(words[0], words[1:], str(cwd), log))
+        process.start()
+        process.join()
+        out, err = (Path(log + suffix).read_text() for suffix in (".out", ".err"))
+    assert process.exitcode == code, out + err
+    return err if code else out + err
 
 
 # Pruning edits up to 10,000 units, which takes minutes at the paper's scale: there only up to 3.
 FEW_UNITS = f"""
 import sys
+import tempfile
 sys.path.insert(0, {str(ROOT)!r})
 import analyze
 from pretrain import run_script
