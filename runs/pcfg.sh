@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The evidence of the grammar: raw runs under out/evidence, tables and figures under results/. About
-# an hour on two cores. Restartable: what is done is passed over. Two single-threaded runs side by
+# an hour and a half on two cores. Restartable: what is done is passed over. Two single-threaded runs side by
 # side beat one run on two threads.
 #
 #     bash runs/pcfg.sh                             # PYTHON=path/to/python to choose an interpreter
@@ -52,17 +52,26 @@ jobs_grid() {
         echo "tune grid/$prior/ctr$c-lr$lr $prior-0 0 --c-tr $c --lr $lr"
     done; done; done
 }
-dtypes() {  # a command for every seed and dtype
+jobs_dtype() {  # does the dtype of training change what is found? mixed: fine-tuned in float32
     for seed in 101 102 103 104 105; do for dtype in bfloat16 float32; do
-        eval "echo \"$1\""
+        echo "train dtype/pre-$dtype-$seed pretrain.py --seed $seed --dtype $dtype"
     done; done
 }
-jobs_dtype() { dtypes 'train dtype/pre-$dtype-$seed pretrain.py --seed $seed --dtype $dtype'; }
 jobs_dtype_tune() {
-    dtypes 'train dtype/$dtype-$seed finetune.py --ckpt $OUT/dtype/pre-$dtype-$seed.pt --seed $seed --dtype $dtype'
+    for seed in 101 102 103 104 105; do
+        for names in "bfloat16 bfloat16 bfloat16" "float32 float32 float32" "mixed bfloat16 float32"; do
+            set -- $names
+            echo "tune dtype/$1-$seed ../dtype/pre-$2-$seed $seed --dtype $3"
+        done
+    done
 }
-jobs_dtype_look() { dtypes 'look dtype/$dtype-$seed'; }
-for stage in ${STAGES:-jobs_pre jobs_tune jobs_look jobs_grid}; do
+jobs_dtype_look() {
+    for seed in 101 102 103 104 105; do for name in bfloat16 float32 mixed; do
+        echo "look dtype/$name-$seed"
+    done; done
+}
+all="jobs_pre jobs_tune jobs_look jobs_grid jobs_dtype jobs_dtype_tune jobs_dtype_look"
+for stage in ${STAGES:-$all}; do
     $stage | tr '\n' '\0' | xargs -0 -P "${LANES:-2}" -I{} bash -c "{}"
 done
 evidence pre
@@ -70,4 +79,6 @@ evidence count fig5_behavior rules fig6_curves fig7_prune fig8_probe fig9_revive
 evidence index fig5_behavior fig7_prune
 evidence grid/low fig6_curves
 evidence grid/high fig6_curves
+evidence dtype fig6_curves
+rm -r results/dtype/figures results/dtype/*.csv results/dtype/*.npz  # its verdicts tell it all
 "$PYTHON" plot.py results --markdown
