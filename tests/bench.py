@@ -142,38 +142,35 @@ def stream(stage, setup, label):
 
 
 def steps(about, stage, lr):
-    """Steps on batches that are there already; drawing them; large products beside pretraining."""
+    """Steps on batches that are there already; drawing them; large products."""
     setup, group, variants, size = about.setup, about.group, {}, 8192 if about.on_gpu else 2048
     chunk = data.CHUNK_ON_GPU if about.on_gpu else data.CHUNK
     draw, chunks = stream(stage, setup, "bench"), itertools.count(chunk, chunk)
-    batches, products = [draw(k) for k in range(chunk)], stage == "pretraining"
+    batches = [draw(k) for k in range(chunk)]
     batch, lr_at = lambda k: batches[k % len(batches)], lambda step: lr
     for dtype in about.dtypes:
         variants[f"textbook {dtype}"] = plain_steps(setup, batch, lr, dtype, group)
         variants[f"ours {dtype}"] = our_steps(new_model(setup), setup, batch, lr_at, dtype, group)
-        if products:
-            square = torch.randn(size, size, device=setup.device).to(getattr(torch, dtype))
-            variants[f"product {dtype}"] = lambda x=square: [x @ x for _ in range(group)]
     if about.compile:
         variants[f"ours {dtype} compiled"] = our_steps(new_model(setup), setup, batch, lr_at, dtype,
                                                        group, True)
     times = rounds(about, variants)
     for name in variants:
-        if "product" not in name:
-            yield row(f"{stage} step, {setup.scale} scale", name, 1e3 * times[name] / group, "ms",
-                      times["textbook float32"] / times[name], f"96 strings; {group} a round")
+        yield row(f"{stage} step, {setup.scale} scale", name, 1e3 * times[name] / group, "ms",
+                  times["textbook float32"] / times[name], f"96 strings; {group} a round")
     drawn = rounds(about, {"ours": lambda: draw(next(chunks))})["ours"]
     yield row(f"a batch for {stage}, {setup.scale} scale", "ours", 1e3 * drawn / chunk, "ms",
               how=f"{chunk} are drawn together")
     model, (n, t) = new_model(setup), batches[0].tokens.shape
     weights = [p.numel() for p in (*model.blocks.parameters(), model.head.weight) if p.dim() == 2]
     attention = setup.n_layer * setup.d_model * (t + 1)  # causal: half of all pairs
-    for dtype in about.dtypes if products else ():
-        done = 6 * n * t * (sum(weights) + attention) / times[f"ours {dtype}"]
-        peak = 2 * size ** 3 / times[f"product {dtype}"]
+    for dtype in about.dtypes if stage == "pretraining" else ():
+        x = torch.randn(size, size, device=setup.device).to(getattr(torch, dtype))
+        seconds = rounds(about, {"product": lambda: torch.mm(x, x)})["product"]
+        done, peak = 6 * n * t * (sum(weights) + attention), 2 * size ** 3 / np.median(seconds)
         yield row(f"share of the rate of large products, {stage} step, {setup.scale} scale",
-                  f"ours {dtype}", 100 * done / peak, "%",
-                  how=f"of {np.median(peak) * group / 1e9:.0f} GFLOP/s, {size} square")
+                  f"ours {dtype}", 100 * done / (times[f"ours {dtype}"] / group) / peak, "%",
+                  how=f"of {peak / 1e9:.0f} GFLOP/s, {size} square")
 
 
 def sampler(about):

@@ -3,6 +3,7 @@ The house keeps its shape, and the README its word: sizes, imports, and the numb
 recomputed from the committed evidence.
 """
 import ast
+import csv
 import json
 import re
 import subprocess
@@ -102,6 +103,29 @@ def test_findings_are_what_the_evidence_says():
             f"{mean('probe_natural', True)}; {mean('probe_untrained')}; {mean('never_probe')}",
             f"{steps('reft')}; {steps('control')}", ", ".join(v["verdict"] for v in verdicts)]
         assert [cells_of(row)[i] for row in rows] == expected
+
+
+def test_speed_is_what_was_measured():
+    """The ratios and times of the README, from results/bench.csv."""
+    with open(ROOT / "results/bench.csv", newline="") as file:
+        rows = {(r["what"], r["variant"], r["device"]): r for r in csv.DictReader(file)}
+
+    def of(what, variant, device, key="ratio"):
+        return rows[what, variant, device][key]
+    laptop, card = "AMD EPYC, 2 threads", "NVIDIA H100 80GB HBM3"
+    step = "pretraining step, small scale", "ours bfloat16", laptop
+    said = " ".join(README.split("**Speed**")[1].split("##")[0].split())
+    for words, value in {
+            "a pretraining step {:.1f} times": of(*step),
+            "a fine-tuning step {:.1f};": of("finetuning step, small scale", *step[1:]),
+            "drawn {:.0f} times": of("whole strings", "ours", laptop),
+            "takes {:.1f} ms": of("pretraining step, paper scale", step[1], card, "median"),
+            "{:.1f} with `--compile`": of("pretraining step, paper scale", "ours bfloat16 compiled",
+                                          card, "median"),
+            "(textbook: {:.0f})": of("pretraining step, paper scale", "textbook float32", card,
+                                     "median")}.items():
+        assert words.format(float(value)) in said
+    assert float(of(step[0], "ours float32", laptop)) < 1.1
 
 
 def test_nothing_committed_is_large():

@@ -395,10 +395,3 @@ def test_stories_are_counted_over_all_seeds(readme):
         areas += [float(row["auc"]) for row in rows]
     cells = line(text, "auc", "protocol filter (3 seeds)", "ckpt", "true", "natural")
     assert cells[4] == f"{sum(areas) / 3:.3f}" == "0.898"
-
-
-def test_probe_protocol_is_what_the_text_says():
-    """Stored activations against the paper's protocol: within .3 points, in 1/24 of the time."""
-    case = json.loads((RESULTS / "probe_protocol.json").read_text())
-    gaps = [abs(x - y) for x, y in zip(case["paper_protocol"], case["stored"])]
-    assert max(gaps) <= .003 and round(case["ratio"]) == 24
