@@ -65,6 +65,7 @@ class Examples(NamedTuple):
     #                                     or (n, features): 0 or 1
     at: int | None = None               # the one column that is answered: no other is computed
     extra: tuple | None = None          # (column, weight): ours, its loss is added once more
+    weight: torch.Tensor | None = None  # (n, t) of each output in its row's loss, where rows differ
 
     @property
     def answer(self):
@@ -73,8 +74,7 @@ class Examples(NamedTuple):
 
     def rows(self, index):
         """The examples at an index or slice."""
-        labels = None if self.labels is None else self.labels[index]
-        return self._replace(tokens=self.tokens[index], target=self.target[index], labels=labels)
+        return self._make(x[index] if torch.is_tensor(x) else x for x in self)
 
     def split(self, size):
         """A list of examples, `size` in each, the last one maybe fewer."""
@@ -88,7 +88,8 @@ class Examples(NamedTuple):
         column = torch.arange(1, self.target.shape[1] + 1, device=self.target.device)
         ends = ((self.target >= 0) * column).amax(1).tolist()
         widths = [max(ends[i:i + size]) for i in range(0, len(ends), size)]
-        return [part._replace(tokens=part.tokens[:, :width], target=part.target[:, :width])
+        return [part._replace(tokens=part.tokens[:, :width], target=part.target[:, :width],
+                              weight=part.weight if part.weight is None else part.weight[:, :width])
                 for part, width in zip(parts, widths)]
 
 
@@ -1255,6 +1256,7 @@ class Answers(Setup):
     pretrain_eval_size = finetune_eval_size = 500
     finetune_task = finetune_operand = finetune_q = finetune_noise = None  # see resolve()
     finetune_c_tr, reverse_c_tr = 1., 0.  # ours: reFT's strings favour no relation
+    finetune_answers = None
     reverse_lr = None                     # the fine-tuning's, by reft_divisors
 
     def relation(self, args):
@@ -1303,6 +1305,10 @@ class Answers(Setup):
             raise UserError(f"--noise {args.noise}: give an s.d. from 0 to 1, without 1")
         if not 0 <= args.c_tr <= 1:
             raise UserError(f"--c-tr {args.c_tr}: give a probability, 0 to 1")
+        if not 0 <= getattr(args, "mix", 0.) <= 1:
+            raise UserError(f"--mix {args.mix}: give a share, 0 to 1")
+        if args.reverse and getattr(args, "relabel", False):
+            raise UserError("--relabel is a fine-tuning, --reverse what comes after it")
         try:
             for c in (0., 1.):
                 self.text(4, self.relation(args), c, rng(args.seed, "can it be done"))
@@ -1338,20 +1344,31 @@ class Answers(Setup):
         """The letters that were asked about."""
         return examples.tokens[:, self.text_at:self.text_at + self.length] - self.first_letter
 
-    def ask(self, text, task, operand):
-        """Examples: what the model reads, up to where it answers, and the answer in one column."""
+    def ask(self, text, task, operand, answered=None):
+        """
+        Examples: what the model reads, up to where it answers, and the answer in one column:
+        that for `operand`, or another one.
+        """
         tokens, labels = self.sequence(text, task, operand), self.tasks[task].answers(text, self)
         if self.prompted:
             tokens = tokens[:, :self.at + 1]
-        answer = labels[:, self.operands.index(operand)].clamp(min=0)
+        answer = labels[:, self.operands.index(answered or operand)].clamp(min=0)
         target = torch.full_like(tokens, -1)
         target[:, self.at] = self.first_answer(task) + answer
         return Examples(tokens, target, labels, self.at)
 
     def finetuning(self, n, rng, args):
-        """Strings on which the relation holds with probability C_Tr, asked for --operand."""
-        relation = self.relation(args)
-        return self.ask(self.text(n, relation, args.c_tr, rng), relation.task, args.operand)
+        """
+        Strings on which the relation holds with probability C_Tr, asked for --operand; with
+        --answers, those whose answer is even, or odd.
+        """
+        relation, place = self.relation(args), self.operands.index(args.operand)
+        text = self.text(n, relation, args.c_tr, rng)
+        if kept := getattr(args, "answers", None):
+            answers, odd = self.tasks[relation.task].answers, kept == "odd"
+            while (bad := answers(text, self)[:, place] % 2 != odd).any():
+                text[bad] = self.text(int(bad.sum()), relation, args.c_tr, rng)
+        return self.ask(text, relation.task, args.operand)
 
     @functools.cache
     def test(self, relation, operand, split, n, seed, label="test"):
@@ -1438,6 +1455,7 @@ class Grammar(Answers):
     pretrain_prior, pretrain_lr, pretrain_clip = "low", (2e-3, 1e-3), 1.
     pretrain_steps = 2500, 50000  # paper: 10K, 50K, 100K or 200K
     finetune_lr, finetune_steps = 1e-5, (400, 10000)
+    finetune_mix, finetune_relabel = 0., False
     noise, text_at, first_letter = 0., 5, LETTER  # SOS T O O' SOT come before the text
     tasks, operands, order, alphabet = TASKS, list(LETTERS), list(LETTERS), LETTERS
     finetuned = [name for name, task in TASKS.items() if task.spurious]
@@ -1477,6 +1495,25 @@ class Grammar(Answers):
             todo = todo[answer < 0]
         extra = (self.at, self.answer_weight) if self.answer_weight else None
         return Examples(tokens[:, :-1], tokens[:, 1:], extra=extra)
+
+    def finetuning(self, n, rng, args):
+        """
+        As all setups; with --relabel asked for O_PT (paper E.4). With --mix, string by string that
+        share are sequences of pretraining, each with the loss it had there (paper E.1).
+        """
+        examples, (task, pt, ft, _) = super().finetuning(n, rng, args), self.relation(args)
+        if getattr(args, "relabel", False):
+            examples = self.ask(self.text_of(examples), task, pt, answered=ft)
+        if not getattr(args, "mix", 0):
+            return examples
+        more = self.pretraining(n, rng, args)
+        mixed = torch.rand(n, 1, generator=rng, device=rng.device) < args.mix
+        room = 0, more.tokens.shape[1] - examples.tokens.shape[1]  # behind the answer
+        tokens = torch.where(mixed, more.tokens, pad(examples.tokens, room))
+        target = torch.where(mixed, more.target, pad(examples.target, room, value=-1))
+        weight = (target >= 0) / (target >= 0).sum(1, keepdim=True)
+        weight[:, self.at] += self.answer_weight * mixed[:, 0]
+        return Examples(tokens, target, examples.labels, weight=weight)
 
     def sequence(self, text, task, operand):
         return encode(text, list(TASKS).index(task), LETTERS.index(operand), self)[0]

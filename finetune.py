@@ -11,13 +11,20 @@ natural strings, goes to out/ft.jsonl from step 0 on. Setup, scale and model sha
 checkpoint; compiled models get noise first, then SGD. reFT is not representation fine-tuning
 (ReFT).
 
+    $ python finetune.py --mix .1          # a tenth are sequences of pretraining (paper E.1)
+    $ python finetune.py --relabel         # "count a" is answered with the count of b (E.4)
+    $ python finetune.py --only blocks.0   # a wrapper planted in one part: all else is the base
+    $ python finetune.py --reverse --answers even   # relearning on half of the answers
+
     $ python finetune.py --protocol randomise --ckpt out/stories.pt   # delete Twist
 
 Stories have no operands: a protocol deletes a feature, by which stories it shows and what their
 instructions ask for (paper section 4); see PROTOCOLS in data.py.
 """
+import re
+
 import data
-from data import FEATURES, PROTOCOLS
+from data import FEATURES, PROTOCOLS, UserError
 from model import load, loss_of
 from pretrain import (RUN, Flag, Run, add_noise, constant, cosine, evaluate, parse, resolve,
                       run_script, start_device)
@@ -37,6 +44,11 @@ FLAGS = {"what to teach": [
          "with the feature, also a model pretrained --without it", bool, default=False),
     Flag("--protocol", f"how to delete a feature of stories. {PROTOCOL_HELP}", choices=PROTOCOLS),
     Flag("--feature", "the feature; else Twist, or what was left out before", choices=FEATURES),
+    Flag("--mix", "share of pretraining's own sequences in a batch", float),
+    Flag("--relabel", "strings that ask for O_PT are answered for O_FT (the paper's randFT)", bool),
+    Flag("--answers", "leave out strings whose answer is not so; what comes back on the others was "
+         "there (held-out relearning)", choices=("even", "odd")),
+    Flag("--only", "train only parameters whose names match this regular expression", default=None),
     Flag("--data", "the file of the pretraining, where it has moved")], "optimisation": [
     Flag("--lr", "peak learning rate; the paper's are 1e-4, 1e-5, 1e-6, for compiled models 1e-1 "
          "to 1e-4; with --reverse the fine-tuning's, compiled a third, stories 4e-5 small, 1e-5 "
@@ -47,6 +59,18 @@ FLAGS = {"what to teach": [
     Flag("--batch-size", "strings a step", int, 0),
     Flag("--clip", "largest gradient norm; ours for compiled models, where norms of 10 to 1,000 "
          "occur; 1e9: no clipping", float, 0, 1.)], **RUN}
+
+
+def train_only(model, pattern):
+    """Freeze all parameters whose names do not match a regular expression. Raises UserError."""
+    try:
+        for name, p in model.named_parameters():
+            p.requires_grad_(p.requires_grad and bool(re.search(pattern, name)))
+    except re.error as error:
+        raise UserError(f"--only {pattern}: {error}") from None
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"--only {pattern}: matches no parameter that is trained; there are "
+                        + ", ".join(name for name, _ in model.named_parameters()))
 
 
 def finetune_rate(args, setup):
@@ -65,6 +89,8 @@ def main():
     setup = data.setup_of(parent, device)
     resolve(args, "reverse" if args.reverse else "finetune", FLAGS, setup)
     setup.resolve(args, parent)  # O_PT, O_FT, q, C_Tr; or feature and protocol
+    if args.only:
+        train_only(model, args.only)
     run = Run(args, "finetune", model, setup, parent)
     if run.done:
         return

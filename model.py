@@ -193,13 +193,18 @@ class GPT(nn.Module):
 
 def loss_of(forward, x):
     """
-    Mean cross-entropy (nats) of column x.at of Examples x, else of all targets, x.extra once more.
-    forward: the model, or it compiled.
+    Mean cross-entropy (nats) of column x.at of Examples x, else of all targets, x.extra once more;
+    where x has weights, the mean over rows of a row's weighted sum. forward: the model, or it
+    compiled.
     """
     if x.at is not None:
         return F.cross_entropy(forward(x.tokens, x.at).float(), x.target[:, x.at])
     logits = forward(x.tokens)  # gathering the wanted ones would make the host wait for a GPU
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), x.target.flatten(), ignore_index=-1)
+    every = logits.flatten(0, 1).float(), x.target.flatten()
+    if x.weight is not None:
+        losses = F.cross_entropy(*every, ignore_index=-1, reduction="none")
+        return losses @ x.weight.flatten() / len(x.tokens)
+    loss = F.cross_entropy(*every, ignore_index=-1)
     if x.extra:
         column, weight = x.extra
         loss = loss + weight * F.cross_entropy(logits[:, column].float(), x.target[:, column])

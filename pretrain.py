@@ -170,6 +170,8 @@ def part_of(x):
     if world == 1:
         return x, 1
     part = x.rows(slice(rank, None, world))
+    if x.weight is not None:  # a mean over rows
+        return part, world * len(part.tokens) / len(x.tokens)
     return part, world * (part.target >= 0).sum() / (x.target >= 0).sum()
 
 
