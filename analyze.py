@@ -34,8 +34,8 @@ from data import (SPLITS, Answers, Relation, UserError, check_stop, read_rows, r
 from finetune import finetune_rate
 from model import GPT, Config, activations, generate, load, loss_of, weight_edits
 from pretrain import (MACHINE, Flag, accuracy, add_noise, answer_row, check_above, constant,
-                      evaluate, floors, optimizer_for, parse, percent, predict, run_script, show,
-                      start_device, table, train_steps, update_of)
+                      eval_steps, evaluate, floors, optimizer_for, parse, percent, predict,
+                      run_script, show, start_device, table, train_steps, update_of)
 
 # ---------------------------------------------------------------- the study
 
@@ -959,25 +959,31 @@ class Arm(NamedTuple):
     seed: int
 
 
-def teach(study, name, start, operand, lr, max_steps):
+def lesson(study, start, operand, lr, steps, answers=None):
     """
-    The Arm of a copy of `start` that is fine-tuned to answer for `operand` on its c0 strings, at a
-    constant rate, until its accuracies are at the largest threshold.
+    Yields (step, model): a copy of `start` that is fine-tuned to answer for `operand` on its c0
+    strings, those with even or odd `answers`, or all, at a constant rate.
     """
     model, setup, (task, a, b, q) = copy.deepcopy(start), study.setup, study.relation
     args = Namespace(task=task, pair=[a if operand == b else operand, b], q=q, operand=operand,
-                     c_tr=0.)
+                     c_tr=0., answers=answers)
     batch = data.stream(lambda n, rng: setup.finetuning(n, rng, args), study.args.batch_size,
                         study.seed, "revive", study.device)
+    update = update_of(model, optimizer_for(model, lr, setup), lambda x: loss_of(model, x))
+    for step, _ in train_steps(update, batch, constant(lr), range(steps)):
+        check_stop()
+        yield step, model
+
+
+def teach(study, name, start, operand, lr, max_steps):
+    """The Arm of a lesson that ends when its accuracies are at the largest threshold."""
     n, curves, tests, known = min(REVIVED, study.args.eval_size), {}, {}, {}
     for split in ("natural", "c0"):
         test = study.test(operand, split, n=n)
         tests[split], curves[split] = test.examples, []
         known[split] = floors(test.examples.answer, test.other)
-    update = update_of(model, optimizer_for(model, lr, setup), lambda x: loss_of(model, x))
-    for step, _ in train_steps(update, batch, constant(lr), range(max_steps)):
-        check_stop()
-        if step % setup.teach_every == 0 or step == max_steps:
+    for step, model in lesson(study, start, operand, lr, max_steps):
+        if step % study.setup.teach_every == 0 or step == max_steps:
             for split, x in tests.items():
                 curves[split].append((step, accuracy(predict(model, x), x.answer)))
             if all(curve[-1][1] >= THRESHOLDS[-1] for curve in curves.values()):
@@ -1045,6 +1051,53 @@ def revive(study):
           lambda cell: f">= {cell[0]['max_steps']}" if cell[0]["steps"] is None
           else cell[0]["steps"])
     return study.write("revive", rows)
+
+
+# ---------------------------------------------------------------- relearn
+
+RELEARNED = 100  # steps
+
+
+@analysis(needs_base=True, applies=has_answers)
+def relearn(study):
+    """
+    Does the capability come back whole when half of its answers is taught? (ours; after Deeb and
+    Roger 2024, who relearn facts)
+
+    reFT as in revive(), RELEARNED steps at the fine-tuning's rate, once on c0 strings whose answer
+    is even and once on those where it is odd. Accuracy on c0 strings of either half, the taught one
+    and the held-out one, with their floors. Control, in the same way: the never-trained operand.
+    What was only wrapped comes back whole, answers that were not taught included; what is not there
+    is learned where it is taught and nowhere else. No counting of steps is needed.
+    Fooled by: a wrapper that is a table of answers in the output map, which has to be unlearned
+    answer by answer; compiled models, where answers are separate dimensions and teaching some
+    unteaches others; few held-out answers (hence the floor, and c0, whose answers are wide).
+    """
+    lr, rows, (task, a, *_) = study.ckpt["args"]["lr"], [], study.relation
+    lr /= study.setup.reft_divisors[0]
+    arms, steps = [("reft", study.model, a)], study.args.steps or RELEARNED
+    if study.never_trained:
+        start, _, c = study.never_trained
+        arms.append((f"teach-{c}", start, c))
+    for (arm, start, operand), answers in itertools.product(arms, ("even", "odd")):
+        test = study.test(operand, "c0", n=min(REVIVED, study.args.eval_size))
+        odd = test.examples.labels[:, study.setup.operands.index(operand)] % 2 == 1
+        halves = {"taught": odd == (answers == "odd"), "held-out": odd != (answers == "odd")}
+        for step, model in lesson(study, start, operand, lr, steps, answers):
+            if step not in eval_steps(steps, 0):
+                continue
+            logits = predict(model, test.examples)
+            for half, places in halves.items():
+                if not places.any():
+                    continue
+                other = None if test.other is None else test.other[places]
+                part = test._replace(examples=test.examples.rows(places), other=other)
+                rows.append({**answer_row(logits[places], part), "arm": arm, "lr": lr,
+                             "answers": answers, "half": half, "step": step})
+    print(f"\nrelearn   on half of the answers, {steps} steps\n  control: {study.control_note}")
+    pivot(select(rows, step=steps), ("arm", "operand", "answers"), lambda r: r["half"],
+          lambda cell: f"{percent(cell[0]['accuracy'])} ({percent(cell[0]['floor'])})")
+    return study.write("relearn", rows)
 
 
 # ---------------------------------------------------------------- verdict
@@ -1173,12 +1226,28 @@ def revive_evidence(study, rows, v):
     return [Evidence("reviving", question, steps, taught, theirs, FASTER, back, "steps")]
 
 
+def relearn_evidence(study, rows, v):
+    """Accuracy on the half that was not taught, at the end: of a the worse one, else the better."""
+    if not rows:  # of an older analysis; no rule needs it
+        return []
+    c, last = study.control_operand, largest(*(r["step"] for r in rows))
+    for key, arm, pick in (("relearn", "reft", min), ("never_relearn", f"teach-{c}", max)):
+        ends = select(rows, arm=arm, half="held-out", step=last)
+        v[f"{key}_held_out"] = pick((r["accuracy"] for r in ends), default=None)
+        v[f"{key}_floor"] = pick((r["floor"] for r in ends), default=None)
+    blind = largest(v["never_relearn_held_out"], v["relearn_floor"])
+    return [Evidence("relearning", f"{study.relation.pt} on answers not taught, {last} steps",
+                     v["relearn_held_out"], f"{c} in the same way, or the floor", blind, MARGIN,
+                     wins(v["relearn_held_out"], blind, MARGIN))]
+
+
 def answer_evidence(study, rows):
     """(numbers, Evidence lines) for a setup with answers."""
     v, lines = {"task": study.relation.task, "operands": list(study.relation[1:3])}, []
     for name, evidence in (("behavior", behavior_evidence), ("prune", prune_evidence),
-                           ("probe", probe_evidence), ("revive", revive_evidence)):
-        lines += evidence(study, rows[name], v)
+                           ("probe", probe_evidence), ("revive", revive_evidence),
+                           ("relearn", relearn_evidence)):
+        lines += evidence(study, rows.get(name, []), v)
     return v, lines
 
 
@@ -1400,12 +1469,13 @@ def run_analyses(study):
     needed = [name for name in ("behavior", "prune", "probe", "revive")
               if ANALYSES[name].applies(study.setup)]
     if "verdict" in names:  # from rows that are there already
-        for name in needed:
+        for name in (*needed, "relearn"):
             rows[name] = rows.get(name) or read_rows(f"{study.prefix}.{name}.jsonl")
         if not any(map(rows.get, needed)):
             raise UserError(f"verdict needs the rows of {', '.join(needed)}: run them first")
     if study.base and set(needed) <= set(rows):
-        verdict(study, {name: rows[name] for name in needed})
+        verdict(study, {name: rows[name] for name in (*needed, "relearn") if name in rows and (
+            rows[name] or name in needed)})
 
 
 def main():

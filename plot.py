@@ -43,7 +43,8 @@ KINDS = {  # kinds of rows, X.<kind>.jsonl (history: X.jsonl): a row without the
     "attention": {"model", "block", "head", "prompt", "region", "mass", "chance"},
     "hidden": {"model", "block", "cosine"},
     "revive": {"arm", "threshold", "steps", "max_steps"},
-    "revive.curve": {"arm", "step"}}
+    "revive.curve": {"arm", "step"},
+    "relearn": {"arm", "answers", "half", "step"}}
 ROW = ("setup", "scale", "task", "operand", "split", "accuracy", "floor", "cross_floor", "n",
        "loss", "seed")  # in every row, null where there is none
 TEXT = {"operand", "target", "prompt", "labels", "region", "dimension"}  # "5", "true"
@@ -226,8 +227,9 @@ def open_run(name, prefix, entries):
     for kind in KINDS:
         for row in rows[kind]:
             row["role"] = {pair[0]: "O_PT", pair[1]: "O_FT"}.get(row.get("operand"), "other")
-            if kind.startswith("revive"):
+            if "arm" in KINDS[kind]:
                 row["label"] = arm_label(str(row["arm"]), row.get("lr"), args.get("lr"))
+            if kind.startswith("revive"):
                 limit = row.get("max_steps")
                 row["value"] = f"> {limit}" if row.get("steps") is None else str(row["steps"])
     setup = first.get("setup") or args.get("setup") or "pcfg"
@@ -739,6 +741,22 @@ def fig9_revive(group):
         ends += [Series(f"to {threshold:.0%}", "k", marker, "", points),
                  Series("not reached by then", GREY, ">", "", missed)]
     return panels + [dots(ends, arms, "median steps", "steps (updates)")]
+
+
+@figure("relearn")
+def relearn(group):
+    """
+    Held-out relearning: reFT on c0 strings with even answers alone, then with odd ones alone; mean
+    accuracy (%) of both on the answers that were taught and on those that were not, beside teaching
+    a never-trained operand in the same way, and what always giving the commonest answer gets. High
+    on both: it was there, and came back whole. Fooled by: a wrapper in the output map, one answer
+    at a time; compiled models, where teaching some answers unteaches others.
+    """
+    arms = dict.fromkeys(row["label"] for row in flat(group, "relearn"))
+    looks = {(arm, *look_of("arms", arm)): {"label": arm} for arm in arms}
+    halves = {f"answers that were {half}": {"half": half} for half in ("taught", "held-out")}
+    return curves({title.replace("held-out", "not taught"): cell for title, cell in halves.items()},
+                  looks, group=group, kind="relearn", x="step", floors=GREY)
 
 
 ONE = "one string, the first seed"
