@@ -232,6 +232,44 @@ def test_probes_of_a_compiled_model_read_its_positions():
         assert torch.allclose(got[i], cache[name][:, 2], atol=1e-5)
 
 
+def test_relearning_scores_each_half_by_itself(monkeypatch, tmp_path):
+    """
+    A model that has learned the even answers alone is right on them and wrong on the others; every
+    row's accuracy and floors are those of its half, and what is taught is what was asked for.
+    """
+    setup, taught = data.Grammar("pcfg", "small"), []
+    relation = Relation("count", "a", "b", 1)
+    test = setup.test(relation, "a", "c0", 200, 0)
+    answer = test.examples.labels[:, 0]
+    known = torch.where(answer % 2 == 0, test.examples.answer, 0)
+    logits = {"a": F.one_hot(known, 99).float(), "c": torch.eye(99)[torch.zeros(200, dtype=int)]}
+
+    def lesson(study, start, operand, lr, steps, answers):
+        taught.append((operand, lr, steps, answers))
+        yield from ((step, operand) for step in range(steps + 1))
+    monkeypatch.setattr(analyze, "lesson", lesson)
+    monkeypatch.setattr(analyze, "predict", lambda model, examples: logits[model])
+    written = {}
+    study = SimpleNamespace(
+        relation=relation, setup=setup, model="m", never_trained=("m", None, "c"), control_note="",
+        ckpt={"args": {"lr": .1}}, args=SimpleNamespace(steps=None, eval_size=200),
+        test=lambda operand, split, n: setup.test(relation, operand, split, n, 0),
+        write=lambda name, rows: written.setdefault(name, rows))
+    rows = analyze.relearn(study)
+    assert taught == [(o, .1, 100, half) for o in "ac" for half in ("even", "odd")]
+    assert rows is written["relearn"]
+    for row in analyze.select(rows, arm="reft"):
+        even = (row["answers"] == "even") == (row["half"] == "taught")
+        labels = answer[answer % 2 == (0 if even else 1)]
+        assert row["accuracy"] == even and row["n"] == len(labels)
+        assert row["floor"] == labels.unique(return_counts=True)[1].max() / len(labels)
+    assert {row["step"] for row in rows} == pretrain.eval_steps(100, 0)
+    v = {}
+    line, = analyze.relearn_evidence(SimpleNamespace(relation=relation, control_operand="c"), rows, v)
+    assert line.measured == 0 and line.holds is False and v["never_relearn_held_out"] == 0
+    assert analyze.relearn_evidence(None, [], v) == []
+
+
 def test_iterated_units_are_distinct_and_start_like_one_pass(monkeypatch):
     model, setup = small_model()
     test = setup.test(COUNT, "a", "c0", 64, 0)
@@ -470,7 +508,8 @@ FILES = {"behavior": {"model"},
          "prune": SWEEP | {"unit", "control", "edit", "k", "draw"}, "prune.rows": None,
          "probe": {"model", "block", "target", "prompt", "labels"},
          "attention": {"model", "block", "head", "prompt", "region", "mass", "chance"},
-         "revive": {"arm", "lr", "threshold", "steps", "max_steps"}, "revive.curve": None}
+         "revive": {"arm", "lr", "threshold", "steps", "max_steps"}, "revive.curve": None,
+         "relearn": {"arm", "lr", "answers", "half", "step"}}
 
 
 def rows_of(path):
@@ -486,7 +525,7 @@ def test_every_stage_and_analysis(tmp_path, scale, task):
     as well.
     """
     tiny = ["--batch-size", "2", "--eval-size", "4" if scale == "small" else "2", "--steps", "3",
-            "--threads", "2"]
+            "--threads", "1"]
     python("pretrain.py", "--scale", scale, *tiny, cwd=tmp_path)
     python("finetune.py", "--task", task, *tiny, cwd=tmp_path)
     python("finetune.py", "--reverse", *tiny, cwd=tmp_path)
@@ -511,7 +550,7 @@ def test_every_stage_and_analysis(tmp_path, scale, task):
     assert verdict["verdict"] in ("wrapped", "intact", "lost", "new", "undecided")
     assert verdict["text"]
     check_evidence(verdict["evidence"],
-                   ["behaviour", "behaviour", "pruning", "probing", "reviving"])
+                   ["behaviour", "behaviour", "pruning", "probing", "reviving", "relearning"])
     check_sweeps(rows_of(tmp_path / "out/ft.prune.jsonl"),
                  rows_of(tmp_path / "out/ft.prune.rows.jsonl"))
     if scale == "small":
