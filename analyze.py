@@ -1064,18 +1064,18 @@ def relearn(study):
     Does the capability come back whole when half of its answers is taught? (ours; after Deeb and
     Roger 2024, who relearn facts)
 
-    reFT as in revive(), RELEARNED steps at the fine-tuning's rate, once on c0 strings whose answer
-    is even and once on those where it is odd. Accuracy on c0 strings of either half, the taught one
-    and the held-out one, with their floors. Control, in the same way: the never-trained operand.
+    reFT as in revive(), RELEARNED steps, once on c0 strings whose answer is even and once on those
+    where it is odd; at the default rate, whatever this model was fine-tuned at: a larger one
+    destroys what is not taught. Accuracy on c0 strings of either half, the taught one and the
+    held-out one, with their floors. Control, in the same way: the never-trained operand.
     What was only wrapped comes back whole, answers that were not taught included; what is not there
     is learned where it is taught and nowhere else. No counting of steps is needed.
     Fooled by: a wrapper that is a table of answers in the output map, which has to be unlearned
     answer by answer; compiled models, where answers are separate dimensions and teaching some
     unteaches others; few held-out answers (hence the floor, and c0, whose answers are wide).
     """
-    lr, rows, (task, a, *_) = study.ckpt["args"]["lr"], [], study.relation
-    lr /= study.setup.reft_divisors[0]
-    arms, steps = [("reft", study.model, a)], study.args.steps or RELEARNED
+    lr, rows = study.setup.finetune_lr / study.setup.reft_divisors[0], []
+    arms, steps = [("reft", study.model, study.relation.pt)], study.args.steps or RELEARNED
     if study.never_trained:
         start, _, c = study.never_trained
         arms.append((f"teach-{c}", start, c))

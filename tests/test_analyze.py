@@ -256,7 +256,7 @@ def test_relearning_scores_each_half_by_itself(monkeypatch, tmp_path):
         test=lambda operand, split, n: setup.test(relation, operand, split, n, 0),
         write=lambda name, rows: written.setdefault(name, rows))
     rows = analyze.relearn(study)
-    assert taught == [(o, .1, 100, half) for o in "ac" for half in ("even", "odd")]
+    assert taught == [(o, 1e-5, 100, half) for o in "ac" for half in ("even", "odd")]
     assert rows is written["relearn"]
     for row in analyze.select(rows, arm="reft"):
         even = (row["answers"] == "even") == (row["half"] == "taught")
