@@ -743,7 +743,7 @@ def fig9_revive(group):
     return panels + [dots(ends, arms, "median steps", "steps (updates)")]
 
 
-@figure("relearn")
+@figure("relearn", 8)
 def relearn(group):
     """
     Held-out relearning: reFT on c0 strings with even answers alone, then with odd ones alone; mean
@@ -1233,6 +1233,16 @@ def revive_table(runs):
     > where it was not reached (`analyze.py revive`).
     """
     return pivot(runs, "revive", ("label", "threshold"), "group", "value", split="natural")
+
+
+@table()
+def relearn_table(runs):
+    """
+    Held-out relearning at its end. Percent on c0, mean and every seed, of even and of odd answers
+    taught; taught, held-out: of answers of that half (`analyze.py relearn`).
+    """
+    last = max((row["step"] for run in runs for row in run.rows["relearn"]), default=None)
+    return pivot(runs, "relearn", ("group", "label"), "half", step=last)
 
 
 @table()

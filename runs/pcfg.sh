@@ -70,7 +70,25 @@ jobs_dtype_look() {
         echo "look dtype/$name-$seed"
     done; done
 }
+relearn() {
+    [ -f "$OUT/$1.relearn.jsonl" ] || "$PYTHON" analyze.py relearn --ckpt "$OUT/$1.pt" --threads 1
+}
+export -f relearn
+known() {  # name, how it is fine-tuned: a model whose truth is known, five seeds
+    for seed in 101 102 103 104 105; do
+        echo "tune known/$1-$seed ../dtype/pre-bfloat16-$seed $seed ${*:2} && relearn known/$1-$seed"
+    done
+}
+jobs_known() {
+    known wrapped                                # everything is trained
+    known overwritten --c-tr 0 --lr 1e-3         # no shortcut, a large rate
+    known blocks0 --only blocks.0 --lr 1e-4      # a wrapper in one part: all else is the base
+    known head --only head --lr 1e-2
+    known tok --only tok --lr 1e-3
+    known down2 --only blocks.2.down --lr 1e-3
+}
 all="jobs_pre jobs_tune jobs_look jobs_grid jobs_dtype jobs_dtype_tune jobs_dtype_look"
+all="$all jobs_known"
 for stage in ${STAGES:-$all}; do
     $stage | tr '\n' '\0' | xargs -0 -P "${LANES:-2}" -I{} bash -c "{}"
 done
@@ -79,6 +97,7 @@ evidence count fig5_behavior rules fig6_curves fig7_prune fig8_probe fig9_revive
 evidence index fig5_behavior fig7_prune
 evidence grid/low fig6_curves
 evidence grid/high fig6_curves
+evidence known relearn
 evidence dtype fig6_curves
 rm -r results/dtype/figures results/dtype/*.csv results/dtype/*.npz  # its verdicts tell it all
 "$PYTHON" plot.py results --markdown
