@@ -1264,7 +1264,8 @@ def answer_rules(study, v, evidence):
 
     Answered: above the cross floor by MARGIN. Found, by pruning: answered again, and above every
     random draw and the never-trained operand by MARGIN; by probing: KNOWS on natural strings, and
-    READS above the untrained model and the never-trained operand; by reviving: FASTER.
+    READS above the untrained model and the never-trained operand; by reviving: FASTER. Relearning
+    stands beside them: the rules were settled before it was there.
     """
     (_, a, b, q), answered, can = study.relation, evidence[0].holds, evidence[1].holds
     could = wins(v["base_ft_c0"], v["ft_c0_cross_floor"], MARGIN)

@@ -228,7 +228,8 @@ def open_run(name, prefix, entries):
         for row in rows[kind]:
             row["role"] = {pair[0]: "O_PT", pair[1]: "O_FT"}.get(row.get("operand"), "other")
             if "arm" in KINDS[kind]:
-                row["label"] = arm_label(str(row["arm"]), row.get("lr"), args.get("lr"))
+                lr = row.get("lr") if kind != "relearn" else None  # the same for all
+                row["label"] = arm_label(str(row["arm"]), lr, args.get("lr"))
             if kind.startswith("revive"):
                 limit = row.get("max_steps")
                 row["value"] = f"> {limit}" if row.get("steps") is None else str(row["steps"])
