@@ -1234,11 +1234,11 @@ def relearn_evidence(study, rows, v):
     for key, arm, pick in (("relearn", "reft", min), ("never_relearn", f"teach-{c}", max)):
         ends = select(rows, arm=arm, half="held-out", step=last)
         v[f"{key}_held_out"] = pick((r["accuracy"] for r in ends), default=None)
-        v[f"{key}_floor"] = pick((r["floor"] for r in ends), default=None)
-    blind = largest(v["never_relearn_held_out"], v["relearn_floor"])
+        v[f"{key}_cross_floor"] = largest(*(r["cross_floor"] for r in ends))
+    blind = largest(v["never_relearn_held_out"], v["relearn_cross_floor"])
     return [Evidence("relearning", f"{study.relation.pt} on answers not taught, {last} steps",
-                     v["relearn_held_out"], f"{c} in the same way, or the floor", blind, MARGIN,
-                     wins(v["relearn_held_out"], blind, MARGIN))]
+                     v["relearn_held_out"], f"{c} so, or best guess from {study.relation.ft}",
+                     blind, READS, wins(v["relearn_held_out"], blind, READS))]
 
 
 def answer_evidence(study, rows):

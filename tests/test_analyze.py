@@ -267,6 +267,8 @@ def test_relearning_scores_each_half_by_itself(monkeypatch, tmp_path):
     v = {}
     line, = analyze.relearn_evidence(SimpleNamespace(relation=relation, control_operand="c"), rows, v)
     assert line.measured == 0 and line.holds is False and v["never_relearn_held_out"] == 0
+    assert line.control_measured == max(row["cross_floor"] for row in rows if row["half"] ==
+                                        "held-out" and row["arm"] == "reft") > .5
     assert analyze.relearn_evidence(None, [], v) == []
 
 

@@ -50,7 +50,7 @@ def texts(fig):
 
 
 def test_every_caption_says_what_fools_it():
-    assert len(plot.FIGURES) == 15
+    assert len(plot.FIGURES) == 16
     for name, (function, _) in plot.FIGURES.items():
         assert "Fooled by: " in function.__doc__ and name in vars(plot), name
 
@@ -108,7 +108,7 @@ def analysed_rows(setup="pcfg"):
     base = {"setup": setup, "task": "count", "split": "c0", "accuracy": .5, "floor": .3,
             "cross_floor": .4}
     files = {kind: [] for kind in (".behavior", ".prune", ".probe", ".revive", ".revive.curve",
-                                   ".attention", ".hidden")}
+                                   ".attention", ".hidden", ".relearn")}
     for model in ("base", "ckpt"):
         for operand in "ab":
             for split in plot.SPLITS:
@@ -147,6 +147,9 @@ def analysed_rows(setup="pcfg"):
             for step in (0, 10):
                 files[".revive.curve"].append({"arm": arm, "lr": 1e-4, "step": step,
                                                "split": split, "accuracy": .5})
+        for half, answers in (("taught", "even"), ("held-out", "odd")):
+            files[".relearn"] += [{**base, "arm": arm, "lr": 1e-5, "half": half, "step": step,
+                                   "answers": answers, "operand": "a"} for step in (0, 100)]
     return files
 
 
