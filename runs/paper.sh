@@ -5,10 +5,10 @@
 # that time cuts short is saved. Restartable: what is done is passed over.
 #
 #     bash runs/paper.sh                                  # MINUTES=14 PYTHON=path/to/python
-#     SCALE=small STEPS=60 MINUTES=4 bash runs/paper.sh   # a rehearsal on a CPU
+#     SCALE=small STEPS=40 MINUTES=2 bash runs/paper.sh   # a rehearsal on a CPU
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export PYTHON=${PYTHON:-python} OUT=${OUT:-out/evidence/paper} SCALE=${SCALE:-paper}
+export PYTHON=${PYTHON:-python} OUT=${OUT:-out/evidence/paper} SCALE=${SCALE:-paper} LANES=${LANES:-2}
 export END=$(($(date +%s) + ${MINUTES:-14} * 60))
 mkdir -p "$OUT"
 
@@ -31,6 +31,9 @@ train() {  # kind, run, script and flags: few saves and scores, since each one c
 pretrain() {  # prior
     train pretrain "$1" pretrain.py --scale "$SCALE" --prior "$1" --eval-every $((${STEPS:-50000} / 10)) \
         ${STEPS:+--steps "$STEPS"}
+    # the first guess: a fifth of the steps, beside others
+    [ -f "$OUT/finetune.seconds" ] || [ ! -f "$OUT/pretrain.seconds" ] ||
+        echo $(($(cat "$OUT/pretrain.seconds") * LANES / 5)) > "$OUT/finetune.seconds"
 }
 tune() {  # prior, C_Tr, rate
     train finetune "$1-ctr$2-lr$3" finetune.py --ckpt "$OUT/$1.pt" --c-tr "$2" --lr "$3" \
@@ -41,7 +44,7 @@ look() {  # prior, C_Tr, rate; reviving takes thousands of steps here, an hour i
 }
 export -f job train tune look
 lanes() {
-    xargs -P "${LANES:-4}" -I{} bash -c "{}"
+    xargs -P "$LANES" -I{} bash -c "{}"
 }
 tunes() {  # prior: "tune prior C_Tr rate" a line, the clearest cases first
     for c in 1 0 .5 .8; do for lr in 1e-4 1e-5; do echo "tune $1 $c $lr"; done; done
