@@ -1076,6 +1076,7 @@ def relearn(study):
     """
     lr, rows = study.setup.finetune_lr / study.setup.reft_divisors[0], []
     arms, steps = [("reft", study.model, study.relation.pt)], study.args.steps or RELEARNED
+    scored_at = eval_steps(steps, 0)
     if study.never_trained:
         start, _, c = study.never_trained
         arms.append((f"teach-{c}", start, c))
@@ -1084,7 +1085,7 @@ def relearn(study):
         odd = test.examples.labels[:, study.setup.operands.index(operand)] % 2 == 1
         halves = {"taught": odd == (answers == "odd"), "held-out": odd != (answers == "odd")}
         for step, model in lesson(study, start, operand, lr, steps, answers):
-            if step not in eval_steps(steps, 0):
+            if step not in scored_at:
                 continue
             logits = predict(model, test.examples)
             for half, places in halves.items():
@@ -1475,8 +1476,8 @@ def run_analyses(study):
         if not any(map(rows.get, needed)):
             raise UserError(f"verdict needs the rows of {', '.join(needed)}: run them first")
     if study.base and set(needed) <= set(rows):
-        verdict(study, {name: rows[name] for name in (*needed, "relearn") if name in rows and (
-            rows[name] or name in needed)})
+        told = [*needed, *(["relearn"] if rows.get("relearn") else [])]
+        verdict(study, {name: rows[name] for name in told})
 
 
 def main():

@@ -1360,7 +1360,7 @@ class Answers(Setup):
     def finetuning(self, n, rng, args):
         """
         Strings on which the relation holds with probability C_Tr, asked for --operand; with
-        --answers, those whose answer is even, or odd.
+        --answers, those whose answer is even, or odd; with --relabel asked for O_PT (paper E.4).
         """
         relation, place = self.relation(args), self.operands.index(args.operand)
         text = self.text(n, relation, args.c_tr, rng)
@@ -1368,7 +1368,8 @@ class Answers(Setup):
             answers, odd = self.tasks[relation.task].answers, kept == "odd"
             while (bad := answers(text, self)[:, place] % 2 != odd).any():
                 text[bad] = self.text(int(bad.sum()), relation, args.c_tr, rng)
-        return self.ask(text, relation.task, args.operand)
+        asked = relation.pt if getattr(args, "relabel", False) else args.operand
+        return self.ask(text, relation.task, asked, args.operand)
 
     @functools.cache
     def test(self, relation, operand, split, n, seed, label="test"):
@@ -1498,12 +1499,10 @@ class Grammar(Answers):
 
     def finetuning(self, n, rng, args):
         """
-        As all setups; with --relabel asked for O_PT (paper E.4). With --mix, string by string that
-        share are sequences of pretraining, each with the loss it had there (paper E.1).
+        As all setups; with --mix, string by string that share are sequences of pretraining, each
+        with the loss it had there (paper E.1).
         """
-        examples, (task, pt, ft, _) = super().finetuning(n, rng, args), self.relation(args)
-        if getattr(args, "relabel", False):
-            examples = self.ask(self.text_of(examples), task, pt, answered=ft)
+        examples = super().finetuning(n, rng, args)
         if not getattr(args, "mix", 0):
             return examples
         more = self.pretraining(n, rng, args)

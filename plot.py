@@ -718,6 +718,12 @@ def fig8_probe(group):
                              split="natural"), "fig8_probe: targets")
 
 
+def arm_looks(group, kind):
+    """{(an arm in words, its look): the rows it is in}"""
+    arms = dict.fromkeys(row["label"] for row in flat(group, kind))
+    return {(arm, *look_of("arms", arm)): {"label": arm} for arm in arms}
+
+
 @figure("revive", share=False, height=2.3)
 def fig9_revive(group):
     """
@@ -726,8 +732,8 @@ def fig9_revive(group):
     median steps on natural strings. Few: it was there.
     Fooled by: unequal rates (given beside the fine-tuning's; pretraining has its own, larger one).
     """
-    arms, ends = dict.fromkeys(row["label"] for row in flat(group, "revive")), []
-    looks = {(arm, *look_of("arms", arm)): {"label": arm} for arm in arms}
+    looks, ends = arm_looks(group, "revive"), []
+    arms = [arm for arm, *_ in looks]
     panels = curves({f"{split} strings": {"split": split} for split in ("natural", "c0")}, looks,
                     group=group, kind="revive.curve", x="step")
     for threshold, marker in ((.9, "o"), (.99, "D")):
@@ -753,11 +759,10 @@ def relearn(group):
     on both: it was there, and came back whole. Fooled by: a wrapper in the output map, one answer
     at a time; compiled models, where teaching some answers unteaches others.
     """
-    arms = dict.fromkeys(row["label"] for row in flat(group, "relearn"))
-    looks = {(arm, *look_of("arms", arm)): {"label": arm} for arm in arms}
-    halves = {f"answers that were {half}": {"half": half} for half in ("taught", "held-out")}
-    return curves({title.replace("held-out", "not taught"): cell for title, cell in halves.items()},
-                  looks, group=group, kind="relearn", x="step", floors=GREY)
+    halves = {"answers that were taught": {"half": "taught"},
+              "answers that were not taught": {"half": "held-out"}}
+    return curves(halves, arm_looks(group, "relearn"), group=group, kind="relearn", x="step",
+                  floors=GREY)
 
 
 ONE = "one string, the first seed"

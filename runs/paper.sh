@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's sizes (Table 6: 50,000 pretraining and 10,000 fine-tuning steps) in a quarter of an hour
-# on one GPU, most important first: the low prior, its fine-tunings, what is inside two of them, then
-# the high prior. A job starts only if the time left is as long as the last one of its kind took; one
+# on one GPU, most important first: the low prior, three fine-tunings, what is inside them, the
+# other fine-tunings, then the high prior. A job starts only if the time left is as long as the last one of its kind took; one
 # that time cuts short is saved. Restartable: what is done is passed over.
 #
 #     bash runs/paper.sh                                  # MINUTES=14 PYTHON=path/to/python
@@ -20,7 +20,7 @@ job() {  # kind of job, script and flags
         return
     fi
     echo "$left s left: ${*:2}"
-    timeout -s INT "$left" "$PYTHON" "${@:2}" 2>> "$OUT/log" >> "$OUT/log" &&
+    timeout -s INT "$left" "$PYTHON" "${@:2}" >> "$OUT/log" 2>&1 &&
         echo $((SECONDS - begin)) > "$OUT/$1.seconds" || echo "exit code $?: ${*:2}"
 }
 train() {  # kind, run, script and flags: few saves and scores, since each one costs seconds

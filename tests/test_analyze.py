@@ -7,8 +7,6 @@ import json
 import os
 import re
 import shlex
-import runpy
-import sys
 import tempfile
 from argparse import Namespace
 from pathlib import Path
@@ -23,26 +21,17 @@ import data
 import pretrain
 from data import PROGRAMS, Relation
 from model import GPT, Config, activations, balance, compile_program, load, loss_of, weight_edits
-from test_promises import FORKS
+from test_promises import FORKS, run_forked
 
 ROOT = Path(__file__).parent.parent
 COUNT = Relation("count", "a", "b", 1)
-
-
-def _script(script, words, folder, log):
-    """The body of a new process, which was forked from one that has imported torch."""
-    os.chdir(folder)
-    for number, suffix in ((1, ".out"), (2, ".err")):
-        os.dup2(os.open(log + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.argv = [script, *words]
-    runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 def python(*words, cwd, code=0):
     """Run a script; returns what it printed, on stderr alone where it is to fail."""
     with tempfile.TemporaryDirectory() as folder:
         log, words = os.path.join(folder, "log"), [str(word) for word in words]
-        process = FORKS.Process(target=_script, args=(words[0], words[1:], str(cwd), log))
+        process = FORKS.Process(target=run_forked, args=(words[0], words[1:], str(cwd), log))
         process.start()
         process.join()
         out, err = (Path(log + suffix).read_text() for suffix in (".out", ".err"))

@@ -53,20 +53,25 @@ def save_with_moments(path, ckpt):
     save(path, ckpt)
 
 
-def _script(script, words, folder, log, most_bytes, variables):
+def run_forked(script, words, folder, log):
     """
     The body of a new process: `python script words` in a folder, what it prints in log.out and
     log.err.
     """
     os.chdir(folder)
-    os.environ.update(variables)
     for number, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(log + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = [script, *words]
+    runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
+
+
+def _script(script, words, folder, log, most_bytes, variables):
+    """run_forked() with what the tests below put between."""
+    os.environ.update(variables)
     if most_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
     model_py.save = save_with_moments
-    sys.argv = [script, *words]
-    runpy.run_path(os.path.join(ROOT, script), run_name="__main__")
+    run_forked(script, words, folder, log)
 
 
 class Folder:
