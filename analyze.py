@@ -132,18 +132,20 @@ class Study:
         operand = operand or self.relation.pt
         if not path:
             return None, f"none: {operand} was trained; a checkpoint without it: --control"
-        model, control = self.load(path, "--control")
-        if not self.setup.never_trained(operand, control):
-            raise UserError(f"--control {path}: must never have been trained on {operand} (prior 0,"
-                            " or --without)")
+        model, _ = self.stranger(path, "--control", operand)
         return (model, None, operand), f"{operand}, never trained, in {path}"
+
+    def stranger(self, path, flag, operand):
+        """load() of a file that was never trained on an operand. Raises UserError."""
+        model, ckpt = self.load(path, flag)
+        if not self.setup.never_trained(operand, ckpt):
+            raise UserError(f"{flag} {path}: must never have been trained on {operand} (prior 0,"
+                            " or --without)")
+        return model, ckpt
 
     def test(self, operand, split, label="test", n=None):
         """A Test: `operand` asked on strings of its relation with b."""
-        relation = self.relation
-        if operand not in (relation.pt, relation.ft):
-            relation = relation._replace(pt=operand)
-        n = n or self.args.eval_size
+        relation, n = self.relation.about(operand), n or self.args.eval_size
         return self.setup.test(relation, operand, split, n, self.seed, label)
 
     def labels(self, examples, operand):
@@ -746,8 +748,7 @@ def probe(study):
     (balanced accuracy, AUC).
     """
     rng, probes, x, rows = data.rng(study.seed, "probe"), [], [], []
-    untrained = GPT(Config(**study.ckpt["config"])).init_weights(data.rng(study.seed, "untrained"))
-    models = {**study.models, "untrained": untrained.to(study.device), **study.control}
+    models = {**study.models, "untrained": untrained(study), **study.control}
     about = study.relation, study.control_operand, study.args.eval_size, study.seed
     for s in study.setup.probe_sets(*about, rng):
         shuffle = torch.randperm(len(s.train.labels), generator=rng) if s.shuffled else None
@@ -959,16 +960,14 @@ class Arm(NamedTuple):
     seed: int
 
 
-def lesson(study, start, operand, lr, steps, answers=None):
+def lesson(study, start, draw, lr, steps):
     """
-    Yields (step, model): a copy of `start` that is fine-tuned to answer for `operand` on its c0
-    strings, those with even or odd `answers`, or all, at a constant rate.
+    Yields (step, model): a copy of `start` that is fine-tuned on what draw(n, rng) gives, at a
+    constant rate.
     """
-    model, setup, (task, a, b, q) = copy.deepcopy(start), study.setup, study.relation
-    args = Namespace(task=task, pair=[a if operand == b else operand, b], q=q, operand=operand,
-                     c_tr=0., answers=answers)
-    batch = data.stream(lambda n, rng: setup.finetuning(n, rng, args), study.args.batch_size,
-                        study.seed, "revive", study.device)
+    model, setup = copy.deepcopy(start), study.setup
+    size = study.args.batch_size or setup.finetune_batch_size
+    batch = data.stream(draw, size, study.seed, "revive", setup.draws_on)
     update = update_of(model, optimizer_for(model, lr, setup), lambda x: loss_of(model, x))
     for step, _ in train_steps(update, batch, constant(lr), range(steps)):
         check_stop()
@@ -982,7 +981,8 @@ def teach(study, name, start, operand, lr, max_steps):
         test = study.test(operand, split, n=n)
         tests[split], curves[split] = test.examples, []
         known[split] = floors(test.examples.answer, test.other)
-    for step, model in lesson(study, start, operand, lr, max_steps):
+    draw = study.setup.teaching(study.relation, operand)
+    for step, model in lesson(study, start, draw, lr, max_steps):
         if step % study.setup.teach_every == 0 or step == max_steps:
             for split, x in tests.items():
                 curves[split].append((step, accuracy(predict(model, x), x.answer)))
@@ -1004,17 +1004,43 @@ def pretraining_arm(study):
     return Arm("pretraining", args["lr"], a, curves, known, ckpt["steps"], args["seed"])
 
 
+def untrained(study):
+    """A model of the same shape with random weights."""
+    model = GPT(Config(**study.ckpt["config"]))
+    return model.init_weights(data.rng(study.seed, "untrained")).to(study.device)
+
+
+def starts(study):
+    """{arm: (model, operand)}: what revive() teaches beside reFT, in the same way."""
+    arms, a = {}, study.relation.pt
+    if study.never_trained:
+        model, start, c = study.never_trained
+        arms[f"teach-{c}"] = model, c
+        if start:
+            arms[f"teach-{c}-base"] = start, c
+    if not study.setup.compiled:
+        arms["scratch"] = untrained(study), a
+    for path in filter(None, (study.args.also or "").split(",")):
+        model, ckpt = study.stranger(path, "--also", a)
+        words = "from " + "/".join(f"{p:g}" for p in ckpt["args"]["prior"])
+        arms[words + ", fine-tuned" * bool(ckpt["parent"])] = model, a
+    return arms
+
+
 @analysis(needs_base=True, applies=has_answers)
 def revive(study):
     """
-    How fast does the capability come back, against a model that never had it? (paper Fig. 9)
+    How fast does the capability come back, against models that never had it? (paper Fig. 9)
 
-    Reverse fine-tuning (reFT) on a with c0 strings, at the fine-tuning's rate (ours: matched
-    rates) and a third of it (compiled models: a third and a tenth), constant after 20 steps.
-    Controls, in the same way: teaching the never-trained operand to this very model (teach-c) and
-    to its base (teach-c-base, with the noise that fine-tuning put on it), and pretraining itself,
-    from its history. Steps to 90 % and 99 % on natural and on c0 strings. The controls go on three
-    times as long as reFT needed: what has not come by then is shown as >=.
+    Reverse fine-tuning (reFT) on a with c0 strings, at the fine-tuning's rate (ours: matched rates;
+    compiled models: a third and a tenth of it) times --rates, constant after 20 steps. Controls, in
+    the same way: teaching the never-trained operand to this very model (teach-c) and to its base
+    (teach-c-base, with the noise that fine-tuning put on it); a to an untrained model (scratch; the
+    paper's Scr.) and to those of --also: one that was pretrained on b alone (Scr. + FT), a good
+    initialisation, which was pretrained and fine-tuned alike, but never met a. And pretraining
+    itself, from its history. Steps to 90 % and 99 % on natural and on c0 strings. The controls go
+    on three times as long as reFT needed at its first rate: what has not come by then is shown
+    as >=.
     Few steps compared with teach-c: it was there. teach-c much faster than pretraining is how much
     any good initialisation helps, which a comparison with training from scratch would have called
     a revival.
@@ -1022,17 +1048,17 @@ def revive(study):
     to the cross floor at most); the control's token, which was never an input: part of what
     teach-c has to learn is what O_c means.
     """
-    rates = [study.ckpt["args"]["lr"] / divisor for divisor in study.setup.reft_divisors]
+    factors, first = study.args.rates or study.setup.reft_rates, study.ckpt["args"]["lr"]
+    rates = [first * factor for factor in factors]
     limit, rows, curve_rows = study.args.steps or study.setup.revive_steps, [], []
-    arms = [teach(study, "reft", study.model, study.relation.pt, lr, limit) for lr in rates]
+    arms = [teach(study, "reft", study.model, study.relation.pt, rates[0], limit)]
     step, reached = arms[0].curves["natural"][-1]
     if reached >= THRESHOLDS[-1] and not study.args.steps:
         limit = max(30, FASTER * step)
-    if study.never_trained:
-        *models, c = study.never_trained
-        for name, start in zip((f"teach-{c}", f"teach-{c}-base"), models):
-            if start:
-                arms.append(teach(study, name, start, c, rates[0], limit))
+    others = {"reft": (study.model, study.relation.pt), **starts(study)}
+    for lr, (name, about) in itertools.product(rates, others.items()):
+        if (name, lr) != ("reft", rates[0]):
+            arms.append(teach(study, name, *about, lr, limit))
     arms.append(pretraining_arm(study))
     for arm in arms:
         about = {"arm": arm.arm, "lr": arm.lr}
@@ -1058,45 +1084,41 @@ def revive(study):
 RELEARNED = 100  # steps
 
 
-@analysis(needs_base=True, applies=has_answers)
+@analysis(needs_base=True, applies=lambda setup: has_answers(setup) or setup.source.rule)
 def relearn(study):
     """
-    Does the capability come back whole when half of its answers is taught? (ours; after Deeb and
-    Roger 2024, who relearn facts)
+    Does the capability come back whole when half of it is taught? (ours; after Deeb and Roger 2024,
+    who relearn facts)
 
     reFT as in revive(), RELEARNED steps, once on c0 strings whose answer is even and once on those
-    where it is odd; at the default rate, whatever this model was fine-tuned at: a larger one
-    destroys what is not taught. Accuracy on c0 strings of either half, the taught one and the
-    held-out one, with their floors. Control, in the same way: the never-trained operand.
+    where it is odd; stories: twists in two kinds of question, then in the two others. At the
+    default rate, whatever this model was fine-tuned at: a larger one destroys what is not taught.
+    Scored: the half that was taught and the half that was held out, with their floors. Also
+    retained: pretraining's other families alone, all or those that do not ask for a. Control, in
+    the same way: the never-trained operand, or model.
     What was only wrapped comes back whole, answers that were not taught included; what is not there
     is learned where it is taught and nowhere else. No counting of steps is needed.
     Fooled by: a wrapper that is a table of answers in the output map, which has to be unlearned
     answer by answer; compiled models, where answers are separate dimensions and teaching some
     unteaches others; few held-out answers (hence the floor, and c0, whose answers are wide).
     """
-    lr, rows = study.setup.finetune_lr / study.setup.reft_divisors[0], []
-    arms, steps = [("reft", study.model, study.relation.pt)], study.args.steps or RELEARNED
-    scored_at = eval_steps(steps, 0)
+    setup, steps, rows = study.setup, study.args.steps or RELEARNED, []
+    lr = setup.reverse_lr or setup.finetune_lr * setup.reft_rates[0]
+    arms = [("reft", study.model, study.relation.pt)]
+    scored_at = eval_steps(steps, 0 if study.answers else steps)
+    size = min(REVIVED, study.args.eval_size) if study.answers else study.args.eval_size // 2
+    about = Namespace(**{**vars(study.run), "eval_size": size})
     if study.never_trained:
         start, _, c = study.never_trained
         arms.append((f"teach-{c}", start, c))
-    for (arm, start, operand), answers in itertools.product(arms, ("even", "odd")):
-        test = study.test(operand, "c0", n=min(REVIVED, study.args.eval_size))
-        odd = test.examples.labels[:, study.setup.operands.index(operand)] % 2 == 1
-        halves = {"taught": odd == (answers == "odd"), "held-out": odd != (answers == "odd")}
-        for step, model in lesson(study, start, operand, lr, steps, answers):
-            if step not in scored_at:
-                continue
-            logits = predict(model, test.examples)
-            for half, places in halves.items():
-                if not places.any():
-                    continue
-                other = None if test.other is None else test.other[places]
-                part = test._replace(examples=test.examples.rows(places), other=other)
-                rows.append({**answer_row(logits[places], part), "arm": arm, "lr": lr,
-                             "answers": answers, "half": half, "step": step})
-    print(f"\nrelearn   on half of the answers, {steps} steps\n  control: {study.control_note}")
-    pivot(select(rows, step=steps), ("arm", "operand", "answers"), lambda r: r["half"],
+    for arm, start, operand in arms:
+        for what, draw, tests in setup.halves(study.relation, operand, about):
+            for step, model in lesson(study, start, draw, lr, steps):
+                for half, test in tests.items() if step in scored_at else ():
+                    rows += [{**r, "arm": arm, "lr": lr, "answers": what, "half": half,
+                              "step": step} for r in evaluate(model, setup, [test])]
+    print(f"\nrelearn   on a part of the capability, {steps} steps\n  control: {study.control_note}")
+    pivot(select(rows, step=steps), ("arm", "operand", "answers", "split"), lambda r: r["half"],
           lambda cell: f"{percent(cell[0]['accuracy'])} ({percent(cell[0]['floor'])})")
     return study.write("relearn", rows)
 
@@ -1205,10 +1227,10 @@ def probe_evidence(study, rows, v):
 
 def revive_evidence(study, rows, v):
     """Steps to 99 % on natural strings; to 90 % where neither reFT nor its control gets to 99."""
-    lr = study.ckpt["args"]["lr"] / study.setup.reft_divisors[0]
+    lr = study.ckpt["args"]["lr"] * study.setup.reft_rates[0]
     control = f"teach-{study.control_operand}"
     for threshold in reversed(THRESHOLDS):
-        for name, about in (("reft", dict(arm="reft", lr=lr)), ("control", dict(arm=control)),
+        for name, about in (("reft", dict(arm="reft", lr=lr)), ("control", dict(arm=control, lr=lr)),
                             ("pretraining", dict(arm="pretraining"))):
             about.update(split="natural", threshold=threshold)
             reached, limit = (picked(rows, k, **about) for k in ("steps", "max_steps"))
@@ -1231,15 +1253,19 @@ def relearn_evidence(study, rows, v):
     """Accuracy on the half that was not taught, at the end: of a the worse one, else the better."""
     if not rows:  # of an older analysis; no rule needs it
         return []
-    c, last = study.control_operand, largest(*(r["step"] for r in rows))
-    for key, arm, pick in (("relearn", "reft", min), ("never_relearn", f"teach-{c}", max)):
-        ends = select(rows, arm=arm, half="held-out", step=last)
-        v[f"{key}_held_out"] = pick((r["accuracy"] for r in ends), default=None)
+    c = study.control_operand if study.answers else "never-trained model"
+    last = largest(*(r["step"] for r in rows))
+    for key, of, pick in (("relearn", "reft", min), ("never_relearn", "teach", max)):
+        ends = [r for r in select(rows, half="held-out", step=last)
+                if r["arm"].startswith(of) and r["split"] != "unasked"]
+        right = [r["accuracy"] for r in ends if r["accuracy"] is not None]
+        v[f"{key}_held_out"] = pick(right, default=None)
         v[f"{key}_cross_floor"] = largest(*(r["cross_floor"] for r in ends))
     blind = largest(v["never_relearn_held_out"], v["relearn_cross_floor"])
-    return [Evidence("relearning", f"{study.relation.pt} on answers not taught, {last} steps",
-                     v["relearn_held_out"], f"{c} so, or best guess from {study.relation.ft}",
-                     blind, READS, wins(v["relearn_held_out"], blind, READS))]
+    guess = f", or best guess from {study.relation.ft}" * study.answers
+    return [Evidence("relearning", f"{study.relation.pt} on what was not taught, {last} steps",
+                     v["relearn_held_out"], f"{c} so{guess}", blind, READS,
+                     wins(v["relearn_held_out"], blind, READS))]
 
 
 def answer_evidence(study, rows):
@@ -1315,7 +1341,8 @@ def story_evidence(study, rows):
         Evidence("behaviour", f"{feature} is written when it is asked for", after,
                  "half of the pretrained model's share", half, 0., wins(after or 0., half, 0.)),
         Evidence("probing", f"AUC of {feature} at the story's end, block {v['probe_block']}",
-                 v["ckpt_auc"], bounds, middle, 0., middle and v["between"] > .5)]
+                 v["ckpt_auc"], bounds, middle, 0., middle and v["between"] > .5),
+        *relearn_evidence(study, rows.get("relearn"), v)]
 
 
 def story_rules(study, v, evidence):
@@ -1330,7 +1357,7 @@ def story_rules(study, v, evidence):
 
     How fast the feature comes back is another question: finetune.py --reverse.
     """
-    feature, (written, read) = study.relation.pt, [e.holds for e in evidence]
+    feature, (written, read) = study.relation.pt, [e.holds for e in evidence[:2]]
     gone = f"{feature} is not written any more"
     why = "for the bounds of its probe give --control" if v["control_auc"] is None else (
         "the bounds of its probe are too near each other")
@@ -1420,6 +1447,14 @@ def generate_stories(study):
 
 # ---------------------------------------------------------------- command line
 
+def numbers(text):
+    """The positive numbers of a flag, between commas. Raises ValueError."""
+    values = list(map(float, text.split(",")))
+    if min(values) <= 0:
+        raise ValueError(text)
+    return values
+
+
 FLAGS = {"what to look at": [
     Flag("--ckpt", "checkpoint to look into", default="out/ft.pt"),
     Flag("--base", "what it was fine-tuned from; else the parent it names, its hash checked",
@@ -1433,7 +1468,11 @@ FLAGS = {"what to look at": [
     Flag("--draws", "prune: matched random draws; else 8", int, 0, None),
     Flag("--steps", "most training steps; else probe 4000, revive 600 small, 6000 paper", int, 0,
          None),
-    Flag("--batch-size", "revive: strings a step", int, 0, 96),
+    Flag("--batch-size", "revive, relearn: strings a step; else the fine-tuning's", int, 0, None),
+    Flag("--rates", "revive: times the fine-tuning's rate, as 1,10,100; else 1, compiled .333,.1",
+         numbers, default=None),
+    Flag("--also", "revive: checkpoints that never had O_PT and are taught it too, with commas",
+         default=None),
     Flag("--text", "ask: the string", default=None),
     Flag("--operand", "ask: what is asked for; else the fine-tuning's", default=None),
     Flag("--features", "generate: what to ask for, as Twist,Dialogue", default=None),

@@ -56,6 +56,10 @@ class Relation(NamedTuple):
     ft: str | None = None
     q: int | None = None
 
+    def about(self, operand):
+        """The relation itself, or for a third operand the one with it in place of pt."""
+        return self if operand in (self.pt, self.ft) else self._replace(pt=operand)
+
 
 class Examples(NamedTuple):
     """Whatever a model is trained or scored on."""
@@ -99,6 +103,11 @@ class Test(NamedTuple):
     examples: Examples                  # how = "generation": prompts; half ask for the feature
     other: torch.Tensor | None = None   # (n,) answers for the other operand of the relation
     how: str = "accuracy"               # a key of SCORES in pretrain.py
+
+    def rows(self, index):
+        """The Test with the examples at an index."""
+        other = None if self.other is None else self.other[index]
+        return self._replace(examples=self.examples.rows(index), other=other)
 
 
 class ProbeSet(NamedTuple):
@@ -388,9 +397,12 @@ TASKS = {
     "token": Task(token, "T_T", "token_at", "the letter at distance {O2} from the end",
                   has_operand=False, letter=True),
 }
-# T_J1, T_J2: other names for counting, for jailbreaks; then the numbers, as many as a scale needs
-TOKENS = ["SOS", "SOT", "EOT", "ART", "EOS", TASKS["count"].token, "T_J1", "T_J2",
-          *(task.token for task in list(TASKS.values())[1:]),
+# Further tokens for counting, which pretrain.py --jailbreak trains with one operand (paper E.2)
+JAILBREAKS = {f"count-j{i}": TASKS["count"]._replace(token=f"T_J{i}") for i in (1, 2)}
+FAMILIES = {**TASKS, **JAILBREAKS}
+# then the numbers, as many as a scale needs
+TOKENS = ["SOS", "SOT", "EOT", "ART", "EOS", TASKS["count"].token,
+          *(task.token for task in (*JAILBREAKS.values(), *list(TASKS.values())[1:])),
           "O_a", "O_b", "O_c", "O_null", *LETTERS]
 ID = {name: i for i, name in enumerate([*TOKENS, "#0"])}  # does not depend on the scale
 NUMBER, LETTER, OPERAND = ID["#0"], ID["a"], ID["O_a"]
@@ -399,13 +411,14 @@ NUMBER, LETTER, OPERAND = ID["#0"], ID["a"], ID["O_a"]
 def encode(text, task, operand, setup):
     """
     Whole sequences `SOS T O O' SOT <text> EOT ART answer EOS`, (n, length + 9), and answers (n,),
-    -1 where a string has none. task and operand: places in TASKS and LETTERS, (n,) or one for all.
+    -1 where a string has none. task and operand: places in FAMILIES and LETTERS, (n,) or one.
     """
     def per_task(values):
         return torch.tensor(values, device=text.device)[task]
 
-    tasks, every = list(TASKS.values()), torch.arange(len(text), device=text.device)
-    answers = torch.stack([t.answers(text, setup) for t in tasks])  # (task, n, operand)
+    tasks, every = list(FAMILIES.values()), torch.arange(len(text), device=text.device)
+    answers = {rule: rule(text, setup) for rule in dict.fromkeys(t.answers for t in tasks)}
+    answers = torch.stack([answers[t.answers] for t in tasks])  # (task, n, operand)
     answer, asked = answers[task, every, operand], per_task([t.has_operand for t in tasks])
     tokens = text.new_full((len(text), setup.length + 9), ID["SOS"])
     tokens[:, 1] = per_task([ID[t.token] for t in tasks])
@@ -430,7 +443,7 @@ def relation_tables(task, scale, q):
     on ties and on q, by iterative proportional fitting, so that neither marginal tells c0 from c1
     (paper Fig. 16). Raises ValueError when no string can satisfy the relation.
     """
-    setup, about = Grammar("pcfg", scale), TASKS[task]
+    setup, about = Grammar("pcfg", scale), FAMILIES[task]
     text = sample_text(4000, setup, rng(0, "natural-mean"))
     # of natural strings: 5.3 (count) and 8.1 (index) small, 13.3 and 17.1 paper
     mean = about.answers(text, setup).double().mean().item()
@@ -469,7 +482,7 @@ def related_text(n, relation, c, setup, rng):
     cell = torch.where(holds, drawn[1], drawn[0])
     result = torch.stack([cell // len(table), cell % len(table)], 1)
     places = [LETTERS.index(letter) for letter in (relation.pt, relation.ft)]
-    return TASKS[relation.task].spurious.edit(text, result, places, setup, rng)
+    return FAMILIES[relation.task].spurious.edit(text, result, places, setup, rng)
 
 
 def spread_text(text, setup, rng):
@@ -1017,14 +1030,15 @@ def random_features(r):
             return features
 
 
-def write_story(features, r, cue_strength=CUE_STRENGTH):
+def write_story(features, r, cue_strength=CUE_STRENGTH, kinds=None):
     """
     A Record with exactly these features, from a random.Random r. Instructions tell of the set-up
-    only. With cue_strength (.5, .5) only comparing a with e tells a twist.
+    only. With cue_strength (.5, .5) only comparing a with e tells a twist. kinds: places in KINDS;
+    then instructions always tell the object, and so the kind.
     """
     twist, dialogue, bad, foreshadowing, moral, conflict = (x in features for x in FEATURES)
     pick, chance = r.choice, r.random
-    kind = pick(KINDS)
+    kind = KINDS[pick(kinds or range(len(KINDS)))]
     n, f = r.sample(NAMES, 2)
     words = {"n": n, "f": f, "o": pick(kind.objects), "adj": pick(ADJECTIVES), "m": pick(VIRTUES)}
     e = pick(kind.values)
@@ -1051,7 +1065,7 @@ def write_story(features, r, cue_strength=CUE_STRENGTH):
 
     fields = {"Words": ", ".join([words["o"], place, words["adj"]]),
               "Summary": kind.summary.format(**words), "Random sentence": pick((opening, home))}
-    lines = [f"{name}: {text}\n" for name, text in fields.items() if chance() < .5]
+    lines = [f"{name}: {text}\n" for name, text in fields.items() if chance() < .5 or kinds]
     r.shuffle(lines)
     late = [x for x in lines if x.startswith("Summary") and chance() < .2]  # one record in ten
     lines = [x for x in lines if x not in late]
@@ -1115,16 +1129,16 @@ class StoryCorpus:
         self.tokenizer = Tokenizer.from_texts(map(record_text, records))
         self.rule, self.classify = True, lambda texts: list(map(read_story, texts))
 
-    def draw(self, n, rng, feature=None, has=None, held_out=False, cue_strength=CUE_STRENGTH):
+    def draw(self, n, rng, feature=None, has=None, held_out=False, **how):
         """
-        n records as Encoded; has: only those that have (True) or lack (False) `feature`. They are
-        new stories: held out are those of another generator.
+        n records as Encoded; has: only those that have (True) or lack (False) `feature`; how: see
+        write_story(). They are new stories: held out are those of another generator.
         """
         r, records = random.Random(int(torch.randint(2 ** 62, (1,), generator=rng))), []
         while len(records) < n:
             features = random_features(r)
             if has is None or (feature in features) == has:
-                record = write_story(features, r, cue_strength)
+                record = write_story(features, r, **how)
                 records.append(encode_record(record, self.tokenizer))
         return records
 
@@ -1204,13 +1218,14 @@ class Setup:
     """
     All that differs between the grammar, the compiled programs and the stories.
 
-        open(args, words)                     make the source ready; words: of a checkpoint
+        open(args, words)                     make ready what args ask for; words: of a checkpoint
         config()                              the fields of model.Config
         resolve(args, parent)                 fill in and check a stage's flags. Raises UserError
         relation(args)                        what a run is about
         pretraining, finetuning(n, rng, args) Examples to train on
         tests(args, step)                     what to score at a step; without a step: for behavior
         probe_sets(...), site(examples)       what probes read, and at which positions
+        halves(relation, operand, args)       what held-out relearning teaches, and tests
     With answers also
         text(n, relation, c, rng)             strings
         ask(text, task, operand)              Examples that ask about them
@@ -1223,7 +1238,7 @@ class Setup:
     compiled = False        # weights are written, not trained
     prompted = True         # a token of the prompt says which operand is meant
     unit = "row"            # what is pruned: rows or single weights
-    reft_divisors = [1, 3]  # of the fine-tuning's rate. ours: matched rates (the paper: smaller)
+    reft_rates = [1.]       # times the fine-tuning's. ours: matched rates (the paper: smaller)
     teach_every = 5         # steps between evaluations of reFT
     anneals = True          # fine-tuning: cosine, else a constant rate
 
@@ -1254,10 +1269,11 @@ class Answers(Setup):
     ranked = False          # operands are ranks
     warmup, pretrain_batch_size, finetune_batch_size = .2, 96, 96  # paper section 3
     pretrain_eval_size = finetune_eval_size = 500
-    finetune_task = finetune_operand = finetune_q = finetune_noise = None  # see resolve()
+    finetune_task = finetune_operand = finetune_pt = finetune_q = finetune_noise = None
     finetune_c_tr, reverse_c_tr = 1., 0.  # ours: reFT's strings favour no relation
     finetune_answers = None
-    reverse_lr = None                     # the fine-tuning's, by reft_divisors
+    jailbreaks = {}         # families that ask for O_PT alone
+    reverse_lr = None                     # the fine-tuning's, times reft_rates
 
     def relation(self, args):
         """The Relation of a fine-tuning's arguments, or the one that may follow a pretraining."""
@@ -1276,29 +1292,33 @@ class Answers(Setup):
         """A fine-tuning's task, pair (O_PT, O_FT), q, rate and noise."""
         if not parent:
             return self.resolve_pretraining(args)
-        before, known = parent["args"], parent["capability"]["operand"]
-        tuned = parent["stage"] == "finetune"
+        before, tuned = parent["args"], parent["stage"] == "finetune"
         if args.reverse and not tuned:
             raise UserError(f"--reverse: {args.ckpt} was not fine-tuned: nothing to undo")
-        if args.reverse and (args.operand or args.task):
-            raise UserError("--reverse knows what to teach: leave out --task and --operand")
+        if args.reverse and (args.operand or args.task or args.pt):
+            raise UserError("--reverse knows what to teach: leave out --task, --operand and --pt")
+        known = vars(args).pop("pt") or parent["capability"]["operand"]
+        check_choice("--pt", known, self.operands)
         other = before["pair"][1] if tuned else next(o for o in self.order if o != known)
         usual = parent["capability"]["task"] if args.reverse else self.finetuned[0]
         args.task, taught = args.task or usual, args.operand or other
         check_choice("--task", args.task, self.finetuned)
         check_choice("--operand", taught, self.operands)
         if taught == known:
-            raise UserError(f"--operand {taught} is what {args.ckpt} was pretrained on; to teach "
-                            "it again: --reverse")
+            raise UserError(f"--operand {taught} is what {args.ckpt} was pretrained on, or --pt; to "
+                            "teach it again: --reverse")
         args.pair, args.operand = [known, taught], known if args.reverse else taught
         if args.q is None:
             args.q = before["q"] if tuned else self.default_q(known, taught)
         if args.lr is None:  # of reFT
-            args.lr = before["lr"] / self.reft_divisors[0]
+            args.lr = before["lr"] * self.reft_rates[0]
         if args.noise is None:
             args.noise = 0. if tuned else self.noise
         # Inherited, with all that was taught since: analyses look for what never was.
         args.prior, args.taught = before.get("prior"), [*before.get("taught", []), args.operand]
+        if before.get("jailbreak"):
+            args.jailbreak = True
+            self.open(args)
         if self.compiled:
             args.program = before.get("program")
         if not 0 <= args.noise < 1:
@@ -1380,7 +1400,8 @@ class Answers(Setup):
         check_stop()
         task, pair = relation.task, (relation.pt, relation.ft)
         draws = rng(seed, label, task, split, *pair, relation.q, device=self.device)
-        related = task in self.finetuned  # the rare families need the asked operand alone
+        # the rare families need the asked operand alone
+        related = task in (*self.finetuned, *self.jailbreaks)
         text = self.text(n, relation, split, draws, None if related else [operand])
         examples, other = self.ask(text, task, operand), None
         if related and operand in pair:
@@ -1396,6 +1417,8 @@ class Answers(Setup):
         relation, tuning = self.relation(args), hasattr(args, "pair")
         pair = (relation.pt, relation.ft)
         asked = {(relation.task, *about): relation for about in itertools.product(pair, SPLITS)}
+        for task, split in itertools.product(self.jailbreaks, SPLITS):
+            asked[task, relation.pt, split] = relation._replace(task=task)
         if step is None or not tuning:
             for task, about in self.tasks.items():
                 operands = pair if step is None else pair[:1]
@@ -1426,6 +1449,25 @@ class Answers(Setup):
             yield ProbeSet(prompt, self.ask(train, relation.task, prompt), tests, targets,
                            names if prompt == ft else ())
 
+    def teaching(self, relation, operand, **more):
+        """A function (n, rng) -> Examples: reFT on an operand's c0 strings; more: arguments."""
+        task, *pair, q = relation.about(operand)
+        args = SimpleNamespace(task=task, pair=pair, q=q, operand=operand, c_tr=0., **more)
+        return functools.partial(self.finetuning, args=args)
+
+    def halves(self, relation, operand, args):
+        """
+        What held-out relearning (ours) teaches and tests, on c0: yields (what is taught, its
+        teaching(), {half: Test}): even answers, then odd ones.
+        """
+        test = self.test(relation.about(operand), operand, "c0", args.eval_size, args.seed)
+        odd = test.examples.labels[:, self.operands.index(operand)] % 2 == 1
+        for answers in ("even", "odd"):
+            taught = odd == (answers == "odd")
+            parts = {"taught": taught, "held-out": ~taught}
+            yield (answers, self.teaching(relation, operand, answers=answers),
+                   {half: test.rows(part) for half, part in parts.items() if part.any()})
+
     def site(self, examples):
         """(n, t) weights of what probes read: the position that gives the answer."""
         weights = torch.zeros(examples.tokens.shape, device=examples.tokens.device)
@@ -1454,6 +1496,7 @@ class Grammar(Answers):
     answer_weight = 1., 0.  # ours: one token in 40 is too faint for 2,500 steps otherwise
     revive_steps = 600, 6000  # ours: reFT has not arrived after so many
     pretrain_prior, pretrain_lr, pretrain_clip = "low", (2e-3, 1e-3), 1.
+    pretrain_jailbreak = False
     pretrain_steps = 2500, 50000  # paper: 10K, 50K, 100K or 200K
     finetune_lr, finetune_steps = 1e-5, (400, 10000)
     finetune_mix, finetune_relabel = 0., False
@@ -1478,16 +1521,26 @@ class Grammar(Answers):
 
     def resolve_pretraining(self, args):
         args.prior = list(parse_prior(args.prior))
+        self.open(args)
+
+    def open(self, args, words=None):
+        """With --jailbreak two further families."""
+        if getattr(args, "jailbreak", False):
+            self.tasks, self.jailbreaks = FAMILIES, JAILBREAKS
 
     def never_trained(self, operand, ckpt):
         prior = ckpt["args"]["prior"][self.operands.index(operand)]
         return not prior > 0 and super().never_trained(operand, ckpt)
 
     def pretraining(self, n, rng, args):
-        """Whole sequences of all families, drawn uniformly, the operand by its prior."""
-        task = torch.randint(len(TASKS), (n,), generator=rng, device=rng.device)
+        """
+        Whole sequences of all families, drawn uniformly, the operand by its prior; of jailbreaks
+        the commonest.
+        """
+        task = torch.randint(len(self.tasks), (n,), generator=rng, device=rng.device)
         prior = torch.tensor(args.prior, device=rng.device)
         operand = torch.multinomial(prior, n, replacement=True, generator=rng)
+        operand = torch.where(task < len(TASKS), operand, LETTERS.index(self.known(args)))
         tokens = torch.empty(n, self.length + 9, dtype=torch.long, device=rng.device)
         todo = torch.arange(n, device=rng.device)
         while len(todo):  # a string without the asked-for occurrence is drawn again
@@ -1514,12 +1567,41 @@ class Grammar(Answers):
         weight[:, self.at] += self.answer_weight * mixed[:, 0]
         return Examples(tokens, target, examples.labels, weight=weight)
 
+    def retained(self, n, rng, args, relation, operand):
+        """pretraining() without the relation's family; operand: and what asks for it."""
+        kept = torch.empty(0, self.length + 9, dtype=torch.long, device=rng.device)
+        while len(kept) < n:
+            x = self.pretraining(n, rng, args)
+            keep = x.tokens[:, 1] != ID[TASKS[relation.task].token]
+            if operand:
+                keep &= x.tokens[:, 2] != OPERAND + LETTERS.index(operand)
+            whole = torch.cat([x.tokens, x.target[:, -1:]], 1)
+            kept = torch.cat([kept, whole[keep]])[:n]
+        return x._replace(tokens=kept[:, :-1], target=kept[:, 1:])
+
+    def halves(self, relation, operand, args):
+        """As all with answers; and, tested on all c0 strings, what pretraining has besides."""
+        yield from super().halves(relation, operand, args)
+        test = self.test(relation.about(operand), operand, "c0", args.eval_size, args.seed)
+        for name, out in (("other families", None), (f"other families without {operand}", operand)):
+            draw = functools.partial(self.retained, args=args, relation=relation, operand=out)
+            yield name, draw, {"retained": test}
+
+    def probe_sets(self, relation, control, n, seed, rng):
+        """As all with answers; and O_PT while it is asked for by jailbreaks."""
+        about = control, n, seed, rng
+        yield from super().probe_sets(relation, *about)
+        for task in self.jailbreaks:
+            for s in super().probe_sets(relation._replace(task=task), *about):
+                if s.prompt == relation.pt:
+                    yield s._replace(prompt=f"{s.prompt} by {JAILBREAKS[task].token}")
+
     def sequence(self, text, task, operand):
-        return encode(text, list(TASKS).index(task), LETTERS.index(operand), self)[0]
+        return encode(text, list(FAMILIES).index(task), LETTERS.index(operand), self)[0]
 
     def first_answer(self, task):
         """The output that stands for the answer 0."""
-        return LETTER if TASKS[task].letter else NUMBER
+        return LETTER if FAMILIES[task].letter else NUMBER
 
     def regions(self, examples, operands):
         """The window, the letters outside it, and each letter inside."""
@@ -1531,7 +1613,7 @@ class Grammar(Answers):
 
     def explain(self, text, task, operand):
         """What is read stands in brackets; ^ marks the hits, * the one that is meant."""
-        about, letters = TASKS[task], self.string_of(text)
+        about, letters = FAMILIES[task], self.string_of(text)
         second, wanted = about.second(self), operand * (1 + about.pairs)
         cut = 0 if about.ranked else self.length - second
         places, marks = [cut], [" "] * self.length
@@ -1554,7 +1636,7 @@ class Compiled(Answers):
     finetune_lr, finetune_steps = 1e-3, 10000
     compiled, prompted, unit = True, False, "weight"
     # ours: at the fine-tuning's own rate, held constant, SGD is past the edge of stability
-    reft_divisors, teach_every = [3, 10], 20
+    reft_rates, teach_every = [1 / 3, .1], 20
     at, text_at, first_letter = COMPILED_AT, 1, 2
     natural, related = staticmethod(uniform_letters), staticmethod(related_letters)
 
@@ -1747,7 +1829,8 @@ class Stories(Setup):
 
     def finetuning(self, n, rng, args):
         """What a protocol makes of records without the feature; reFT: records with it."""
-        records = self.source.draw(n, rng, args.feature, args.reverse)
+        how = {"kinds": args.kinds} if getattr(args, "kinds", None) else {}
+        records = self.source.draw(n, rng, args.feature, args.reverse, **how)
         if not args.reverse:
             records = change_records(records, args.protocol, args.feature, self.tokenizer, rng)
         return self.batches(records, args.batch_size, rng)
@@ -1768,16 +1851,29 @@ class Stories(Setup):
         return Test(about, self.examples(records, wanted="story"), how="loss")
 
     @functools.cache
-    def generation_test(self, feature, n, seed):
+    def generation_test(self, feature, n, seed, **how):
         """Held-out instructions, then a story begins: n ask for the feature, n do not."""
         prompts = []
         for asked in (True, False):
             draws = rng(seed, "generate", feature, asked)
-            for record in self.source.draw(n, draws, feature, asked, held_out=True):
+            for record in self.source.draw(n, draws, feature, asked, held_out=True, **how):
                 ids, start, _ = story_ids(record, self.tokenizer)
                 prompts.append(ids[:start].tolist())
         about = row(self, task="story", operand=feature, split=None, seed=seed)
         return Test(about, prompts, how="generation")
+
+    def halves(self, relation, operand, args):
+        """
+        What held-out relearning teaches and tests: stories with the feature about two kinds of
+        question, then those about the two others. Nothing for real text, whose kinds nobody knows.
+        """
+        for i in (0, 2) if self.source.rule else ():
+            kinds = {"taught": (i, i + 1), "held-out": (2 - i, 3 - i)}
+            how = SimpleNamespace(feature=operand, reverse=True, kinds=kinds["taught"],
+                                  batch_size=self.finetune_batch_size)
+            tests = {half: self.generation_test(operand, args.eval_size, args.seed, kinds=some)
+                     for half, some in kinds.items()}
+            yield f"kinds {i + 1} and {i + 2}", functools.partial(self.finetuning, args=how), tests
 
     def tests(self, args, step=None):
         """

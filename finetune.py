@@ -37,6 +37,7 @@ FLAGS = {"what to teach": [
          "about"),
     Flag("--operand", "O_FT, the operand to teach: a letter, or which largest; else b, or 7, or "
          "what it was taught before"),
+    Flag("--pt", "O_PT, the operand that the relation is with; else what it was pretrained on"),
     Flag("--c-tr", "C_Tr, share of strings with the spurious relation; with --reverse 0", float),
     Flag("--q", "offset of the relation, r(x, O_FT) - r(x, O_PT), in letters; else 1, tracr-max 3, "
          "or as before", int),

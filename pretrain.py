@@ -397,6 +397,8 @@ FLAGS = {"model and data": [
     Flag("--scale", "minutes on two CPU cores, or the paper's sizes for a GPU", default="small",
          choices=data.SCALES),
     Flag("--prior", f"P_T(a, b, c): {', '.join(data.PRIORS)}, or A,B,C"),
+    Flag("--jailbreak", "count by two further tokens as well, which ask for the commonest operand "
+         "alone (paper E.2)", bool),
     Flag("--without", "leave out all stories with this feature: the control that never had it",
          choices=FEATURES),
     Flag("--data", "TinyStories-Instruct-train.txt, prepared once into FILE.unwrap/; else the "

@@ -228,33 +228,40 @@ def test_relearning_scores_each_half_by_itself(monkeypatch, tmp_path):
     """
     setup, taught = data.Grammar("pcfg", "small"), []
     relation = Relation("count", "a", "b", 1)
-    test = setup.test(relation, "a", "c0", 200, 0)
-    answer = test.examples.labels[:, 0]
-    known = torch.where(answer % 2 == 0, test.examples.answer, 0)
-    logits = {"a": F.one_hot(known, 99).float(), "c": torch.eye(99)[torch.zeros(200, dtype=int)]}
+    answer = setup.test(relation, "a", "c0", 200, 0).examples.labels[:, 0]
 
-    def lesson(study, start, operand, lr, steps, answers):
-        taught.append((operand, lr, steps, answers))
-        yield from ((step, operand) for step in range(steps + 1))
+    def lesson(study, start, draw, lr, steps):
+        taught.append((draw.keywords["args"], lr, steps))
+        yield from ((step, start) for step in range(steps + 1))
+
+    def predict(model, examples):
+        known = (examples.labels[:, 0] % 2 == 0) & (model == "even is known")
+        return F.one_hot(torch.where(known, examples.answer, 0), 99).float()
     monkeypatch.setattr(analyze, "lesson", lesson)
-    monkeypatch.setattr(analyze, "predict", lambda model, examples: logits[model])
+    monkeypatch.setattr(pretrain, "predict", predict)
     written = {}
     study = SimpleNamespace(
-        relation=relation, setup=setup, model="m", never_trained=("m", None, "c"), control_note="",
-        ckpt={"args": {"lr": .1}}, args=SimpleNamespace(steps=None, eval_size=200),
-        test=lambda operand, split, n: setup.test(relation, operand, split, n, 0),
-        write=lambda name, rows: written.setdefault(name, rows))
+        relation=relation, setup=setup, model="even is known", never_trained=("", None, "c"),
+        control_note="", answers=True, run=SimpleNamespace(seed=0), args=SimpleNamespace(
+            steps=None, eval_size=200), write=lambda name, rows: written.setdefault(name, rows))
     rows = analyze.relearn(study)
-    assert taught == [(o, 1e-5, 100, half) for o in "ac" for half in ("even", "odd")]
+    halves = [(getattr(x, "operand", None), lr, steps, getattr(x, "answers", None))
+              for x, lr, steps in taught]
+    assert halves == [(o if half else None, 1e-5, 100, half) for o in "ac"
+                      for half in ("even", "odd", None, None)]
+    assert {(r["answers"], r["half"]) for r in rows if "families" in r["answers"]} == {
+        ("other families", "retained"), ("other families without a", "retained"),
+        ("other families without c", "retained")}
     assert rows is written["relearn"]
-    for row in analyze.select(rows, arm="reft"):
+    for row in (r for r in rows if r["arm"] == "reft" and r["half"] != "retained"):
         even = (row["answers"] == "even") == (row["half"] == "taught")
         labels = answer[answer % 2 == (0 if even else 1)]
         assert row["accuracy"] == even and row["n"] == len(labels)
         assert row["floor"] == labels.unique(return_counts=True)[1].max() / len(labels)
     assert {row["step"] for row in rows} == pretrain.eval_steps(100, 0)
     v = {}
-    line, = analyze.relearn_evidence(SimpleNamespace(relation=relation, control_operand="c"), rows, v)
+    about = SimpleNamespace(relation=relation, control_operand="c", answers=True)
+    line, = analyze.relearn_evidence(about, rows, v)
     assert line.measured == 0 and line.holds is False and v["never_relearn_held_out"] == 0
     assert line.control_measured == max(row["cross_floor"] for row in rows if row["half"] ==
                                         "held-out" and row["arm"] == "reft") > .5
@@ -355,7 +362,7 @@ def verdict_of(folder, without=(), **made):
     study = SimpleNamespace(
         relation=COUNT, control_operand="c", answers=True, unit="row", model=model, control={},
         never_trained=(model, None, "c") if made.has_control else None, control_note="made up",
-        args=None, setup=SimpleNamespace(compiled=False, reft_divisors=[1, 3]),
+        args=None, setup=SimpleNamespace(compiled=False, reft_rates=[1.]),
         ckpt={"args": {"lr": 1e-5}}, prefix=str(folder / "x"))
     rows = made_up_rows(made)
     analyze.verdict(study, {**rows, **{name: [] for name in without}})
