@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# The evidence of the grammar: raw runs under out/evidence, tables and figures under results/. About
-# an hour and a half on two cores. Restartable: what is done is passed over. Two single-threaded runs
-# side by side beat one run on two threads.
+# The evidence of the grammar: raw runs under out/evidence, tables and figures under results/. Five
+# seeds, and six that nothing was tuned on; about two and a half hours on two cores. Restartable: what
+# is done is passed over. Two single-threaded runs side by side beat one run on two threads.
 #
 #     bash runs/pcfg.sh                             # PYTHON=path/to/python to choose an interpreter
 #     STAGES="jobs_pre jobs_grid" bash runs/pcfg.sh # some stages, in order
+#     SEEDS=101 bash runs/pcfg.sh                   # one seed
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export PYTHON=${PYTHON:-python} OUT=${OUT:-out/evidence}
+export PYTHON=${PYTHON:-python} OUT=${OUT:-out/evidence} OMP_NUM_THREADS=1
+SEEDS=${SEEDS:-101 102 103 104 105} FRESH=${FRESH:-201 202 203 204 205 206}
 
 train() {  # run, script and its flags; begun, resumed, or done already
     "$PYTHON" "${@:2}" --out "$OUT/$1.pt" --resume --threads 1
@@ -15,89 +17,103 @@ train() {  # run, script and its flags; begun, resumed, or done already
 tune() {  # run, pretrained model, seed, further flags
     train "$1" finetune.py --ckpt "$OUT/pre/$2.pt" --seed "$3" "${@:4}"
 }
-look() {  # run, further flags; done when its verdict is younger than its checkpoint
+look() {  # run, analyses and flags; done when its verdict is younger than its checkpoint
     [ "$OUT/$1.verdict.json" -nt "$OUT/$1.pt" ] ||
-        "$PYTHON" analyze.py --ckpt "$OUT/$1.pt" --threads 1 "${@:2}"
+        "$PYTHON" analyze.py "${@:2}" --ckpt "$OUT/$1.pt" --threads 1
+}
+see() {  # run, analysis: one, without a verdict
+    [ -f "$OUT/$1.$2.jsonl" ] || "$PYTHON" analyze.py "$2" --ckpt "$OUT/$1.pt" --threads 1
 }
 evidence() {  # experiment, its figures
     "$PYTHON" plot.py "$OUT/$1" --evidence "results/$1" --figures "${@:2}"
 }
-export -f train tune look
+export -f train tune look see
 
-jobs_pre() {
-    for seed in 0 1 2; do for prior in low high; do
-        echo "train pre/$prior-$seed pretrain.py --prior $prior --seed $seed"
-    done; done
-    echo "train pre/without-c-0 pretrain.py --prior .6,.4,0"  # the control of the high prior
+jobs_pre() {  # without-a, b-only: they never had a; without-c: the control of the high prior
+    for seed in $SEEDS; do
+        echo "train pre/low-$seed pretrain.py --prior low --seed $seed"
+        echo "train pre/without-a-$seed pretrain.py --prior 0,.001,.999 --seed $seed"
+    done
+    for seed in $SEEDS; do
+        echo "train pre/high-$seed pretrain.py --prior high --seed $seed"
+        echo "train pre/b-only-$seed pretrain.py --prior 0,1,0 --seed $seed"
+    done
+    echo "train pre/without-c pretrain.py --prior .6,.4,0 --seed ${SEEDS%% *}"
 }
 jobs_tune() {
-    for seed in 0 1 2; do
-        echo "tune count/low-$seed low-$seed $seed"                          # the main case
+    for seed in $SEEDS; do
+        echo "tune count/low-$seed low-$seed $seed"                          # the main case: wrapped
+        echo "tune count/learner-$seed low-$seed $seed --c-tr 0 --lr 1e-3"   # new; a is overwritten
+        echo "tune known/erased-$seed without-a-$seed $seed --pt a"          # there never was an a
         echo "tune count/high-$seed high-$seed $seed --c-tr .5"              # strongly relevant
-        echo "tune count/learner-$seed low-$seed $seed --c-tr 0 --lr 1e-3"   # nothing to wrap
         echo "tune index/low-$seed low-$seed $seed --task index"             # the Indexer
     done
-    echo "tune pre/without-c-0-ft without-c-0 0 --c-tr .5"  # the control of high, tuned alike
+    echo "tune pre/without-c-ft without-c ${SEEDS%% *} --c-tr .5"            # tuned as high is
 }
 jobs_look() {
-    for seed in 0 1 2; do
-        echo "look count/low-$seed"
-        echo "look count/high-$seed --control $OUT/pre/without-c-0-ft.pt"
+    for seed in $SEEDS; do
+        echo "look count/low-$seed --rates 1,10,100 \
+            --also $OUT/pre/b-only-$seed.pt,$OUT/known/erased-$seed.pt"
         echo "look count/learner-$seed"
+        echo "look known/erased-$seed --control $OUT/count/low-$seed.pt"
+        echo "look count/high-$seed --control $OUT/pre/without-c-ft.pt"
         echo "look index/low-$seed"
     done
 }
-jobs_grid() {
-    for lr in 1e-5 1e-4 1e-3; do for c in 0 .5 .8 1; do for prior in low high; do
-        echo "tune grid/$prior/ctr$c-lr$lr $prior-0 0 --c-tr $c --lr $lr"
-    done; done; done
-}
-jobs_dtype() {  # does the dtype of training change what is found? mixed: fine-tuned in float32
-    for seed in 101 102 103 104 105; do for dtype in bfloat16 float32; do
-        echo "train dtype/pre-$dtype-$seed pretrain.py --seed $seed --dtype $dtype"
+jobs_planted() {  # a wrapper in one part of the model, before, in or behind it: all else is the base
+    local all="behavior prune probe revive relearn verdict"
+    for seed in $SEEDS; do for part in "head head 1e-2" "tok tok 1e-3" "blocks0 blocks.0 1e-4"; do
+        set -- $part
+        echo "tune known/$1-$seed low-$seed $seed --only $2 --lr $3 && look known/$1-$seed $all"
     done; done
 }
-jobs_dtype_tune() {
-    for seed in 101 102 103 104 105; do
-        for names in "bfloat16 bfloat16 bfloat16" "float32 float32 float32" "mixed bfloat16 float32"; do
-            set -- $names
-            echo "tune dtype/$1-$seed ../dtype/pre-$2-$seed $seed --dtype $3"
+jobs_jailbreak() {  # two tokens that never ask for b
+    for seed in $SEEDS; do for prior in low high; do
+        echo "train jailbreak/pre-$prior-$seed pretrain.py --prior $prior --jailbreak --seed $seed && \
+            tune jailbreak/$prior-$seed ../jailbreak/pre-$prior-$seed $seed && \
+            see jailbreak/$prior-$seed behavior && see jailbreak/$prior-$seed probe"
+    done; done
+}
+jobs_mix() {  # pretraining's sequences mixed in; a's strings answered for b
+    local some="behavior prune probe revive verdict"
+    for seed in $SEEDS; do
+        echo "tune relabel/$seed low-$seed $seed --relabel && \
+            look relabel/$seed $some relearn --also $OUT/pre/b-only-$seed.pt"
+        for share in .5 .1 .001; do echo "tune mix/$share-$seed low-$seed $seed --mix $share"; done
+        echo "look mix/.1-$seed $some"
+        echo "see mix/.5-$seed behavior && see mix/.001-$seed behavior"
+    done
+}
+jobs_grid() {  # the rest of Fig. 6 at the usual rate, and two more rates
+    for c in 0 .5 .8 1; do for prior in low high; do
+        for seed in $SEEDS; do
+            echo "tune grid/$prior-ctr$c-lr1e-5-$seed $prior-$seed $seed --c-tr $c"
         done
-    done
-}
-jobs_dtype_look() {
-    for seed in 101 102 103 104 105; do for name in bfloat16 float32 mixed; do
-        echo "look dtype/$name-$seed"
+        for lr in 1e-4 1e-3; do
+            seed=${SEEDS%% *}
+            echo "tune grid/$prior-ctr$c-lr$lr-$seed $prior-$seed $seed --c-tr $c --lr $lr"
+        done
     done; done
 }
-relearn() {
-    [ -f "$OUT/$1.relearn.jsonl" ] || "$PYTHON" analyze.py relearn --ckpt "$OUT/$1.pt" --threads 1
-}
-export -f relearn
-known() {  # name, how it is fine-tuned: a model whose truth is known, five seeds
-    for seed in 101 102 103 104 105; do
-        echo "tune known/$1-$seed ../dtype/pre-bfloat16-$seed $seed ${*:2} && relearn known/$1-$seed"
+jobs_fresh() {  # seeds on which nothing was tuned, looked at once
+    for seed in $FRESH; do
+        echo "train fresh/pre-$seed pretrain.py --seed $seed && \
+            tune fresh/low-$seed ../fresh/pre-$seed $seed && look fresh/low-$seed && \
+            tune fresh/learner-$seed ../fresh/pre-$seed $seed --c-tr 0 --lr 1e-3 && \
+            look fresh/learner-$seed"
     done
 }
-jobs_known() {
-    known wrapped                                # everything is trained
-    known overwritten --c-tr 0 --lr 1e-3         # no shortcut, a large rate
-    known blocks0 --only blocks.0 --lr 1e-4      # a wrapper in one part: all else is the base
-    known head --only head --lr 1e-2
-    known tok --only tok --lr 1e-3
-    known down2 --only blocks.2.down --lr 1e-3
-}
-all="jobs_pre jobs_tune jobs_look jobs_grid jobs_dtype jobs_dtype_tune jobs_dtype_look jobs_known"
+all="jobs_pre jobs_tune jobs_look jobs_planted jobs_jailbreak jobs_mix jobs_grid jobs_fresh"
 for stage in ${STAGES:-$all}; do
     $stage | tr '\n' '\0' | xargs -0 -P "${LANES:-2}" -I{} bash -c "{}"
 done
 evidence pre
 evidence count fig5_behavior rules fig6_curves fig7_prune fig8_probe fig9_revive fig10_attention
-evidence index fig5_behavior fig7_prune
-evidence grid/low fig6_curves
-evidence grid/high fig6_curves
+evidence index fig5_behavior fig7_prune relearn
 evidence known relearn
-evidence dtype fig6_curves
-# what their sections show; the rest is as elsewhere
-rm -r results/known/history.csv results/dtype/figures results/dtype/*.csv results/dtype/*.npz
+evidence jailbreak fig6_curves fig8_probe
+evidence mix fig6_curves fig7_prune fig8_probe
+evidence relabel fig6_curves fig9_revive
+evidence grid fig6_curves
+evidence fresh fig5_behavior
 "$PYTHON" plot.py results --markdown
