@@ -79,9 +79,10 @@ jobs_mix() {  # pretraining's sequences mixed in; a's strings answered for b
     for seed in $SEEDS; do
         echo "tune relabel/$seed low-$seed $seed --relabel && \
             look relabel/$seed $some relearn --also $OUT/pre/b-only-$seed.pt"
-        for share in .5 .1 .001; do echo "tune mix/$share-$seed low-$seed $seed --mix $share"; done
-        echo "look mix/.1-$seed $some"
-        echo "see mix/.5-$seed behavior && see mix/.001-$seed behavior"
+        echo "tune mix/.1-$seed low-$seed $seed --mix .1 && look mix/.1-$seed $some"
+        for share in .5 .001; do
+            echo "tune mix/$share-$seed low-$seed $seed --mix $share && see mix/$share-$seed behavior"
+        done
     done
 }
 jobs_grid() {  # the rest of Fig. 6 at the usual rate, and two more rates
