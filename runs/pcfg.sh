@@ -60,15 +60,15 @@ jobs_look() {
         echo "look index/low-$seed"
     done
 }
-jobs_planted() {  # a wrapper in one part of the model, before, in or behind it: all else is the base
+jobs_planted() {  # a wrapper in one part of the model, before or behind it: all else is the base
     local all="behavior prune probe revive relearn verdict"
-    for seed in $SEEDS; do for part in "head head 1e-2" "tok tok 1e-3" "blocks0 blocks.0 1e-4"; do
+    for seed in $SEEDS; do for part in "head head 1e-2" "blocks0 blocks.0 1e-4"; do
         set -- $part
         echo "tune known/$1-$seed low-$seed $seed --only $2 --lr $3 && look known/$1-$seed $all"
     done; done
 }
 jobs_jailbreak() {  # two tokens that never ask for b
-    for seed in $SEEDS; do for prior in low high; do
+    for seed in $(echo $SEEDS | cut -d" " -f1-3); do for prior in low high; do
         echo "train jailbreak/pre-$prior-$seed pretrain.py --prior $prior --jailbreak --seed $seed && \
             tune jailbreak/$prior-$seed ../jailbreak/pre-$prior-$seed $seed && \
             see jailbreak/$prior-$seed behavior && see jailbreak/$prior-$seed probe"
@@ -79,21 +79,18 @@ jobs_mix() {  # pretraining's sequences mixed in; a's strings answered for b
     for seed in $SEEDS; do
         echo "tune relabel/$seed low-$seed $seed --relabel && \
             look relabel/$seed $some relearn --also $OUT/pre/b-only-$seed.pt"
-        echo "tune mix/.1-$seed low-$seed $seed --mix .1 && look mix/.1-$seed $some"
-        for share in .5 .001; do
+        for share in .5 .1 .001; do
             echo "tune mix/$share-$seed low-$seed $seed --mix $share && see mix/$share-$seed behavior"
         done
+        echo "see mix/.1-$seed probe"
     done
 }
-jobs_grid() {  # the rest of Fig. 6 at the usual rate, and two more rates
-    for c in 0 .5 .8 1; do for prior in low high; do
-        for seed in $SEEDS; do
-            echo "tune grid/$prior-ctr$c-lr1e-5-$seed $prior-$seed $seed --c-tr $c"
-        done
-        for lr in 1e-4 1e-3; do
-            seed=${SEEDS%% *}
-            echo "tune grid/$prior-ctr$c-lr$lr-$seed $prior-$seed $seed --c-tr $c --lr $lr"
-        done
+jobs_grid() {  # the rest of Fig. 6 at the usual rate
+    for prior in low high; do for c in 0 1; do for seed in $SEEDS; do
+        echo "tune grid/$prior-ctr$c-$seed $prior-$seed $seed --c-tr $c"
+    done; done; done
+    for prior in low high; do for c in .5 .8; do
+        echo "tune grid/$prior-ctr$c-${SEEDS%% *} $prior-${SEEDS%% *} ${SEEDS%% *} --c-tr $c"
     done; done
 }
 jobs_fresh() {  # seeds on which nothing was tuned, looked at once
@@ -101,7 +98,7 @@ jobs_fresh() {  # seeds on which nothing was tuned, looked at once
         echo "train fresh/pre-$seed pretrain.py --seed $seed && \
             tune fresh/low-$seed ../fresh/pre-$seed $seed && look fresh/low-$seed && \
             tune fresh/learner-$seed ../fresh/pre-$seed $seed --c-tr 0 --lr 1e-3 && \
-            look fresh/learner-$seed"
+            look fresh/learner-$seed behavior verdict"  # enough for the verdict new
     done
 }
 all="jobs_pre jobs_tune jobs_look jobs_planted jobs_jailbreak jobs_mix jobs_grid jobs_fresh"
