@@ -1522,6 +1522,8 @@ class Grammar(Answers):
     def resolve_pretraining(self, args):
         args.prior = list(parse_prior(args.prior))
         self.open(args)
+        if not args.jailbreak:
+            del args.jailbreak  # the same run as before there was such a flag
 
     def open(self, args, words=None):
         """With --jailbreak two further families."""
