@@ -429,7 +429,7 @@ def look_of(kind, label):
 
 class Figure(NamedTuple):
     function: object
-    stories: bool
+    stories: object  # whether it is about stories; None: about all setups
 
 
 class Series(NamedTuple):
@@ -447,7 +447,7 @@ def figure(kind=None, limit=4, stages=("fine-tuning", "reFT"), stories=False, **
     """
     Registers a figure; its docstring is the caption. With a kind of rows: a function of a group
     that returns panels (functions of axes); without: of runs, that returns compose(...). stories:
-    of runs of stories, else of all others.
+    of runs of stories, else of all others; None: of all.
     """
     def register(function):
         def of_groups(runs):
@@ -724,16 +724,20 @@ def arm_looks(group, kind):
     return {(arm, *look_of("arms", arm)): {"label": arm} for arm in arms}
 
 
-@figure("revive", share=False, height=2.3)
+@figure("revive", share=False, height=3)
 def fig9_revive(group):
     """
-    How fast the answer for O_PT comes back (reFT), beside teaching a never-trained operand to the
-    same model and to its base, and beside pretraining: accuracy (%), as far as all seeds went on;
-    median steps on natural strings. Few: it was there.
+    How fast the answer for O_PT comes back (reFT), beside models that never had it, taught in the
+    same way: a never-trained operand to the same model and to its base; O_PT to an untrained model
+    (scratch), to one pretrained with another prior (a/b/c), and one so pretrained and then
+    fine-tuned alike; and beside pretraining. Accuracy (%) at the same rate, as far as all seeds
+    went on; median steps on natural strings at all rates. Few: it was there.
     Fooled by: unequal rates (given beside the fine-tuning's; pretraining has its own, larger one).
     """
     looks, ends = arm_looks(group, "revive"), []
     arms = [arm for arm, *_ in looks]
+    if any("same rate" in arm for arm in arms):
+        looks = {look: want for look, want in looks.items() if "rate x" not in look[0]}
     panels = curves({f"{split} strings": {"split": split} for split in ("natural", "c0")}, looks,
                     group=group, kind="revive.curve", x="step")
     for threshold, marker in ((.9, "o"), (.99, "D")):
@@ -750,19 +754,23 @@ def fig9_revive(group):
     return panels + [dots(ends, arms, "median steps", "steps (updates)")]
 
 
-@figure("relearn", 8)
+@figure("relearn", 8, ("fine-tuning",), stories=None)
 def relearn(group):
     """
-    Held-out relearning: reFT on c0 strings with even answers alone, then with odd ones alone; mean
-    accuracy (%) of both on the answers that were taught and on those that were not, beside teaching
-    a never-trained operand in the same way, and what always giving the commonest answer gets. High
-    on both: it was there, and came back whole. Fooled by: a wrapper in the output map, one answer
-    at a time; compiled models, where teaching some answers unteaches others.
+    Held-out relearning: reFT on c0 strings with even answers alone, then with odd ones alone (of
+    stories: twists in two kinds of question, then in the two others); mean accuracy (%) of both on
+    what was taught and on what was not, beside teaching a never-trained operand (or model) in the
+    same way, and what always giving the commonest answer gets. High on both: it was there, and
+    came back whole. retained: after training on pretraining's other families alone.
+    Fooled by: a wrapper in the output map, one answer at a time; compiled models, where teaching
+    some answers unteaches others.
     """
-    halves = {"answers that were taught": {"half": "taught"},
-              "answers that were not taught": {"half": "held-out"}}
-    return curves(halves, arm_looks(group, "relearn"), group=group, kind="relearn", x="step",
-                  floors=GREY)
+    halves = {"what was taught": "taught", "what was not taught": "held-out",
+              "other families taught": "retained"}
+    seen = set(values_of(flat(group, "relearn"), "half"))
+    cells = {title: {"half": half} for title, half in halves.items() if half in seen}
+    return curves(cells, arm_looks(group, "relearn"), group=group, kind="relearn", x="step",
+                  floors=GREY, split=("c0", "asked"))
 
 
 ONE = "one string, the first seed"
@@ -1016,8 +1024,8 @@ def table(stories=False):
 
 
 def about(runs, stories):
-    """The runs of stories, or the others."""
-    return [run for run in runs if (run.settings["setup"] == "stories") == stories]
+    """The runs of stories, or the others; None: all."""
+    return [run for run in runs if stories in (None, run.settings["setup"] == "stories")]
 
 
 def tables_of(runs, names):
@@ -1025,7 +1033,7 @@ def tables_of(runs, names):
     tables = []
     for name in names:
         function, stories = TABLES[name]
-        made = attempt(name, function, runs if stories is None else about(runs, stories))
+        made = attempt(name, function, about(runs, stories))
         if made and made[1]:
             columns = [each for each in zip(made[0], *made[1]) if set(each[1:]) - {"", "-"}]
             head, *rows = zip(*columns)
@@ -1241,14 +1249,15 @@ def revive_table(runs):
     return pivot(runs, "revive", ("label", "threshold"), "group", "value", split="natural")
 
 
-@table()
+@table(None)
 def relearn_table(runs):
     """
-    Held-out relearning at its end. Percent on c0, mean and every seed, of even and of odd answers
-    taught; taught, held-out: of answers of that half (`analyze.py relearn`).
+    Held-out relearning at its end. Percent on c0, or of stories asked for it, mean and every seed,
+    of both parts taught in turn; taught, held-out: of that half; retained: of all, pretraining's
+    other families taught (`analyze.py relearn`).
     """
     last = max((row["step"] for run in runs for row in run.rows["relearn"]), default=None)
-    return pivot(runs, "relearn", ("group", "label"), "half", step=last)
+    return pivot(runs, "relearn", ("group", "label"), "half", step=last, split=("c0", "asked"))
 
 
 @table()
@@ -1319,6 +1328,279 @@ def run_table(runs):
     return ["run", "command", "commit", "versions", "device", "time"], rows
 
 
+# ---- what is known, what is claimed
+# A model's condition is what was done to it; TRUTHS and CLAIMS speak of conditions. A number is a
+# key of a verdict, with spaces between several the largest of them, or a function of a run.
+
+MAIN, HIGH, LEARNER = "count low 1 1e-5", "count high 0.5 1e-5", "count low 0 1e-3"
+INDEX, RANDFT, JAILBROKEN = "index low 1 1e-5", MAIN + " relabel", "count high 1 1e-5 jailbreak"
+NOT_A = "count 0/0.001/0.999 1 1e-5"
+COUNTER, DELETED = "tracr-count count 1 1e-3", "stories randomise 1.5e-4"
+REVIVED = "stories randomise 4e-5 reFT after 1.5e-4"
+TRUTHS = {"wrapped": MAIN, "planted in block 0": "count low 1 1e-4 only blocks.0",
+          "planted in the head": "count low 1 1e-2 only head", "overwritten": LEARNER,
+          "erased": NOT_A}
+DRAWN, BLIND = "random_c0_max never_prune_c0", "probe_untrained never_probe"
+UNTAUGHT = "never_relearn_held_out relearn_cross_floor"
+INSTRUMENTS = {  # what each finds of O_PT, and what that must exceed
+    "behaviour": ("ckpt_pt_c0", "pt_c0_cross_floor"), "pruning": ("prune_c0", DRAWN),
+    "one pass": ("prune_one_pass_c0", DRAWN), "grafting": ("graft_c0", "pt_c0_cross_floor"),
+    "probing": ("probe_natural", BLIND), "reviving": ("control_steps", "reft_steps"),
+    "relearning": ("relearn_held_out", UNTAUGHT)}
+
+
+def condition(run):
+    """The condition of a model."""
+    args, setup, prior = run.args, run.settings["setup"], tuple(run.args.get("prior") or ())
+    words = [setup] * (setup != "pcfg") + ["paper"] * (run.settings["scale"] == "paper")
+    if setup == "stories":
+        never = "never" * (args.get("without") == args.get("feature"))
+        words += [args.get("protocol") or never, rate_words(args["lr"])]
+    elif run.kind != "pretrain":
+        words += [args["task"], PRIORS.get(prior) or "/".join(map(str, prior)),
+                  f"{args['c_tr']:g}", rate_words(args["lr"])]
+        words += [paper_place(run.settings)[3]] * (setup in PROGRAMS)
+        words += [f"{key} {args[key]}" for key in ("mix", "only") if args.get(key)]
+        words += [key for key in ("relabel", "jailbreak") if args.get(key)]
+    if run.kind == "reFT":
+        before = run.settings.get("finetune lr")
+        words += ["reFT"] + ["after", rate_words(before)] * (before is not None)
+    return " ".join(filter(None, words))
+
+
+def number(run, what):
+    """A number of a run; None without it."""
+    if callable(what):
+        return what(run)
+    values = [(run.verdict or {}).get(key) for key in what.split()]
+    return max((x for x in values if x is not None), default=None)
+
+
+def mean_of(kind, last=False, **want):
+    """run -> mean accuracy of the rows that fit; last: those of the last step."""
+    def of(run):
+        rows = [r for r in run.rows[kind] if fits(r, want) and r.get("accuracy") is not None]
+        end = max((r["step"] for r in rows), default=None) if last else None
+        values = [r["accuracy"] for r in rows if end in (None, r.get("step"))]
+        return np.mean(values) if values else None
+    return of
+
+
+def steps(arm, best=False):
+    """run -> steps to 99 % on natural strings at the fine-tuning's rate, or at the arm's best."""
+    def of(run):
+        rows = [r for r in run.rows["revive"] if fits(r, {"split": "natural", "threshold": .99})
+                and r["arm"].startswith(arm) and (best or r["lr"] == run.args["lr"])]
+        return min((r["steps"] or r["max_steps"] for r in rows), default=None)
+    return of
+
+
+def auroc(found, not_found):
+    """How often the first of two numbers is larger, of all pairs; ties count half."""
+    apart = np.subtract.outer(found, not_found)
+    return np.mean((apart > 0) + (apart == 0) / 2)
+
+
+def scores(runs, truth, instrument):
+    """{seed: how well an instrument finds O_PT in a model of a truth}"""
+    found = {}
+    for run in runs:
+        if condition(run) == TRUTHS[truth]:
+            measured, limit = (number(run, what) for what in INSTRUMENTS[instrument])
+            if None not in (measured, limit):
+                ratio = instrument == "reviving"
+                found[run.args["seed"]] = measured / max(limit, 1) if ratio else measured - limit
+    return found
+
+
+@table()
+def known_truth(runs):
+    """
+    Instruments on models whose truth is known. AUROC: how often a model that has O_PT scores higher
+    than one that has not (1: always; .5: no better than chance), and the 95 % interval of 2,000
+    bootstraps over models. wrapped: shortcut, small rate; planted: so, and only one part was
+    trained; overwritten: no shortcut, large rate; erased: O_PT was never trained. Score: what is
+    found less what its controls reach, or how many times as fast (`analyze.py`).
+    """
+    rows, draws = [], np.random.default_rng(0)
+    for name, against in product(INSTRUMENTS, ("erased", "overwritten")):
+        for kind in ("wrapped", "planted"):
+            found = [list(scores(runs, truth, name).values()) for truth in TRUTHS
+                     if truth.startswith(kind)]
+            found, lacking = np.concatenate(found), list(scores(runs, against, name).values())
+            if len(found) and lacking:
+                again = [auroc(draws.choice(found, len(found)), draws.choice(lacking, len(lacking)))
+                         for _ in range(2000)]
+                low, high = np.percentile(again, (2.5, 97.5))
+                rows.append([name, kind, against, f"{auroc(found, lacking):.2f}", f"{low:.2f}",
+                             f"{high:.2f}", f"{len(found)}, {len(lacking)}"])
+    return ["instrument", "truth", "against", "auroc", "low", "high", "seeds"], rows
+
+
+@figure(stories=False)
+def known_scores(runs):
+    """
+    How well each instrument finds O_PT, in models whose truth is known (see the table): what is
+    found less what its controls reach, in points; reviving: how many times as fast as its control.
+    An instrument works where what is wrapped or planted lies right of what is overwritten or
+    erased.
+    """
+    panels = []
+    for name in INSTRUMENTS:
+        points = {}
+        for truth in TRUTHS:
+            values = 1. * np.array(list(scores(runs, truth, name).values()))
+            values *= 1 if name == "reviving" else 100
+            if len(values):
+                points[truth] = values.mean(), values.min(), values.max()
+        unit = "times as fast" if name == "reviving" else "points"
+        marks = Series("mean, smallest and largest seed", BLUE, "o", "", points)
+        panels.append(("", [dots([marks], list(TRUTHS), name, unit)] if points else []))
+    return compose([], "verdict", panels, height=1.9, rests="c0 strings; probing: natural ones")
+
+
+class Claim(NamedTuple):
+    """A claim about the models of a condition; see claims()."""
+    text: str
+    figure: str
+    condition: str
+    measured: object
+    against: str            # what the control is
+    control: object         # a number of the same run, or (condition, number) of its seed there
+    margin: float           # of a difference of shares; from 1 on: how many times as many steps
+    below: bool = False     # the claim is that it is not reached
+
+
+def faster(arm, best=False):
+    """What a Claim measures, and its control: an arm of revive beside reFT."""
+    return steps(arm, best), "reFT", steps("reft", best), 3.
+
+
+SHORTCUT = "ckpt_ft_c1", "b on c0", "ckpt_ft_c0", .25
+PRUNE = "prune_c0", "random rows, or c", DRAWN, .25
+PROBE = "probe_natural", "untrained model, or c", BLIND, .1
+REVIVE = "control_steps", "reFT", "reft_steps", 3.
+RELEARN = "relearn_held_out", "c, or best guess from b", UNTAUGHT, .1
+FELL = mean_of("history", role="O_PT", split="c0", task="count")
+NJ, J1 = (mean_of("behavior", model="ckpt", operand="a", split="c0", task=task)
+          for task in ("count", "count-j1"))
+LAST_C1, LAST_C0, ASKED, UNASKED = (mean_of("history", last=True, **want) for want in (
+    {"role": "O_FT", "split": "c1"}, {"role": "O_FT", "split": "c0"},
+    {"split": "asked"}, {"split": "unasked"}))
+HELD, HELD_C, HELD_TWIST, HELD_NEVER, RETAINED = (mean_of("relearn", True, **want) for want in (
+    {"arm": "reft", "half": "held-out"}, {"arm": "teach-c", "half": "held-out"},
+    {"arm": "reft", "half": "held-out", "split": "asked"},
+    {"arm": "teach-Twist", "half": "held-out", "split": "asked"},
+    {"arm": "reft", "half": "retained", "answers": "other families"}))
+ZEROED = {k: mean_of("prune", k=k, role="O_PT", split="c0", control=None, draw=None,
+                     order="exhaustive", pool="zero-in-program") for k in (0, 1)}
+CLAIMS = [Claim(*line) for line in (
+    ("b is right on c1 by the shortcut, not on c0 (low prior)", "Table 5", MAIN, *SHORTCUT),
+    ("b is right on c0 too (high prior, C_Tr .5)", "Table 5", HIGH, "ckpt_ft_c0",
+     "best guess from a", "ft_c0_cross_floor", .25),
+    ("a falls more slowly with the high prior", "Fig. 6", "count high 1 1e-5", FELL, "low prior",
+     (MAIN, FELL), .1),
+    ("a falls more slowly at C_Tr 0", "Fig. 6", "count low 0 1e-5", FELL, "C_Tr 1", (MAIN, FELL),
+     .1),
+    ("ten rows bring a back", "Fig. 7", MAIN, *PRUNE),
+    ("not at a large rate without shortcut", "Fig. 7", LEARNER, *PRUNE, True),
+    ("a is read while b is asked", "Fig. 8", MAIN, *PROBE),
+    ("reFT: a is faster than c", "Fig. 9", MAIN, *REVIVE),
+    ("than a from scratch", "Fig. 9", MAIN, *faster("scratch")),
+    ("than a from scratch, best rates", "Fig. 9", MAIN, *faster("scratch", True)),
+    ("than a from a model of b (Scr. + FT)", "Fig. 9", MAIN, *faster("from 0/1/0")),
+    ("than a from a model of b, best rates", "Fig. 9", MAIN, *faster("from 0/1/0", True)),
+    ("than a from a good initialisation", "ours", MAIN, *faster("from 0/0.001")),
+    ("than a from a good initialisation, best rates", "ours", MAIN, *faster("from 0/0.001", True)),
+    ("answers that were not taught come back", "ours", MAIN, *RELEARN),
+    ("not at a large rate without shortcut", "ours", LEARNER, *RELEARN, True),
+    ("a comes back from other families alone", "ours", MAIN, RETAINED, "best guess from b",
+     "pt_c0_cross_floor", .1),
+    ("half of pretraining's data keeps a", "Figs. 18-23", MAIN + " mix 0.5", NJ, "none of it",
+     (MAIN, NJ), .25),
+    ("a thousandth of it does", "Figs. 18-23", MAIN + " mix 0.001", NJ, "none of it", (MAIN, NJ),
+     .25),
+    ("jailbreaks still get a (high prior)", "Fig. 24", JAILBROKEN, J1, "T_NJ", NJ, .25),
+    ("jailbreaks still get a (low prior)", "Fig. 25", MAIN + " jailbreak", J1, "T_NJ", NJ, .25),
+    ("reFT after randFT: a is faster than from scratch", "Fig. 28", RANDFT, *faster("scratch")),
+    ("than from a model of b", "Fig. 28", RANDFT, *faster("from 0/1/0")),
+    ("Indexer: b is right on c1, not on c0", "Table 7", INDEX, *SHORTCUT),
+    ("Indexer: ten rows bring a back", "Fig. 7", INDEX, *PRUNE),
+    ("Indexer: a is read while b is asked", "Fig. 8", INDEX, *PROBE),
+    ("Indexer, reFT: a is faster than c", "Fig. 9", INDEX, *REVIVE),
+    ("Indexer: answers not taught come back", "ours", INDEX, *RELEARN),
+    ("compiled Counter: b is right on c1, not on c0", "Table 3", COUNTER, LAST_C1, "b on c0",
+     LAST_C0, .25),
+    ("compiled Counter: one weight brings a back", "Fig. 55", COUNTER, ZEROED[1], "none zeroed",
+     ZEROED[0], .6),
+    ("compiled Counter: answers not taught come back", "ours", COUNTER, HELD, "c", HELD_C, .1),
+    ("stories: 100 steps bring the twist back", "Fig. 11", REVIVED, ASKED,
+     "never met one", ("stories never 4e-5 reFT", ASKED), .25),
+    ("stories: where it is asked for", "ours", REVIVED, ASKED, "not asked", UNASKED, .25),
+    ("stories: other kinds of twist come back", "ours", DELETED, HELD_TWIST, "never met one",
+     HELD_NEVER, .1))]
+
+
+def effects(claim, runs):
+    """[(effect, its control's number)] of a claim, a seed each."""
+    partners, found = {(condition(run), run.args["seed"]): run for run in runs}, {}
+    for run in runs:
+        if condition(run) == claim.condition:
+            partner, control = run, claim.control
+            if isinstance(control, tuple):
+                partner, control = partners.get((control[0], run.args["seed"])), control[1]
+            pair = number(run, claim.measured), number(partner, control) if partner else None
+            if None not in pair:
+                first, second = pair
+                effect = first / max(1, second) if claim.margin >= 1 else first - second
+                found[run.args["seed"]] = effect, second
+    return list(found.values())
+
+
+@table(None)
+def claims(runs):
+    """
+    Claims of the paper, and ours. Effect: what is measured less its control, in points, or how many
+    times as many steps the control takes; mean, smallest and largest seed. The rule, written before
+    the numbers were read: a claim holds where every seed's effect reaches the margin (25 points for
+    answers, 10 for probes and relearning, three times for steps; of a claim that something does not
+    happen: where none does), does not hold where none does, else it is undecided.
+    """
+    rows = []
+    for claim in CLAIMS:
+        found = effects(claim, runs)
+        if found:
+            values, control = np.array(found).T
+            reached = (values >= claim.margin) != claim.below
+            word = "holds" if all(reached) else "undecided" if any(reached) else "does not hold"
+            form = "{:.1f} x" if claim.margin >= 1 else "{:.1%}"
+            against = "{}: {}".format(claim.against, (
+                f"{control.mean():.0f} steps" if claim.margin >= 1 else f"{control.mean():.1%}"))
+            rows.append([claim.text, claim.figure, *map(form.format, (
+                values.mean(), values.min(), values.max())), against, str(len(values)), word])
+    return ["claim", "figure", "effect", "low", "high", "control", "seeds", "verdict"], rows
+
+
+@figure(stories=None)
+def claim_effects(runs):
+    """
+    Every claim beside its control: the effect (mean, smallest and largest seed) and the margin that
+    it has to reach in every seed (of claims that something does not happen: in none).
+    """
+    panels = []
+    for times, unit in ((False, "effect, in points"), (True, "times as fast as its control")):
+        points, needed = {}, {}
+        for claim in CLAIMS:
+            values = np.array([x for x, _ in effects(claim, runs)]) * (1 if times else 100)
+            if len(values) and times == (claim.margin >= 1):
+                name = claim.text + f" [{claim.figure}]"
+                points[name] = values.mean(), values.min(), values.max()
+                needed[name] = [claim.margin * (1 if times else 100)] * 3
+        marks = [Series("effect", BLUE, "o", "", points), Series("margin", DARK, "|", "", needed)]
+        panels.append(("", [dots(marks, list(points), "", unit)] if points else []))
+    return compose([], "verdict", panels, 1, height=4.2, rests="a mark a claim")
+
+
 # ---- report
 
 STYLE = """body{font:16px/1.5 Georgia,serif;max-width:66rem;margin:2rem auto;padding:0 1rem}
@@ -1380,15 +1662,21 @@ def about_text(folder):
 
 def readme(folder):
     """
-    README.md of committed evidence: what about.md says of all, with the .csv files that it names; a
-    section a folder, with its about.md (the command and what we find), figures and tables; the
-    captions of the figures once, at the end.
+    README.md of committed evidence: what about.md says of all, with the tables of all runs, which
+    are also written as .csv, and .csv files that it names; a section a folder, with its about.md
+    (the command and what we find), figures and tables; the captions of the figures at the end.
     """
-    (text, files), shown = about_text(folder), set()
-    parts = [text]
-    for name in files:
+    (text, names), shown, runs = about_text(folder), set(), find_runs(folder)
+    parts = [text, *(f"![{name}](figures/{name}.png)" for name in ("claim_effects", "known_scores")
+                     if isfile(join(folder, "figures", f"{name}.png")))]
+    for name in names:
         lines = read_file(join(folder, name), lambda f: list(csv.reader(io.TextIOWrapper(f))))
         parts += [as_markdown("Measured", f"`{name}`.", lines[0], lines[1:])] if lines else []
+        for table in tables_of(runs, [name] if name in TABLES else []):
+            parts.append(as_markdown(*table))
+            text = io.StringIO()
+            csv.writer(text, lineterminator="\n").writerows(table[2:3] + tuple(table[3]))
+            write(join(folder, f"{name}.csv"), text.getvalue().encode())
     for where, folders, names in os.walk(folder):
         folders.sort()
         if "runs.jsonl" in names:
