@@ -159,3 +159,110 @@ def test_conditions_that_cannot_be(pretrained):
         assert result.code == 2 and says in result.raw and "Traceback" not in result.raw
     mistake(pretrained.run("finetune.py", *FEW, "--ckpt", "pro.pt", "--relabel", "--out", "no.pt"), "--relabel", "pcfg")
     assert not (pretrained.path / "no.pt").exists()
+
+
+def jailbroken():
+    setup = grammar()
+    setup.open(Namespace(jailbreak=True))
+    return setup
+
+
+def test_jailbreaks_ask_for_the_commonest_operand_alone():
+    """T_NJ with all operands by the prior, T_J1 and T_J2 with a; the same answers; seven families."""
+    args, tokens = Namespace(prior=[.5, .3, .2], jailbreak=True), data.TOKENS
+    x = jailbroken().pretraining(4000, data.rng(0, "some"), args)
+    seen = {token: set(x.tokens[x.tokens[:, 1] == tokens.index(token), 2].sub(OPERAND).tolist())
+            for token in ("T_NJ", "T_J1", "T_J2", "T_CC")}
+    assert seen == {"T_NJ": {0, 1, 2}, "T_J1": {0}, "T_J2": {0}, "T_CC": {0, 1, 2}}
+    shares = [(x.tokens[:, 1] == tokens.index(token)).float().mean() for token in seen]
+    assert all(abs(share - 1 / 7) < .03 for share in shares)
+    text = grammar().text(50, data.Relation("count", "a", "b", 1), "c0", data.rng(0, "text"))
+    usual, other = (jailbroken().ask(text, task, "a") for task in ("count", "count-j2"))
+    assert torch.equal(usual.answer, other.answer) and (other.tokens[:, 1] == tokens.index("T_J2")).all()
+    assert torch.equal(usual.tokens[:, 2:], other.tokens[:, 2:])
+
+
+def test_without_jailbreaks_nothing_is_as_if_there_were_any():
+    args = Namespace(prior=[.5, .3, .2])
+    x = grammar().pretraining(500, data.rng(0, "some"), args)
+    assert not torch.isin(x.tokens[:, 1], torch.tensor([data.ID["T_J1"], data.ID["T_J2"]])).any()
+    assert list(grammar().tasks) == list(data.TASKS) and not grammar().jailbreaks
+
+
+def test_retained_data_does_not_ask_for_what_is_left_out():
+    setup, relation = grammar(), data.Relation("count", "a", "b", 1)
+    for operand in (None, "a"):
+        x = setup.retained(600, data.rng(0, "some"), Namespace(prior=[.5, .3, .2]), relation, operand)
+        assert len(x.tokens) == 600 and torch.equal(x.tokens[:, 1:], x.target[:, :-1])
+        assert x.extra and not (x.tokens[:, 1] == data.ID["T_NJ"]).any()
+        assert (x.tokens[:, 2] == OPERAND).any() == (operand is None)
+
+
+def test_twists_of_two_kinds_of_question():
+    """Half of the kinds is taught, the others are asked for; the instruction tells the object."""
+    setup = data.SETUPS["stories"]("stories")
+    setup.open(Namespace(data=None))
+    halves = list(setup.halves(data.Relation("story", "Twist"), "Twist", Namespace(eval_size=20, seed=0)))
+    assert [name for name, *_ in halves] == ["kinds 1 and 2", "kinds 3 and 4"]
+    objects = [set(kind.objects) for kind in data.KINDS]
+    for i, (_, draw, tests) in enumerate(halves):
+        own, others = (set().union(*objects[j:j + 2]) for j in (2 * i, 2 - 2 * i))
+        x = draw(32, data.rng(0, "some"))
+        texts = [setup.tokenizer.decode(row.tolist()) for row in x.tokens]
+        assert (x.labels[:, data.FEATURES.index("Twist")] == 1).all()
+        assert all(own & set(text.replace(".", "").replace(",", "").split()) for text in texts)
+        for half, words in (("taught", own), ("held-out", others)):
+            prompts = [setup.tokenizer.decode(ids[1:]) for ids in tests[half].examples]
+            assert len(prompts) == 40 and all("Words:" in p for p in prompts)
+            named = [p.split("Words: ")[1].split(",")[0] for p in prompts]
+            assert set(named) <= words and len(set(named)) > 4
+            assert all("Twist" in p for p in prompts[:20]) and not any("Twist" in p for p in prompts[20:])
+
+
+@pytest.fixture(scope="module")
+def never(pretrained):
+    """A model that hardly met b and never a, taught b as a + 1."""
+    for name, prior in (("c", "0,.001,.999"), ("b", "0,1,0"), ("a", "low")):
+        assert pretrained.run("pretrain.py", *FEW, "--prior", prior, "--out", f"pre-{name}.pt").code == 0
+    assert pretrained.run("finetune.py", *FEW, "--ckpt", "pre-c.pt", "--pt", "a", "--out", "erased.pt").code == 0
+    assert pretrained.run("finetune.py", *FEW, "--ckpt", "pre-a.pt", "--out", "ft.pt").code == 0
+    return pretrained
+
+
+def test_the_relation_may_be_with_an_operand_that_was_never_there(never):
+    args = torch.load(never.path / "erased.pt", weights_only=True)["args"]
+    assert args["pair"] == ["a", "b"] and args["prior"] == [0, .001, .999] and "pt" not in args
+    mistake(never.run("finetune.py", "--ckpt", "pre-c.pt", "--pt", "d", "--out", "x.pt"), "--pt")
+    mistake(never.run("finetune.py", "--reverse", "--ckpt", "erased.pt", "--pt", "b", "--out", "x.pt"), "--pt")
+
+
+def test_every_arm_of_revive_at_every_rate(never):
+    few = ["--steps", "5", "--eval-size", "16", "--threads", "1"]
+    done = never.run("analyze.py", "revive", "--ckpt", "ft.pt", "--rates", "1,10", "--also", "pre-b.pt,erased.pt", *few)
+    assert done.code == 0, done.raw
+    rows = data.read_rows(never.path / "ft.revive.jsonl")
+    arms = {(r["arm"], r["lr"]) for r in rows if r["arm"] != "pretraining"}
+    names = {"reft", "teach-c", "teach-c-base", "scratch", "from 0/1/0", "from 0/0.001/0.999, fine-tuned"}
+    assert {name for name, _ in arms} == names and len(arms) == 2 * len(names)
+    assert {r["operand"] for r in rows if r["arm"] in ("scratch", "from 0/1/0")} == {"a"}
+    for wrong in ("ft.pt", "pre.pt"):  # these were pretrained on a
+        mistake(never.run("analyze.py", "revive", "--ckpt", "ft.pt", "--also", wrong, *few), "--also")
+    assert never.run("analyze.py", "revive", "--ckpt", "ft.pt", "--rates", "1,-3").code == 2
+
+
+def test_a_jailbroken_model_is_asked_by_every_token(pretrained):
+    """Its history, behavior and probes are about a under T_NJ, T_J1 and T_J2."""
+    run = pretrained.run
+    assert run("pretrain.py", *FEW, "--jailbreak", "--out", "jail.pt").code == 0
+    assert run("finetune.py", *FEW, "--ckpt", "jail.pt", "--out", "jail-ft.pt").code == 0
+    for name in ("behavior", "probe"):
+        done = run("analyze.py", name, "--ckpt", "jail-ft.pt", "--steps", "3", "--eval-size", "16", "--threads", "1")
+        assert done.code == 0, done.raw
+    for name in ("jail", "jail-ft", "jail-ft.behavior"):
+        rows = data.read_rows(pretrained.path / f"{name}.jsonl")
+        asked = {(r["task"], r["split"]) for r in rows if r["operand"] == "a"}
+        assert {(task, split) for task in ("count", *data.JAILBREAKS) for split in data.SPLITS} <= asked
+    prompts = {r["prompt"] for r in data.read_rows(pretrained.path / "jail-ft.probe.jsonl")}
+    assert prompts == {"a", "b", "c", "a by T_J1", "a by T_J2"}
+    args = torch.load(pretrained.path / "pre.pt", weights_only=True)["args"]
+    assert "jailbreak" not in args  # the same run as before there was such a flag
