@@ -1117,7 +1117,7 @@ def relearn(study):
                 for half, test in tests.items() if step in scored_at else ():
                     rows += [{**r, "arm": arm, "lr": lr, "answers": what, "half": half,
                               "step": step} for r in evaluate(model, setup, [test])]
-    print(f"\nrelearn   on a part of the capability, {steps} steps\n  control: {study.control_note}")
+    print(f"\nrelearn   a part of it taught, {steps} steps\n  control: {study.control_note}")
     pivot(select(rows, step=steps), ("arm", "operand", "answers", "split"), lambda r: r["half"],
           lambda cell: f"{percent(cell[0]['accuracy'])} ({percent(cell[0]['floor'])})")
     return study.write("relearn", rows)
@@ -1230,9 +1230,9 @@ def revive_evidence(study, rows, v):
     lr = study.ckpt["args"]["lr"] * study.setup.reft_rates[0]
     control = f"teach-{study.control_operand}"
     for threshold in reversed(THRESHOLDS):
-        for name, about in (("reft", dict(arm="reft", lr=lr)), ("control", dict(arm=control, lr=lr)),
-                            ("pretraining", dict(arm="pretraining"))):
-            about.update(split="natural", threshold=threshold)
+        for name, arm, at in (("reft", "reft", {"lr": lr}), ("control", control, {"lr": lr}),
+                              ("pretraining", "pretraining", {})):
+            about = dict(arm=arm, split="natural", threshold=threshold, **at)
             reached, limit = (picked(rows, k, **about) for k in ("steps", "max_steps"))
             v[f"{name}_reached"] = None if limit is None else reached is not None
             v[f"{name}_steps"] = limit if reached is None else reached

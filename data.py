@@ -417,7 +417,7 @@ def encode(text, task, operand, setup):
         return torch.tensor(values, device=text.device)[task]
 
     tasks, every = list(FAMILIES.values()), torch.arange(len(text), device=text.device)
-    answers = {rule: rule(text, setup) for rule in dict.fromkeys(t.answers for t in tasks)}
+    answers = {task.answers: task.answers(text, setup) for task in TASKS.values()}
     answers = torch.stack([answers[t.answers] for t in tasks])  # (task, n, operand)
     answer, asked = answers[task, every, operand], per_task([t.has_operand for t in tasks])
     tokens = text.new_full((len(text), setup.length + 9), ID["SOS"])
@@ -1305,8 +1305,8 @@ class Answers(Setup):
         check_choice("--task", args.task, self.finetuned)
         check_choice("--operand", taught, self.operands)
         if taught == known:
-            raise UserError(f"--operand {taught} is what {args.ckpt} was pretrained on, or --pt; to "
-                            "teach it again: --reverse")
+            raise UserError(f"--operand {taught} is what {args.ckpt} was pretrained on (or --pt); "
+                            "to teach it again: --reverse")
         args.pair, args.operand = [known, taught], known if args.reverse else taught
         if args.q is None:
             args.q = before["q"] if tuned else self.default_q(known, taught)

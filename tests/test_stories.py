@@ -557,8 +557,13 @@ def test_analyses(stages):
     assert {r["target"] for r in probe if r["split"] == "even"} == {"Twist"}
     assert all(0 <= r[k] <= 1 for r in probe for k in ("accuracy", "balanced", "auc", "floor"))
     assert {r["judge"] for r in behavior if "judge" in r} == {1.} and "VERDICT" in said.out
-    verdict = json.loads((stages.path / "randomise.verdict.json").read_text())["verdict"]
-    assert verdict == "undecided"  # the base knows nothing
+    relearn = rows_of(stages, "randomise.relearn.jsonl")
+    assert seen(relearn, "arm", "answers", "half", "split", "step") == set(itertools.product(
+        ("reft", "teach-Twist"), ("kinds 1 and 2", "kinds 3 and 4"), ("taught", "held-out"),
+        ("asked", "unasked"), (0, 5)))
+    verdict = json.loads((stages.path / "randomise.verdict.json").read_text())
+    assert [e["instrument"] for e in verdict["evidence"]] == ["behaviour", "probing", "relearning"]
+    assert verdict["verdict"] == "undecided"  # the base knows nothing
     again = stages.run("analyze.py", "verdict", *words)
     assert again.code == 0 and again.out.split("VERDICT")[1] == said.out.split("VERDICT")[1]
     said = stages.run("analyze.py", "generate", "--ckpt", "reft.pt", "--features", "Twist,Dialogue",
