@@ -5,7 +5,7 @@
 # done is passed over.
 #
 #     bash runs/tracr.sh                       # PYTHON=path/to/python to choose an interpreter
-#     STAGES="look tune" bash runs/tracr.sh    # some: look back tune seeds relearn noise scale
+#     STAGES="look tune" bash runs/tracr.sh    # some stages: look back tune seeds noise scale
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHON=${PYTHON:-python} OUT=${OUT:-out/evidence}/tracr OMP_NUM_THREADS=1
@@ -78,12 +78,6 @@ jobs_seeds() {
         echo "look count/ctr$c-lr$lr-seed1 behavior"
     done; done
 }
-jobs_relearn() {  # held-out relearning, where it is wrapped and where it is overwritten
-    for seed in 0 1 2 3 4; do
-        echo "look count/ctr1-lr1e-3-seed$seed relearn revive"
-        echo "look count/ctr0-lr1e-2-seed$seed relearn"
-    done
-}
 jobs_noise() {  # the paper's noise takes the max-identifier's capability away from the start
     for c in 0 1; do for lr in 1e-4 1e-2; do
         echo "look variants/max-noise1e-3/ctr$c-lr$lr-seed0 behavior attention"
@@ -104,13 +98,13 @@ jobs_scale() {  # outputs not multiplied by 10 (scale1), and weights as compiled
 }
 for run in count/compiled max/compiled variants/count-scale1 variants/max-scale1 \
     variants/count-literal; do need "$run"; done
-for stage in ${STAGES:-look back tune seeds relearn noise scale}; do
+for stage in ${STAGES:-look back tune seeds noise scale}; do
     "jobs_$stage" | tr '\n' '\0' | xargs -0 -P "${LANES:-2}" -I{} bash -c "{}"
 done
 evidence() {  # folder, its figures
     "$PYTHON" plot.py "$OUT/$1" --evidence "results/tracr/$1" --figures "${@:2}"
 }
-evidence count table3 relearn fig7_prune fig39_maps fig46_hidden fig55_classes dimensions
+evidence count table3 fig7_prune fig39_maps fig46_hidden fig55_classes dimensions
 evidence max table3 fig7_prune fig39_maps fig46_hidden
 evidence variants
 "$PYTHON" plot.py results --markdown
