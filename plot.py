@@ -1359,7 +1359,7 @@ def condition(run):
     elif run.kind != "pretrain":
         words += [args["task"], PRIORS.get(prior) or "/".join(map(str, prior)),
                   f"{args['c_tr']:g}", rate_words(args["lr"])]
-        words += [paper_place(run.settings)[3]] * (setup in PROGRAMS)
+        words += [paper_place(run.settings)[3]] if setup in PROGRAMS else []
         words += [f"{key} {args[key]}" for key in ("mix", "only") if args.get(key)]
         words += [key for key in ("relabel", "jailbreak") if args.get(key)]
     if run.kind == "reFT":

@@ -6,7 +6,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import plot
@@ -395,3 +397,68 @@ def test_stories_are_counted_over_all_seeds(readme):
         areas += [float(row["auc"]) for row in rows]
     cells = line(text, "auc", "protocol filter (3 seeds)", "ckpt", "true", "natural")
     assert cells[4] == f"{sum(areas) / 3:.3f}" == "0.898"
+
+
+# ---------------------------------------------------------------- claims and known truth
+
+
+def made_run(seed, verdict, **args):
+    usual = dict(task="count", prior=[.999, .001, 0], c_tr=1., lr=1e-5, seed=seed, pair=["a", "b"])
+    return SimpleNamespace(args={**usual, **args}, settings={"setup": "pcfg", "scale": "small"},
+                           kind="fine-tuning", verdict=verdict, rows={kind: [] for kind in plot.KINDS})
+
+
+def test_auroc_is_the_share_of_pairs_in_order():
+    first, second = [3, 1, 2], [2, 0, 2, 5]
+    slow = [(x > y) + (x == y) / 2 for x in first for y in second]
+    assert plot.auroc(first, second) == sum(slow) / len(slow)
+    assert plot.auroc([1, 2], [0]) == 1 and plot.auroc([0], [1, 2]) == 0
+
+
+def test_a_condition_tells_what_was_done():
+    """Whatever changes the models that are made changes the words; the seed does not."""
+    words = {plot.condition(made_run(seed, None, **more)) for seed in (0, 1) for more in (
+        {}, {"lr": 1e-3}, {"c_tr": 0.}, {"prior": [0, .001, .999]}, {"prior": [.5, .3, .2]},
+        {"task": "index"}, {"mix": .5}, {"relabel": True}, {"only": "head"}, {"jailbreak": True})}
+    assert len(words) == 10 and plot.MAIN in words and plot.NOT_A in words and plot.INDEX in words
+
+
+@pytest.mark.parametrize("pruned, word", [([.9, .8, .6], "holds"), ([.9, .8, .3], "undecided"),
+                                          ([.4, .3, .3], "does not hold")])
+def test_a_claim_holds_where_every_seed_says_so(pruned, word):
+    """The margin is 25 points above the better control, seed by seed; not: the other way round."""
+    def verdict(share):
+        return {"prune_c0": share, "random_c0_max": .1, "never_prune_c0": .2}
+    runs = [made_run(seed, verdict(share), **more) for seed, share in enumerate(pruned)
+            for more in ({}, {"c_tr": 0., "lr": 1e-3})]
+    _, rows = plot.claims(runs)
+    lines = {row[0]: row for row in rows}
+    row, other = lines["ten rows bring a back"], lines["not at a large rate without shortcut"]
+    assert row[-1] == word and row[-2] == "3" and row[3] == f"{min(pruned) - .2:.1%}"
+    assert other[-1] == {"holds": "does not hold", "does not hold": "holds"}.get(word, word)
+    assert "20.0%" in row[5] and len(rows) == 2  # what no run is about is left out
+
+
+def test_a_control_may_be_another_model_of_the_same_seed():
+    runs = []
+    for seed, (low, high) in enumerate([(.2, .9), (.5, .7)]):
+        for share, prior in ((low, [.999, .001, 0]), (high, [.5, .3, .2])):
+            run = made_run(seed, None, prior=prior)
+            run.rows["history"] = [{"role": "O_PT", "split": "c0", "task": "count", "accuracy": x}
+                                   for x in (share - .1, share + .1)]
+            runs.append(run)
+    (claim,) = [claim for claim in plot.CLAIMS if claim.text.startswith("a falls more slowly with")]
+    assert np.allclose(plot.effects(claim, runs), [(.7, .2), (.2, .5)])
+    assert np.allclose(plot.effects(claim, runs[1:]), [(.2, .5)])  # without its partner none
+
+
+def test_known_truth_ranks_models(monkeypatch):
+    runs = [made_run(seed, {"control_steps": 300, "reft_steps": steps, "prune_c0": .9 - .1 * seed,
+                            "random_c0_max": .2}, **more) for seed in range(4)
+            for steps, more in ((100, {}), (150 - seed, {"prior": [0, .001, .999]}))]
+    head, rows = plot.known_truth(runs)
+    found = {(row[0], row[2]): dict(zip(head, row)) for row in rows if row[1] == "wrapped"}
+    assert found["reviving", "erased"]["auroc"] == "1.00" and found["pruning", "erased"]["auroc"] == "0.50"
+    low, high = (float(found["pruning", "erased"][key]) for key in ("low", "high"))
+    assert low < .3 and high > .7 and found["pruning", "erased"]["seeds"] == "4, 4"
+    assert ("probing", "erased") not in found and ("pruning", "overwritten") not in found
