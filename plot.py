@@ -1476,11 +1476,6 @@ def faster(arm, best=False):
     return steps(arm, best), "reFT", steps("reft", best), 3.
 
 
-SHORTCUT = "ckpt_ft_c1", "b on c0", "ckpt_ft_c0", .25
-PRUNE = "prune_c0", "random rows, or c", DRAWN, .25
-PROBE = "probe_natural", "untrained model, or c", BLIND, .1
-REVIVE = "control_steps", "reFT", "reft_steps", 3.
-RELEARN = "relearn_held_out", "c, or best guess from b", UNTAUGHT, .1
 FELL = mean_of("history", role="O_PT", split="c0", task="count")
 NJ, J1 = (mean_of("behavior", model="ckpt", operand="a", split="c0", task=task)
           for task in ("count", "count-j1"))
@@ -1494,46 +1489,43 @@ HELD, HELD_C, HELD_TWIST, HELD_NEVER, RETAINED = (mean_of("relearn", True, **wan
     {"arm": "reft", "half": "retained", "answers": "other families"}))
 ZEROED = {k: mean_of("prune", k=k, role="O_PT", split="c0", control=None, draw=None,
                      order="exhaustive", pool="zero-in-program") for k in (0, 1)}
-CLAIMS = [Claim(*line) for line in (
-    ("b is right on c1 by the shortcut, not on c0 (low prior)", "Table 5", MAIN, *SHORTCUT),
-    ("b is right on c0 too (high prior, C_Tr .5)", "Table 5", HIGH, "ckpt_ft_c0",
-     "best guess from a", "ft_c0_cross_floor", .25),
-    ("a falls more slowly with the high prior", "Fig. 6", "count high 1 1e-5", FELL, "low prior",
+PRUNE = "ten rows bring a back", "Fig. 7", "prune_c0", "random rows, or c", DRAWN, .25
+RELEARN = ("answers that were not taught come back", "ours", "relearn_held_out",
+           "c, or best guess from b", UNTAUGHT, .1)
+WRAPPED = (  # of Counter and Indexer
+    ("b is right on c1 by the shortcut, not on c0", "Tables 5, 7", "ckpt_ft_c1", "b on c0",
+     "ckpt_ft_c0", .25), PRUNE,
+    ("a is read while b is asked", "Fig. 8", "probe_natural", "untrained model, or c", BLIND, .1),
+    ("reFT is faster than teaching c", "Fig. 9", "control_steps", "reFT", "reft_steps", 3.),
+    RELEARN)
+ARMS = {"scratch": "from scratch", "from 0/1/0": "from a model of b (Scr. + FT)",
+        "from 0/0.001": "from a good initialisation"}
+CLAIMS = [Claim(f"{name}: {text}", figure, where, *rest) for (name, where), (text, figure, *rest)
+          in product({"Counter": MAIN, "Indexer": INDEX}.items(), WRAPPED)]
+CLAIMS += [Claim(f"Counter: reFT is faster than {words}" + ", best rates" * best, "Fig. 9", MAIN,
+                 *faster(arm, best)) for (arm, words), best in product(ARMS.items(), (False, True))]
+CLAIMS += [Claim(f"mixing: {share:.1%} of pretraining's data keep a", "Figs. 18-23",
+                 f"{MAIN} mix {share}", NJ, "none of it", (MAIN, NJ), .25)
+           for share in (.5, .1, .001)]
+CLAIMS += [Claim(*line) for line in (
+    ("large rate, no shortcut: no " + PRUNE[0], PRUNE[1], LEARNER, *PRUNE[2:], True),
+    ("large rate, no shortcut: no " + RELEARN[0], RELEARN[1], LEARNER, *RELEARN[2:], True),
+    ("high prior, C_Tr .5: b is right on c0", "Table 5", HIGH, "ckpt_ft_c0", "best guess from a",
+     "ft_c0_cross_floor", .25),
+    ("high prior: a falls more slowly", "Fig. 6", "count high 1 1e-5", FELL, "low prior",
      (MAIN, FELL), .1),
-    ("a falls more slowly at C_Tr 0", "Fig. 6", "count low 0 1e-5", FELL, "C_Tr 1", (MAIN, FELL),
-     .1),
-    ("ten rows bring a back", "Fig. 7", MAIN, *PRUNE),
-    ("not at a large rate without shortcut", "Fig. 7", LEARNER, *PRUNE, True),
-    ("a is read while b is asked", "Fig. 8", MAIN, *PROBE),
-    ("reFT: a is faster than c", "Fig. 9", MAIN, *REVIVE),
-    ("than a from scratch", "Fig. 9", MAIN, *faster("scratch")),
-    ("than a from scratch, best rates", "Fig. 9", MAIN, *faster("scratch", True)),
-    ("than a from a model of b (Scr. + FT)", "Fig. 9", MAIN, *faster("from 0/1/0")),
-    ("than a from a model of b, best rates", "Fig. 9", MAIN, *faster("from 0/1/0", True)),
-    ("than a from a good initialisation", "ours", MAIN, *faster("from 0/0.001")),
-    ("than a from a good initialisation, best rates", "ours", MAIN, *faster("from 0/0.001", True)),
-    ("answers that were not taught come back", "ours", MAIN, *RELEARN),
-    ("not at a large rate without shortcut", "ours", LEARNER, *RELEARN, True),
-    ("a comes back from other families alone", "ours", MAIN, RETAINED, "best guess from b",
-     "pt_c0_cross_floor", .1),
-    ("half of pretraining's data keeps a", "Figs. 18-23", MAIN + " mix 0.5", NJ, "none of it",
-     (MAIN, NJ), .25),
-    ("a thousandth of it does", "Figs. 18-23", MAIN + " mix 0.001", NJ, "none of it", (MAIN, NJ),
-     .25),
+    ("C_Tr 0: a falls more slowly", "Fig. 6", "count low 0 1e-5", FELL, "C_Tr 1", (MAIN, FELL), .1),
+    ("Counter: a comes back from other families alone", "ours", MAIN, RETAINED,
+     "best guess from b", "pt_c0_cross_floor", .1),
     ("jailbreaks still get a (high prior)", "Fig. 24", JAILBROKEN, J1, "T_NJ", NJ, .25),
     ("jailbreaks still get a (low prior)", "Fig. 25", MAIN + " jailbreak", J1, "T_NJ", NJ, .25),
-    ("reFT after randFT: a is faster than from scratch", "Fig. 28", RANDFT, *faster("scratch")),
-    ("than from a model of b", "Fig. 28", RANDFT, *faster("from 0/1/0")),
-    ("Indexer: b is right on c1, not on c0", "Table 7", INDEX, *SHORTCUT),
-    ("Indexer: ten rows bring a back", "Fig. 7", INDEX, *PRUNE),
-    ("Indexer: a is read while b is asked", "Fig. 8", INDEX, *PROBE),
-    ("Indexer, reFT: a is faster than c", "Fig. 9", INDEX, *REVIVE),
-    ("Indexer: answers not taught come back", "ours", INDEX, *RELEARN),
+    ("randFT: reFT is faster than from scratch", "Fig. 28", RANDFT, *faster("scratch")),
+    ("randFT: reFT is faster than from a model of b", "Fig. 28", RANDFT, *faster("from 0/1/0")),
     ("compiled Counter: b is right on c1, not on c0", "Table 3", COUNTER, LAST_C1, "b on c0",
      LAST_C0, .25),
     ("compiled Counter: one weight brings a back", "Fig. 55", COUNTER, ZEROED[1], "none zeroed",
      ZEROED[0], .6),
-    ("compiled Counter: answers not taught come back", "ours", COUNTER, HELD, "c", HELD_C, .1),
+    ("compiled Counter: " + RELEARN[0], "ours", COUNTER, HELD, "c", HELD_C, .1),
     ("stories: 100 steps bring the twist back", "Fig. 11", REVIVED, ASKED,
      "never met one", ("stories never 4e-5 reFT", ASKED), .25),
     ("stories: where it is asked for", "ours", REVIVED, ASKED, "not asked", UNASKED, .25),
@@ -1598,7 +1590,8 @@ def claim_effects(runs):
                 needed[name] = [claim.margin * (1 if times else 100)] * 3
         marks = [Series("effect", BLUE, "o", "", points), Series("margin", DARK, "|", "", needed)]
         panels.append(("", [dots(marks, list(points), "", unit)] if points else []))
-    return compose([], "verdict", panels, 1, height=4.2, rests="a mark a claim")
+    rests = "margin: what every seed has to reach"
+    return compose([], "verdict", panels, 1, height=4.2, rests=rests)
 
 
 # ---- report

@@ -433,7 +433,7 @@ def test_a_claim_holds_where_every_seed_says_so(pruned, word):
             for more in ({}, {"c_tr": 0., "lr": 1e-3})]
     _, rows = plot.claims(runs)
     lines = {row[0]: row for row in rows}
-    row, other = lines["ten rows bring a back"], lines["not at a large rate without shortcut"]
+    row, other = lines["Counter: ten rows bring a back"], lines["large rate, no shortcut: no ten rows bring a back"]
     assert row[-1] == word and row[-2] == "3" and row[3] == f"{min(pruned) - .2:.1%}"
     assert other[-1] == {"holds": "does not hold", "does not hold": "holds"}.get(word, word)
     assert "20.0%" in row[5] and len(rows) == 2  # what no run is about is left out
@@ -447,7 +447,7 @@ def test_a_control_may_be_another_model_of_the_same_seed():
             run.rows["history"] = [{"role": "O_PT", "split": "c0", "task": "count", "accuracy": x}
                                    for x in (share - .1, share + .1)]
             runs.append(run)
-    (claim,) = [claim for claim in plot.CLAIMS if claim.text.startswith("a falls more slowly with")]
+    (claim,) = [claim for claim in plot.CLAIMS if claim.text.startswith("high prior: a falls")]
     assert np.allclose(plot.effects(claim, runs), [(.7, .2), (.2, .5)])
     assert np.allclose(plot.effects(claim, runs[1:]), [(.2, .5)])  # without its partner none
 
