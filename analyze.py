@@ -541,41 +541,6 @@ def random_sweeps(study, sweeps):
     return draws
 
 
-def dimension_edits(start, side, d):
-    """The weight_edits() that graft all that writes residual dimension d, or all that reads it."""
-    columns = {"writers": ("tok.weight", "pos.weight"), "readers": ("attn.qkv.weight", "up.weight")}
-    lines = ("attn.out.weight", "attn.out.bias", "down.weight", "down.bias")
-    edits = []
-    for name, p in start.named_parameters():
-        if name.endswith(columns[side]):
-            edits.append((name, (slice(None), d), p[:, d].detach()))
-        elif side == "writers" and name.endswith(lines):
-            edits.append((name, d, p[d].detach()))
-    return edits
-
-
-def graft_dimensions(study):
-    """
-    ours: grafts of all that writes, or reads, one residual dimension. A compiled model's have
-    names: this tells in which variable of the program the change sits.
-    """
-    model, (_, a, b, _), rows = study.model, study.relation, []
-    select, tests = study.test(a, "c0", "select"), [study.test(a, "c0"), study.test(b, "c1")]
-    about = dict(unit="dimension", score=None, order="exhaustive", pool="all", control=None,
-                 edit="graft", k=1, draw=None)
-    for side in ("writers", "readers"):
-        own = []
-        for d, name in enumerate(model.config.residual):
-            with weight_edits(model, dimension_edits(study.start, side, d)):
-                selected = study.measure(model, select)["accuracy"]
-                for test in tests:
-                    own.append(study.measure(model, test, **about, side=side, dimension=name,
-                                             selected=selected))
-        best = max(own, key=lambda r: r["selected"])["dimension"]
-        rows += [dict(r, chosen=r["dimension"] == best) for r in own]
-    return rows
-
-
 @analysis(needs_base=True, applies=has_answers)
 def prune(study):
     """
@@ -587,8 +552,7 @@ def prune(study):
     ours: also ranked anew after every zeroed unit (iterative), and for grafts by their own
     first-order score, gradient x change. Scores and K (up to 10) come from one set of c0 strings,
     accuracies from another. Compiled models: single weights, all of them or those that are zero in
-    the program; ours: the first 100 of a ranking, tried one by one (exhaustive); and grafts of
-    whole residual dimensions.
+    the program; ours: the first 100 of a ranking, tried one by one (exhaustive).
     High accuracy on a after few edits: the answer was there, and these units kept it from being
     read. It does not say that the change sits in these units: a zeroed unit is a lever, only
     grafts undo what fine-tuning did.
@@ -614,18 +578,13 @@ def prune(study):
                               note=study.control_note))
     for sweep in tqdm(sweeps, desc="prune", leave=False):
         rows += prune_rows(study, sweep)
-    if study.setup.compiled and study.model.config.residual:
-        rows += graft_dimensions(study)
     print(f"\nprune   {study.unit}s, ranked on one set of c0 strings, scored on others; *: K "
           f"chosen on the first; random: {study.args.draws} draws\n  control: {study.control_note}")
-    shown = [r for r in rows if r["k"] in KS and r["unit"] != "dimension"
+    shown = [r for r in rows if r["k"] in KS
              and r["split"] == ("c1" if r["operand"] == study.relation.ft else "c0")]
     pivot(shown, ("score", "order", "pool", "control", "edit", "operand", "split"),
           lambda r: r["k"], lambda cell: percent(np.mean([r["accuracy"] for r in cell]))
           + "*" * any(r["chosen"] for r in cell))
-    if best := [r for r in rows if r.get("dimension") and r["chosen"]]:
-        print("  residual dimensions, all that writes or reads one grafted; the best on the first")
-        show(best, ("side", "dimension", "operand", "split", "accuracy"))
     return study.write("prune", rows)
 
 

@@ -47,7 +47,7 @@ KINDS = {  # kinds of rows, X.<kind>.jsonl (history: X.jsonl): a row without the
     "relearn": {"arm", "answers", "half", "step"}}
 ROW = ("setup", "scale", "task", "operand", "split", "accuracy", "floor", "cross_floor", "n",
        "loss", "seed")  # in every row, null where there is none
-TEXT = {"operand", "target", "prompt", "labels", "region", "dimension"}  # "5", "true"
+TEXT = {"operand", "target", "prompt", "labels", "region"}  # "5", "true"
 NO_SHARE = ("loss", "auc", "balanced")  # not a share of n: no Wilson interval
 NUMBERS = ("accuracy", "parsed", "judge", *NO_SHARE)  # a number or null, else the row is left out
 MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, csv.Error)
@@ -649,12 +649,15 @@ def rules(group):
 def fig6_curves(group):
     """
     Accuracy (%) against the step, with the floors of each set: c0, the spurious relation never
-    holds; c1, always. O_PT falls while O_FT rises on c1 alone: a wrapper.
+    holds; c1, always. O_PT falls while O_FT rises on c1 alone: a wrapper. count-j1, -j2: asked for
+    by tokens that fine-tuning does not see (jailbreaks).
     Fooled by: the warm-up, which keeps the rate near zero at first; unequal rates.
     """
     looks = {look: {"split": split, "floors": look[1]} for split, look in SPLITS.items()}
-    cells = {label: {"role": role, "task": group.settings.get("task")}
-             for role, label in roles(group).items()}
+    own, cells = group.settings.get("task"), {}
+    for role, label in roles(group).items():  # jailbreaks have rows of O_PT alone
+        for task in dict.fromkeys(row["task"] for row in flat(group, "history", role=role)):
+            cells[label + f", {task}" * (task != own)] = {"role": role, "task": task}
     return curves(cells, looks, group=group, kind="history", x="step")
 
 
@@ -878,22 +881,6 @@ def fig55_classes(group):
     names = sorted(set().union(*[one.points for one in series]), key=lambda c: (len(c), c))
     right = "right: " + ", ".join(right)
     return [dots(series, names, right, "share in percent")] if series[1:] else []
-
-
-@figure("prune", 8, ("fine-tuning",), height=2.3, across=2)
-def dimensions(group):
-    """
-    Compiled models: accuracy (%) with all that writes (or reads) one residual dimension set back to
-    the base's; the eight that do most. O_PT back: that variable carries the wrapper.
-    Fooled by: the best of so many on the strings shown; the table has those chosen on others.
-    """
-    cells = {f"{row['side']} of {row['dimension']}": {
-        "side": row["side"], "dimension": row["dimension"]}
-        for row in flat(group, "prune", unit="dimension")}
-    back = marks(("O_PT on c0", BLUE, "o", ""), group, "prune", cells, role="O_PT", split="c0")
-    best = {name: cells[name] for name in sorted(cells, key=lambda name: -back.points[name][0])[:8]}
-    kept = marks(("O_FT on c1", ORANGE, "s", ""), group, "prune", best, role="O_FT", split="c1")
-    return [dots([back, kept], best)] if best else []
 
 
 CONTROL = "not in pretraining"
@@ -1199,7 +1186,7 @@ def sweep_table(runs):
     none, 1, 10, 100, or the number that was chosen on other strings; random units: the mean of the
     draws, and the best draw (`analyze.py prune`).
     """
-    sweep = ("unit", "score", "order", "pool", "control", "side", "edit")
+    sweep = ("unit", "score", "order", "pool", "control", "edit")
     make = partial(pivot, runs, "prune", sweep, "group", split="c0", role=("O_PT", "other"))
     head, untouched = make(k=0, draw=None, edit="zero", pool="all", order="one-shot")
     _, before = pivot([run for run in runs if run.rows["prune"]], "history", (), "group", step=0,
@@ -1208,10 +1195,9 @@ def sweep_table(runs):
     rows += [["0", *line] for line in untouched]
     for k in (1, 10, 100, "chosen"):
         want = {"chosen": True} if k == "chosen" else {"k": k}
-        rows += sorted([str(k), *line] for line in make(**want, unit=("row", "weight"))[1])
+        rows += sorted([str(k), *line] for line in make(**want)[1])
         best = make(**want, score="random", of=max)[1] if k in (1, "chosen") else ()
         rows += [[f"{k}, best draw", *line] for line in best]
-    rows += [["chosen", *line] for line in make(chosen=True, unit="dimension")[1]]
     return ["K", *head], rows
 
 

@@ -104,7 +104,7 @@ done
 evidence() {  # folder, its figures
     "$PYTHON" plot.py "$OUT/$1" --evidence "results/tracr/$1" --figures "${@:2}"
 }
-evidence count table3 fig7_prune fig39_maps fig46_hidden fig55_classes dimensions
+evidence count table3 fig7_prune fig39_maps fig46_hidden fig55_classes
 evidence max table3 fig7_prune fig39_maps fig46_hidden
 evidence variants
 "$PYTHON" plot.py results --markdown

@@ -618,21 +618,18 @@ def test_every_stage_and_analysis_of_compiled_models(tmp_path, setup):
     assert all(r["mass"] > .999 for r in base if r["region"] in ("kept", "order"))
     assert all(r["chance"] < .9 for r in base if r["region"] in ("kept", "order"))
     rows = rows_of(tmp_path / "out/ft.prune.jsonl")
-    assert {"weight", "dimension"} == {r["unit"] for r in rows}
+    assert {"weight"} == {r["unit"] for r in rows}
     assert {("gradient-weight", "one-shot", "zero-in-program", None),
             ("gradient-weight", "exhaustive", "zero-in-program", None),
             ("random", "exhaustive", "zero-in-program", None),
             ("gradient-weight", "exhaustive", "all", "never-trained")} <= {
                 (r["score"], r["order"], r["pool"], r["control"]) for r in rows}
-    assert {(r["score"], r["order"], r["side"]) for r in rows if r["unit"] == "dimension"} == {
-        (None, "exhaustive", "writers"), (None, "exhaustive", "readers")}
     assert any(r.get("predicted") and sum(r["predicted"].values()) == r["n"] for r in rows)
     python("analyze.py", "attention", "hidden", "--ckpt", "out/reft.pt", "--eval-size", "24",
            "--threads", "1", cwd=tmp_path)
     if setup == "tracr-count":
         python("plot.py", cwd=tmp_path)
-        for figure in ("fig5_behavior", "fig7_prune", "fig39_maps", "fig46_hidden", "fig55_classes",
-                       "dimensions"):
+        for figure in ("fig5_behavior", "fig7_prune", "fig39_maps", "fig46_hidden", "fig55_classes"):
             assert (tmp_path / f"out/figures/{figure}.png").stat().st_size > 5000
         text = python("data.py", "--setup", setup, "--json", "-n", "1", cwd=tmp_path)
         text = json.loads(text)["text"]

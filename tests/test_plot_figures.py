@@ -133,11 +133,6 @@ def analysed_rows(setup="pcfg"):
                    "control": control, "edit": "zero", "k": k, "draw": draw, "chosen": k == 1,
                    "operand": "c" if control else "a", "predicted": {"1": 60, "2": 40}}
             files[".prune"] += [row, {**row, "operand": "b", "split": "c1"}]
-    for operand, split in (("a", "c0"), ("b", "c1")):
-        files[".prune"].append({**base, "unit": "dimension", "score": None, "order": "exhaustive",
-                                "pool": "all", "control": None, "side": "writers", "edit": "graft",
-                                "k": 1, "dimension": "one", "operand": operand, "split": split,
-                                "chosen": True})
     for arm, steps in (("reft", 10), ("teach-c", None)):
         for split in ("natural", "c0"):
             for threshold in (.9, .99):
