@@ -1339,18 +1339,19 @@ def condition(run):
     """The condition of a model."""
     args, setup, prior = run.args, run.settings["setup"], tuple(run.args.get("prior") or ())
     words = [setup] * (setup != "pcfg") + ["paper"] * (run.settings["scale"] == "paper")
+    rate = rate_words(args["lr"]) if args.get("lr") else ""
     if setup == "stories":
         never = "never" * (args.get("without") == args.get("feature"))
-        words += [args.get("protocol") or never, rate_words(args["lr"])]
+        words += [args.get("protocol") or never, rate]
     elif run.kind != "pretrain":
-        words += [args["task"], PRIORS.get(prior) or "/".join(map(str, prior)),
-                  f"{args['c_tr']:g}", rate_words(args["lr"])]
+        words += [args.get("task"), PRIORS.get(prior) or "/".join(map(str, prior)),
+                  f"{args.get('c_tr'):g}", rate]
         words += [paper_place(run.settings)[3]] if setup in PROGRAMS else []
         words += [f"{key} {args[key]}" for key in ("mix", "only") if args.get(key)]
         words += [key for key in ("relabel", "jailbreak") if args.get(key)]
     if run.kind == "reFT":
         before = run.settings.get("finetune lr")
-        words += ["reFT"] + ["after", rate_words(before)] * (before is not None)
+        words.append("reFT" + f" after {before and rate_words(before)}" * bool(before))
     return " ".join(filter(None, words))
 
 
@@ -1428,8 +1429,8 @@ def known_scores(runs):
     """
     How well each instrument finds O_PT, in models whose truth is known (see the table): what is
     found less what its controls reach, in points; reviving: how many times as fast as its control.
-    An instrument works where what is wrapped or planted lies right of what is overwritten or
-    erased.
+    It works where what is wrapped or planted lies right of what is overwritten or erased.
+    Fooled by: five seeds; what is called overwritten is so by its training, not by proof.
     """
     panels = []
     for name in INSTRUMENTS:
@@ -1564,6 +1565,7 @@ def claim_effects(runs):
     """
     Every claim beside its control: the effect (mean, smallest and largest seed) and the margin that
     it has to reach in every seed (of claims that something does not happen: in none).
+    Fooled by: margins, which are chosen; controls that were stopped at three times reFT's steps.
     """
     panels = []
     for times, unit in ((False, "effect, in points"), (True, "times as fast as its control")):
@@ -1766,7 +1768,7 @@ def draw_all(runs, folder, names):
         if drawn:
             pictures[name] = drawn
             write(join(folder, "figures", name + ".png"), drawn[0])
-        elif own:
+        elif own and FIGURES[name].stories is not None:
             note(f"{name}: skipped, no rows for it")
     return pictures
 

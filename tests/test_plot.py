@@ -19,7 +19,7 @@ ROW = {"setup": "stories", "scale": "small", "task": "story", "operand": "Twist"
        "floor": None, "cross_floor": None, "n": 100, "loss": None}
 SHARES = {"randomise": ((.7, .5, .1), (.1, .4, .7)),  # at steps 0, 10, 30 of deletion, of reFT
           "filter": ((.7, .7, .5), (.5, .6, .7))}
-STORY_FIGURES = {f"{name}.png" for name, figure in plot.FIGURES.items() if figure.stories}
+STORY_FIGURES = {f"{name}.png" for name, figure in plot.FIGURES.items() if figure.stories is not False}
 
 
 def write(folder, name, parent, rows, files=(), **args):
@@ -58,7 +58,11 @@ def analysed():
                 probe.append(row)
                 if (model, feature) == ("ckpt", "Twist"):
                     probe.append({**row, "labels": "shuffled", "auc": .5})
-    return {".behavior": [row for row in behavior if row["model"] != "untrained"], ".probe": probe}
+    relearn = [{"arm": arm, "answers": "kinds 1 and 2", "half": half, "step": step, "split": split,
+                "accuracy": .5, "parsed": .9} for arm in ("reft", "teach-Twist")
+               for half in ("taught", "held-out") for split in ("asked", "unasked") for step in (0, 100)]
+    return {".behavior": [row for row in behavior if row["model"] != "untrained"], ".probe": probe,
+            ".relearn": relearn}
 
 
 @pytest.fixture
@@ -193,7 +197,7 @@ def test_tables_read_like_the_runs(folder, tmp_path_factory):
     to = tmp_path_factory.mktemp("evidence") / "stories"
     done = run(folder, "--evidence", to)
     assert done.returncode == 0 and not done.stderr
-    assert {"runs.jsonl", "history.csv", "behavior.csv", "probe.csv", "figures"} == set(
+    assert {"runs.jsonl", "history.csv", "behavior.csv", "probe.csv", "relearn.csv", "figures"} == set(
         os.listdir(to))
     assert STORY_FIGURES == set(os.listdir(to / "figures"))
     raw, committed = plot.find_runs(str(folder)), plot.find_runs(str(to))
@@ -459,6 +463,9 @@ def test_known_truth_ranks_models(monkeypatch):
     head, rows = plot.known_truth(runs)
     found = {(row[0], row[2]): dict(zip(head, row)) for row in rows if row[1] == "wrapped"}
     assert found["reviving", "erased"]["auroc"] == "1.00" and found["pruning", "erased"]["auroc"] == "0.50"
+    for name in ("known_scores", "claim_effects"):
+        picture, caption = plot.draw(plot.FIGURES[name].function, runs)
+        assert len(picture) > 5000 and "Fooled by" in caption
     low, high = (float(found["pruning", "erased"][key]) for key in ("low", "high"))
     assert low < .3 and high > .7 and found["pruning", "erased"]["seeds"] == "4, 4"
     assert ("probing", "erased") not in found and ("pruning", "overwritten") not in found
