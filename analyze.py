@@ -900,7 +900,7 @@ def hidden(study):
 
 THRESHOLDS = (.9, .99)
 FASTER = 3     # reFT must be so many times as fast as its control, which goes on that much longer
-REVIVED = 400  # strings in a test set, at most
+REVIVED = 200  # strings in a test set, at most: they are asked every few steps
 
 
 def steps_to(curve, threshold):
@@ -1065,8 +1065,8 @@ def relearn(study):
     lr = setup.reverse_lr or setup.finetune_lr * setup.reft_rates[0]
     arms = [("reft", study.model, study.relation.pt)]
     scored_at = eval_steps(steps, 0 if study.answers else steps)
-    size = min(REVIVED, study.args.eval_size) if study.answers else study.args.eval_size // 2
-    about = Namespace(**{**vars(study.run), "eval_size": size})
+    about, few = Namespace(**vars(study.run)), 1 if study.answers else 2  # stories take longer
+    about.eval_size = study.args.eval_size // few
     if study.never_trained:
         start, _, c = study.never_trained
         arms.append((f"teach-{c}", start, c))
