@@ -1344,7 +1344,7 @@ def condition(run):
         never = "never" * (args.get("without") == args.get("feature"))
         words += [args.get("protocol") or never, rate]
     elif run.kind != "pretrain":
-        words += [args.get("task"), PRIORS.get(prior) or "/".join(map(str, prior)),
+        words += [args.get("task"), PRIORS.get(prior) or "/".join(map("{:g}".format, prior)),
                   f"{args.get('c_tr'):g}", rate]
         words += [paper_place(run.settings)[3]] if setup in PROGRAMS else []
         words += [f"{key} {args[key]}" for key in ("mix", "only") if args.get(key)]

@@ -422,7 +422,7 @@ def test_auroc_is_the_share_of_pairs_in_order():
 def test_a_condition_tells_what_was_done():
     """Whatever changes the models that are made changes the words; the seed does not."""
     words = {plot.condition(made_run(seed, None, **more)) for seed in (0, 1) for more in (
-        {}, {"lr": 1e-3}, {"c_tr": 0.}, {"prior": [0, .001, .999]}, {"prior": [.5, .3, .2]},
+        {}, {"lr": 1e-3}, {"c_tr": 0.}, {"prior": [0., .001, .999]}, {"prior": [.5, .3, .2]},
         {"task": "index"}, {"mix": .5}, {"relabel": True}, {"only": "head"}, {"jailbreak": True})}
     assert len(words) == 10 and plot.MAIN in words and plot.NOT_A in words and plot.INDEX in words
 
