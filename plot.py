@@ -1315,31 +1315,31 @@ def run_table(runs):
 
 
 # ---- what is known, what is claimed
-# A model's condition is what was done to it; TRUTHS and CLAIMS speak of conditions. A number is a
-# key of a verdict, with spaces between several the largest of them, or a function of a run.
+# A condition is what was done to a model; TRUTHS and CLAIMS speak of them. A number is a key of a
+# verdict, with spaces between several the largest of them, or a function of a run.
 
-MAIN, HIGH, LEARNER = "count low 1 1e-5", "count high 0.5 1e-5", "count low 0 1e-3"
-INDEX, RANDFT, JAILBROKEN = "index low 1 1e-5", MAIN + " relabel", "count high 1 1e-5 jailbreak"
-NOT_A = "count 0/0.001/0.999 1 1e-5"
+MAIN, LEARNER, INDEX = "count low 1 1e-5", "count low 0 1e-3", "index low 1 1e-5"
 COUNTER, DELETED = "tracr-count count 1 1e-3", "stories randomise 1.5e-4"
 REVIVED = "stories randomise 4e-5 reFT after 1.5e-4"
 TRUTHS = {"wrapped": MAIN, "planted in block 0": "count low 1 1e-4 only blocks.0",
           "planted in the head": "count low 1 1e-2 only head", "overwritten": LEARNER,
-          "erased": NOT_A}
-DRAWN, BLIND = "random_c0_max never_prune_c0", "probe_untrained never_probe"
-UNTAUGHT = "never_relearn_held_out relearn_cross_floor"
-INSTRUMENTS = {  # what each finds of O_PT, and what that must exceed
-    "behaviour": ("ckpt_pt_c0", "pt_c0_cross_floor"), "pruning": ("prune_c0", DRAWN),
-    "one pass": ("prune_one_pass_c0", DRAWN), "grafting": ("graft_c0", "pt_c0_cross_floor"),
-    "probing": ("probe_natural", BLIND), "reviving": ("control_steps", "reft_steps"),
-    "relearning": ("relearn_held_out", UNTAUGHT)}
+          "erased": "count 0/0.001/0.999 1 1e-5"}
+DRAWN = "random rows, or c", "random_c0_max never_prune_c0", .25
+GUESS = "best guess from b", "pt_c0_cross_floor", .25
+INSTRUMENTS = {  # what each finds of O_PT; what its control is, and reaches; the margin of a claim
+    "behaviour": ("ckpt_pt_c0", *GUESS), "pruning": ("prune_c0", *DRAWN),
+    "one pass": ("prune_one_pass_c0", *DRAWN), "grafting": ("graft_c0", *GUESS),
+    "probing": ("probe_natural", "untrained model, or c", "probe_untrained never_probe", .1),
+    "reviving": ("control_steps", "reFT", "reft_steps", 3.),
+    "relearning": ("relearn_held_out", "c, or best guess from b",
+                   "never_relearn_held_out relearn_cross_floor", .1)}
 
 
 def condition(run):
     """The condition of a model."""
     args, setup, prior = run.args, run.settings["setup"], tuple(run.args.get("prior") or ())
     words = [setup] * (setup != "pcfg") + ["paper"] * (run.settings["scale"] == "paper")
-    rate = rate_words(args["lr"]) if args.get("lr") else ""
+    rate, before = (x and rate_words(x) for x in (args.get("lr"), run.settings.get("finetune lr")))
     if setup == "stories":
         never = "never" * (args.get("without") == args.get("feature"))
         words += [args.get("protocol") or never, rate]
@@ -1349,9 +1349,7 @@ def condition(run):
         words += [paper_place(run.settings)[3]] if setup in PROGRAMS else []
         words += [f"{key} {args[key]}" for key in ("mix", "only") if args.get(key)]
         words += [key for key in ("relabel", "jailbreak") if args.get(key)]
-    if run.kind == "reFT":
-        before = run.settings.get("finetune lr")
-        words.append("reFT" + f" after {before and rate_words(before)}" * bool(before))
+    words += [f"reFT after {before}" if before else "reFT"] * (run.kind == "reFT")
     return " ".join(filter(None, words))
 
 
@@ -1373,77 +1371,13 @@ def mean_of(kind, last=False, **want):
     return of
 
 
-def steps(arm, best=False):
+def steps(arm, best):
     """run -> steps to 99 % on natural strings at the fine-tuning's rate, or at the arm's best."""
     def of(run):
         rows = [r for r in run.rows["revive"] if fits(r, {"split": "natural", "threshold": .99})
                 and r["arm"].startswith(arm) and (best or r["lr"] == run.args["lr"])]
         return min((r["steps"] or r["max_steps"] for r in rows), default=None)
     return of
-
-
-def auroc(found, not_found):
-    """How often the first of two numbers is larger, of all pairs; ties count half."""
-    apart = np.subtract.outer(found, not_found)
-    return np.mean((apart > 0) + (apart == 0) / 2)
-
-
-def scores(runs, truth, instrument):
-    """{seed: how well an instrument finds O_PT in a model of a truth}"""
-    found = {}
-    for run in runs:
-        if condition(run) == TRUTHS[truth]:
-            measured, limit = (number(run, what) for what in INSTRUMENTS[instrument])
-            if None not in (measured, limit):
-                ratio = instrument == "reviving"
-                found[run.args["seed"]] = measured / max(limit, 1) if ratio else measured - limit
-    return found
-
-
-@table()
-def known_truth(runs):
-    """
-    Instruments on models whose truth is known. AUROC: how often a model that has O_PT scores higher
-    than one that has not (1: always; .5: no better than chance), and the 95 % interval of 2,000
-    bootstraps over models. wrapped: shortcut, small rate; planted: so, and only one part was
-    trained; overwritten: no shortcut, large rate; erased: O_PT was never trained. Score: what is
-    found less what its controls reach, or how many times as fast (`analyze.py`).
-    """
-    rows, draws = [], np.random.default_rng(0)
-    for name, against in product(INSTRUMENTS, ("erased", "overwritten")):
-        for kind in ("wrapped", "planted"):
-            found = [list(scores(runs, truth, name).values()) for truth in TRUTHS
-                     if truth.startswith(kind)]
-            found, lacking = np.concatenate(found), list(scores(runs, against, name).values())
-            if len(found) and lacking:
-                again = [auroc(draws.choice(found, len(found)), draws.choice(lacking, len(lacking)))
-                         for _ in range(2000)]
-                low, high = np.percentile(again, (2.5, 97.5))
-                rows.append([name, kind, against, f"{auroc(found, lacking):.2f}", f"{low:.2f}",
-                             f"{high:.2f}", f"{len(found)}, {len(lacking)}"])
-    return ["instrument", "truth", "against", "auroc", "low", "high", "seeds"], rows
-
-
-@figure(stories=False)
-def known_scores(runs):
-    """
-    How well each instrument finds O_PT, in models whose truth is known (see the table): what is
-    found less what its controls reach, in points; reviving: how many times as fast as its control.
-    It works where what is wrapped or planted lies right of what is overwritten or erased.
-    Fooled by: five seeds; what is called overwritten is so by its training, not by proof.
-    """
-    panels = []
-    for name in INSTRUMENTS:
-        points = {}
-        for truth in TRUTHS:
-            values = 1. * np.array(list(scores(runs, truth, name).values()))
-            values *= 1 if name == "reviving" else 100
-            if len(values):
-                points[truth] = values.mean(), values.min(), values.max()
-        unit = "times as fast" if name == "reviving" else "points"
-        marks = Series("mean, smallest and largest seed", BLUE, "o", "", points)
-        panels.append(("", [dots([marks], list(TRUTHS), name, unit)] if points else []))
-    return compose([], "verdict", panels, height=1.9, rests="c0 strings; probing: natural ones")
 
 
 class Claim(NamedTuple):
@@ -1456,68 +1390,6 @@ class Claim(NamedTuple):
     control: object         # a number of the same run, or (condition, number) of its seed there
     margin: float           # of a difference of shares; from 1 on: how many times as many steps
     below: bool = False     # the claim is that it is not reached
-
-
-def faster(arm, best=False):
-    """What a Claim measures, and its control: an arm of revive beside reFT."""
-    return steps(arm, best), "reFT", steps("reft", best), 3.
-
-
-FELL = mean_of("history", role="O_PT", split="c0", task="count")
-NJ, J1 = (mean_of("behavior", model="ckpt", operand="a", split="c0", task=task)
-          for task in ("count", "count-j1"))
-LAST_C1, LAST_C0, ASKED, UNASKED = (mean_of("history", last=True, **want) for want in (
-    {"role": "O_FT", "split": "c1"}, {"role": "O_FT", "split": "c0"},
-    {"split": "asked"}, {"split": "unasked"}))
-HELD, HELD_C, HELD_TWIST, HELD_NEVER, RETAINED = (mean_of("relearn", True, **want) for want in (
-    {"arm": "reft", "half": "held-out"}, {"arm": "teach-c", "half": "held-out"},
-    {"arm": "reft", "half": "held-out", "split": "asked"},
-    {"arm": "teach-Twist", "half": "held-out", "split": "asked"},
-    {"arm": "reft", "half": "retained", "answers": "other families"}))
-ZEROED = {k: mean_of("prune", k=k, role="O_PT", split="c0", control=None, draw=None,
-                     order="exhaustive", pool="zero-in-program") for k in (0, 1)}
-PRUNE = "ten rows bring a back", "Fig. 7", "prune_c0", "random rows, or c", DRAWN, .25
-RELEARN = ("answers that were not taught come back", "ours", "relearn_held_out",
-           "c, or best guess from b", UNTAUGHT, .1)
-WRAPPED = (  # of Counter and Indexer
-    ("b is right on c1 by the shortcut, not on c0", "Tables 5, 7", "ckpt_ft_c1", "b on c0",
-     "ckpt_ft_c0", .25), PRUNE,
-    ("a is read while b is asked", "Fig. 8", "probe_natural", "untrained model, or c", BLIND, .1),
-    ("reFT is faster than teaching c", "Fig. 9", "control_steps", "reFT", "reft_steps", 3.),
-    RELEARN)
-ARMS = {"scratch": "from scratch", "from 0/1/0": "from a model of b (Scr. + FT)",
-        "from 0/0.001": "from a good initialisation"}
-CLAIMS = [Claim(f"{name}: {text}", figure, where, *rest) for (name, where), (text, figure, *rest)
-          in product({"Counter": MAIN, "Indexer": INDEX}.items(), WRAPPED)]
-CLAIMS += [Claim(f"Counter: reFT is faster than {words}" + ", best rates" * best, "Fig. 9", MAIN,
-                 *faster(arm, best)) for (arm, words), best in product(ARMS.items(), (False, True))]
-CLAIMS += [Claim(f"mixing: {share:.1%} of pretraining's data keep a", "Figs. 18-23",
-                 f"{MAIN} mix {share}", NJ, "none of it", (MAIN, NJ), .25)
-           for share in (.5, .1, .001)]
-CLAIMS += [Claim(*line) for line in (
-    ("large rate, no shortcut: no " + PRUNE[0], PRUNE[1], LEARNER, *PRUNE[2:], True),
-    ("large rate, no shortcut: no " + RELEARN[0], RELEARN[1], LEARNER, *RELEARN[2:], True),
-    ("high prior, C_Tr .5: b is right on c0", "Table 5", HIGH, "ckpt_ft_c0", "best guess from a",
-     "ft_c0_cross_floor", .25),
-    ("high prior: a falls more slowly", "Fig. 6", "count high 1 1e-5", FELL, "low prior",
-     (MAIN, FELL), .1),
-    ("C_Tr 0: a falls more slowly", "Fig. 6", "count low 0 1e-5", FELL, "C_Tr 1", (MAIN, FELL), .1),
-    ("Counter: a comes back from other families alone", "ours", MAIN, RETAINED,
-     "best guess from b", "pt_c0_cross_floor", .1),
-    ("jailbreaks still get a (high prior)", "Fig. 24", JAILBROKEN, J1, "T_NJ", NJ, .25),
-    ("jailbreaks still get a (low prior)", "Fig. 25", MAIN + " jailbreak", J1, "T_NJ", NJ, .25),
-    ("randFT: reFT is faster than from scratch", "Fig. 28", RANDFT, *faster("scratch")),
-    ("randFT: reFT is faster than from a model of b", "Fig. 28", RANDFT, *faster("from 0/1/0")),
-    ("compiled Counter: b is right on c1, not on c0", "Table 3", COUNTER, LAST_C1, "b on c0",
-     LAST_C0, .25),
-    ("compiled Counter: one weight brings a back", "Fig. 55", COUNTER, ZEROED[1], "none zeroed",
-     ZEROED[0], .6),
-    ("compiled Counter: " + RELEARN[0], "ours", COUNTER, HELD, "c", HELD_C, .1),
-    ("stories: 100 steps bring the twist back", "Fig. 11", REVIVED, ASKED,
-     "never met one", ("stories never 4e-5 reFT", ASKED), .25),
-    ("stories: where it is asked for", "ours", REVIVED, ASKED, "not asked", UNASKED, .25),
-    ("stories: other kinds of twist come back", "ours", DELETED, HELD_TWIST, "never met one",
-     HELD_NEVER, .1))]
 
 
 def effects(claim, runs):
@@ -1536,27 +1408,141 @@ def effects(claim, runs):
     return list(found.values())
 
 
+def scores(runs, truth, instrument):
+    """What an instrument finds in each model of a truth, less (or divided by) its control."""
+    claim = Claim("", "", TRUTHS[truth], *INSTRUMENTS[instrument])
+    return [effect for effect, _ in effects(claim, runs)]
+
+
+def auroc(found, not_found):
+    """How often the first of two numbers is larger, of all pairs; ties count half."""
+    apart = np.subtract.outer(found, not_found)
+    return np.mean((apart > 0) + (apart == 0) / 2)
+
+
+@table()
+def known_truth(runs):
+    """
+    Instruments on models whose truth is known. AUROC: how often a model that has O_PT scores higher
+    than one that has not (1: always; .5: no better than chance), and the 95 % interval of 2,000
+    bootstraps over models. wrapped: shortcut, small rate; planted: so, and only one part was
+    trained; overwritten: no shortcut, large rate; erased: O_PT was never trained. Score: what is
+    found less what its controls reach, or how many times as fast (`analyze.py`).
+    """
+    rows, draws = [], np.random.default_rng(0)
+    truths = product(("erased", "overwritten"), ("wrapped", "planted"))
+    for name, (against, kind) in product(INSTRUMENTS, list(truths)):
+        found = sum((scores(runs, t, name) for t in TRUTHS if t.startswith(kind)), [])
+        lacking = scores(runs, against, name)
+        if found and lacking:
+            again = [auroc(draws.choice(found, len(found)), draws.choice(lacking, len(lacking)))
+                     for _ in range(2000)]
+            shares = auroc(found, lacking), *np.percentile(again, (2.5, 97.5))
+            rows.append([name, kind, against, *map("{:.2f}".format, shares),
+                         f"{len(found)}, {len(lacking)}"])
+    return ["instrument", "truth", "against", "auroc", "low", "high", "seeds"], rows
+
+
+def span(values, times):
+    """(mean, smallest, largest) of effects as they are (times), or in points."""
+    return [f(values) * (1 if times else 100) for f in (np.mean, np.min, np.max)]
+
+
+@figure(stories=False)
+def known_scores(runs):
+    """
+    How well each instrument finds O_PT, in models whose truth is known (see the table): what is
+    found less what its controls reach, in points; reviving: how many times as fast as its control.
+    It works where what is wrapped or planted lies right of what is overwritten or erased.
+    Fooled by: five seeds; what is called overwritten is so by its training, not by proof.
+    """
+    panels = []
+    for name in INSTRUMENTS:
+        times = name == "reviving"
+        points = {t: span(x, times) for t in TRUTHS if (x := scores(runs, t, name))}
+        marks = Series("mean, smallest and largest seed", BLUE, "o", "", points)
+        drawn = dots([marks], list(TRUTHS), name, "times as fast" if times else "points")
+        panels.append(("", [drawn] if points else []))
+    return compose([], "verdict", panels, height=1.9, rests="c0 strings; probing: natural ones")
+
+
+RELEARNED = "answers that were not taught come back"
+WRAPPED = {  # of Counter and Indexer
+    ("b is right on c1 by the shortcut, not on c0", "Tables 5, 7"): (
+        "ckpt_ft_c1", "b on c0", "ckpt_ft_c0", .25),
+    ("ten rows bring a back", "Fig. 7"): INSTRUMENTS["pruning"],
+    ("a is read while b is asked", "Fig. 8"): INSTRUMENTS["probing"],
+    ("reFT is faster than teaching c", "Fig. 9"): INSTRUMENTS["reviving"],
+    (RELEARNED, "ours"): INSTRUMENTS["relearning"]}
+ARMS = {"scratch": "from scratch", "from 0/1/0": "from a model of b (Scr. + FT)",
+        "from 0/0.001": "from a good initialisation"}
+FELL = mean_of("history", role="O_PT", split="c0", task="count")
+NJ, J1 = (mean_of("behavior", model="ckpt", operand="a", split="c0", task=task)
+          for task in ("count", "count-j1"))
+LAST_C1, LAST_C0, ASKED, UNASKED = (mean_of("history", True, **want) for want in (
+    {"role": "O_FT", "split": "c1"}, {"role": "O_FT", "split": "c0"}, {"split": "asked"},
+    {"split": "unasked"}))
+LAST = partial(mean_of, "relearn", True, split=("c0", "asked"))
+HELD, HELD_C, NEVER = (LAST(arm=x, half="held-out") for x in ("reft", "teach-c", "teach-Twist"))
+RETAINED = LAST(arm="reft", answers="other families")
+ZEROED = {k: mean_of("prune", k=k, role="O_PT", split="c0", control=None, draw=None,
+                     order="exhaustive", pool="zero-in-program") for k in (0, 1)}
+CLAIMS = [Claim(f"{name}: {text[0]}", text[1], where, *rest) for (name, where), (text, rest)
+          in product({"Counter": MAIN, "Indexer": INDEX}.items(), WRAPPED.items())]
+CLAIMS += [Claim(f"Counter: reFT is faster than {ARMS[arm]}" + ", best rates" * best, "Fig. 9", MAIN,
+                 steps(arm, best), "reFT", steps("reft", best), 3.)
+           for arm, best in product(ARMS, (False, True))]
+CLAIMS += [Claim(f"randFT: reFT is faster than {ARMS[arm]}", "Fig. 28", MAIN + " relabel",
+                 steps(arm, False), "reFT", steps("reft", False), 3.)
+           for arm in ("scratch", "from 0/1/0")]
+CLAIMS += [Claim(f"mixing: {share:.1%} of pretraining's data keep a", "Figs. 18-23",
+                 f"{MAIN} mix {share}", NJ, "none of it", (MAIN, NJ), .25)
+           for share in (.5, .1, .001)]
+CLAIMS += [Claim(*line) for line in (
+    ("large rate, no shortcut: ten rows do not bring a back", "Fig. 7", LEARNER,
+     *INSTRUMENTS["pruning"], True),
+    ("large rate, no shortcut: answers that were not taught do not come back", "ours", LEARNER,
+     *INSTRUMENTS["relearning"], True),
+    ("high prior, C_Tr .5: b is right on c0", "Table 5", "count high 0.5 1e-5", "ckpt_ft_c0",
+     "best guess from a", "ft_c0_cross_floor", .25),
+    ("high prior: a falls more slowly", "Fig. 6", "count high 1 1e-5", FELL, "low prior",
+     (MAIN, FELL), .1),
+    ("C_Tr 0: a falls more slowly", "Fig. 6", "count low 0 1e-5", FELL, "C_Tr 1", (MAIN, FELL), .1),
+    ("other families alone bring a back", "ours", MAIN, RETAINED, *GUESS[:2], .1),
+    ("high prior: jailbreaks still get a", "Fig. 24", "count high 1 1e-5 jailbreak", J1, "T_NJ", NJ,
+     .25),
+    ("low prior: jailbreaks still get a", "Fig. 25", MAIN + " jailbreak", J1, "T_NJ", NJ, .25),
+    ("compiled Counter: b is right on c1, not on c0", "Table 3", COUNTER, LAST_C1, "b on c0",
+     LAST_C0, .25),
+    ("compiled Counter: one weight brings a back", "Fig. 55", COUNTER, ZEROED[1], "none zeroed",
+     ZEROED[0], .6),
+    ("compiled Counter: " + RELEARNED, "ours", COUNTER, HELD, "c", HELD_C, .1),
+    ("stories: 100 steps bring the twist back", "Fig. 11", REVIVED, ASKED, "never met one",
+     ("stories never 4e-5 reFT", ASKED), .25),
+    ("stories: where it is asked for", "ours", REVIVED, ASKED, "not asked", UNASKED, .25),
+    ("stories: other kinds of twist come back", "ours", DELETED, HELD, "never met one", NEVER, .1))]
+
+
 @table(None)
 def claims(runs):
     """
     Claims of the paper, and ours. Effect: what is measured less its control, in points, or how many
     times as many steps the control takes; mean, smallest and largest seed. The rule, written before
     the numbers were read: a claim holds where every seed's effect reaches the margin (25 points for
-    answers, 10 for probes and relearning, three times for steps; of a claim that something does not
-    happen: where none does), does not hold where none does, else it is undecided.
+    answers, 60 for one weight, as the paper says, 10 for probes, curves and relearning, three times
+    for steps; of a claim that something does not happen: where none does), does not hold where none
+    does, else it is undecided.
     """
     rows = []
     for claim in CLAIMS:
-        found = effects(claim, runs)
-        if found:
+        if found := effects(claim, runs):
             values, control = np.array(found).T
             reached = (values >= claim.margin) != claim.below
             word = "holds" if all(reached) else "undecided" if any(reached) else "does not hold"
-            form = "{:.1f} x" if claim.margin >= 1 else "{:.1%}"
-            against = "{}: {}".format(claim.against, (
-                f"{control.mean():.0f} steps" if claim.margin >= 1 else f"{control.mean():.1%}"))
-            rows.append([claim.text, claim.figure, *map(form.format, (
-                values.mean(), values.min(), values.max())), against, str(len(values)), word])
+            form, theirs = ("{:.1f} x", "{:.0f} steps") if claim.margin >= 1 else ("{:.1%}",) * 2
+            rows.append([claim.text, claim.figure, *map(form.format, span(values, True)),
+                         f"{claim.against}: {theirs.format(control.mean())}", str(len(found)),
+                         word])
     return ["claim", "figure", "effect", "low", "high", "control", "seeds", "verdict"], rows
 
 
@@ -1567,18 +1553,17 @@ def claim_effects(runs):
     it has to reach in every seed (of claims that something does not happen: in none).
     Fooled by: margins, which are chosen; controls that were stopped at three times reFT's steps.
     """
-    panels = []
+    panels, rests = [], "margin: what every seed has to reach"
     for times, unit in ((False, "effect, in points"), (True, "times as fast as its control")):
         points, needed = {}, {}
         for claim in CLAIMS:
-            values = np.array([x for x, _ in effects(claim, runs)]) * (1 if times else 100)
-            if len(values) and times == (claim.margin >= 1):
+            found = effects(claim, runs) if times == (claim.margin >= 1) else ()
+            if found:
                 name = claim.text + f" [{claim.figure}]"
-                points[name] = values.mean(), values.min(), values.max()
-                needed[name] = [claim.margin * (1 if times else 100)] * 3
+                points[name] = span([effect for effect, _ in found], times)
+                needed[name] = span(claim.margin, times)
         marks = [Series("effect", BLUE, "o", "", points), Series("margin", DARK, "|", "", needed)]
         panels.append(("", [dots(marks, list(points), "", unit)] if points else []))
-    rests = "margin: what every seed has to reach"
     return compose([], "verdict", panels, 1, height=4.2, rests=rests)
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import plot
+
 ROOT = Path(__file__).parent.parent
 FILES = ["data.py", "model.py", "pretrain.py", "finetune.py", "analyze.py", "plot.py"]
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
@@ -86,11 +88,11 @@ def test_findings_are_what_the_evidence_says():
     for i, (folder, start) in enumerate(CASES.values(), 1):
         runs = map(json.loads, (ROOT / f"results/{folder}/runs.jsonl").read_text().splitlines())
         verdicts = [run["verdict"] for run in runs if run["run"].startswith(start) and run["verdict"]]
-        assert len(verdicts) == 3
+        assert len(verdicts) == 5
 
         def mean(key, each=False):
             values = [100 * v[key] for v in verdicts]
-            text = f"{sum(values) / 3:.0f}"
+            text = f"{sum(values) / 5:.0f}"
             return text + f" ({', '.join(f'{x:.0f}' for x in values)})" * each
 
         def steps(who):
@@ -103,6 +105,19 @@ def test_findings_are_what_the_evidence_says():
             f"{mean('probe_natural', True)}; {mean('probe_untrained')}; {mean('never_probe')}",
             f"{steps('reft')}; {steps('control')}", ", ".join(v["verdict"] for v in verdicts)]
         assert [cells_of(row)[i] for row in rows] == expected
+
+
+def test_claims_are_what_the_evidence_says():
+    """results/claims.csv and known_truth.csv, computed again; every claim has its seeds."""
+    runs = plot.find_runs(str(ROOT / "results"))
+    for name in ("claims", "known_truth"):
+        head, rows = plot.TABLES[name][0](runs)
+        with open(ROOT / f"results/{name}.csv", newline="") as file:
+            assert [head, *rows] == list(csv.reader(file))
+    found = {claim: plot.effects(claim, runs) for claim in plot.CLAIMS}
+    assert all(found.values())
+    few = [claim.text for claim, seeds in found.items() if len(seeds) < 5]
+    assert all(text.startswith(("stories", "jailbreaks")) for text in few)
 
 
 def test_speed_is_what_was_measured():

@@ -424,7 +424,7 @@ def test_a_condition_tells_what_was_done():
     words = {plot.condition(made_run(seed, None, **more)) for seed in (0, 1) for more in (
         {}, {"lr": 1e-3}, {"c_tr": 0.}, {"prior": [0., .001, .999]}, {"prior": [.5, .3, .2]},
         {"task": "index"}, {"mix": .5}, {"relabel": True}, {"only": "head"}, {"jailbreak": True})}
-    assert len(words) == 10 and plot.MAIN in words and plot.NOT_A in words and plot.INDEX in words
+    assert len(words) == 10 and plot.MAIN in words and plot.TRUTHS["erased"] in words and plot.INDEX in words
 
 
 @pytest.mark.parametrize("pruned, word", [([.9, .8, .6], "holds"), ([.9, .8, .3], "undecided"),
@@ -437,7 +437,7 @@ def test_a_claim_holds_where_every_seed_says_so(pruned, word):
             for more in ({}, {"c_tr": 0., "lr": 1e-3})]
     _, rows = plot.claims(runs)
     lines = {row[0]: row for row in rows}
-    row, other = lines["Counter: ten rows bring a back"], lines["large rate, no shortcut: no ten rows bring a back"]
+    row, other = lines["Counter: ten rows bring a back"], lines["large rate, no shortcut: ten rows do not bring a back"]
     assert row[-1] == word and row[-2] == "3" and row[3] == f"{min(pruned) - .2:.1%}"
     assert other[-1] == {"holds": "does not hold", "does not hold": "holds"}.get(word, word)
     assert "20.0%" in row[5] and len(rows) == 2  # what no run is about is left out
