@@ -1489,9 +1489,9 @@ ZEROED = {k: mean_of("prune", k=k, role="O_PT", split="c0", control=None, draw=N
                      order="exhaustive", pool="zero-in-program") for k in (0, 1)}
 CLAIMS = [Claim(f"{name}: {text[0]}", text[1], where, *rest) for (name, where), (text, rest)
           in product({"Counter": MAIN, "Indexer": INDEX}.items(), WRAPPED.items())]
-CLAIMS += [Claim(f"Counter: reFT is faster than {ARMS[arm]}" + ", best rates" * best, "Fig. 9", MAIN,
+CLAIMS += [Claim(f"Counter: reFT is faster than {words}" + ", best rates" * best, "Fig. 9", MAIN,
                  steps(arm, best), "reFT", steps("reft", best), 3.)
-           for arm, best in product(ARMS, (False, True))]
+           for (arm, words), best in product(ARMS.items(), (False, True))]
 CLAIMS += [Claim(f"randFT: reFT is faster than {ARMS[arm]}", "Fig. 28", MAIN + " relabel",
                  steps(arm, False), "reFT", steps("reft", False), 3.)
            for arm in ("scratch", "from 0/1/0")]
