@@ -68,21 +68,20 @@ jobs_planted() {  # a wrapper in one part of the model, before or behind it: all
     done; done
 }
 jobs_jailbreak() {  # two tokens that never ask for b
-    for seed in $(echo $SEEDS | cut -d" " -f1-3); do for prior in low high; do
+    for seed in $(echo $SEEDS | cut -d" " -f1-2); do for prior in low high; do
         echo "train jailbreak/pre-$prior-$seed pretrain.py --prior $prior --jailbreak --seed $seed && \
             tune jailbreak/$prior-$seed ../jailbreak/pre-$prior-$seed $seed && \
             see jailbreak/$prior-$seed behavior && see jailbreak/$prior-$seed probe"
     done; done
 }
 jobs_mix() {  # pretraining's sequences mixed in; a's strings answered for b
-    local some="behavior prune probe revive verdict"
+    local some="behavior prune probe revive relearn verdict"
     for seed in $SEEDS; do
         echo "tune relabel/$seed low-$seed $seed --relabel && \
-            look relabel/$seed $some relearn --also $OUT/pre/b-only-$seed.pt"
+            look relabel/$seed $some --also $OUT/pre/b-only-$seed.pt"
         for share in .5 .1 .001; do
             echo "tune mix/$share-$seed low-$seed $seed --mix $share && see mix/$share-$seed behavior"
         done
-        echo "see mix/.1-$seed probe"
     done
 }
 jobs_grid() {  # the rest of Fig. 6 at the usual rate
@@ -110,7 +109,7 @@ evidence count fig5_behavior rules fig6_curves fig7_prune fig8_probe fig9_revive
 evidence index fig5_behavior fig7_prune relearn
 evidence known relearn
 evidence jailbreak fig6_curves fig8_probe
-evidence mix fig6_curves fig7_prune fig8_probe
+evidence mix fig6_curves
 evidence relabel fig6_curves fig9_revive
 evidence grid fig6_curves
 evidence fresh fig5_behavior
