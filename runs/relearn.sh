@@ -25,12 +25,13 @@ jobs_pre() {
         echo "train never-$seed pretrain.py --setup stories --seed $seed --without Twist"
     done
 }
+counter() {  # name, noise seed, C_Tr, rate
+    echo "train counter-$1-$2 finetune.py --ckpt $OUT/compiled.pt --c-tr $3 --lr $4 --seed $2 \
+        --save-every 2500 && see counter-$1-$2 relearn"
+}
 jobs_counter() {
-    for how in "wrapped 1 1e-3" "rewired 0 1e-2"; do for seed in 0 1 2 3 4; do
-        set -- $how
-        [ "$1" = wrapped ] || [ "$seed" -lt 2 ] && echo "train counter-$1-$seed finetune.py --ckpt $OUT/compiled.pt --c-tr $2 --lr $3 \
-            --seed $seed --save-every 2500 && see counter-$1-$seed relearn"
-    done; done
+    for seed in 0 1 2 3 4; do counter wrapped $seed 1 1e-3; done
+    for seed in 0 1; do counter rewired $seed 0 1e-2; done
 }
 jobs_stories() {
     for seed in ${SEEDS:-0 1}; do
