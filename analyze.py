@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from data import (SPLITS, Answers, Relation, UserError, check_stop, read_rows, replace_file, sha256,
+from data import (SPLITS, Answers, UserError, check_stop, read_rows, replace_file, sha256,
                   write_json, write_rows)
 from finetune import finetune_rate
 from model import GPT, Config, activations, generate, load, loss_of, weight_edits
@@ -84,6 +84,7 @@ class Study:
         self.seed = trained["seed"] if args.seed is None else args.seed
         # the run's own arguments, for the setup's test sets
         self.run = Namespace(**{**trained, "eval_size": args.eval_size, "seed": self.seed})
+        self.run.batch_size = args.batch_size or trained.get("batch_size")
         self.setup.open(self.run, self.ckpt["config"]["words"])
         self.relation = self.setup.relation(self.run)
         if self.ckpt["stage"] == "pretrain":  # what it has, even where its arguments do not say so
@@ -925,8 +926,7 @@ def lesson(study, start, draw, lr, steps):
     constant rate.
     """
     model, setup = copy.deepcopy(start), study.setup
-    size = study.args.batch_size or setup.finetune_batch_size
-    batch = data.stream(draw, size, study.seed, "revive", setup.draws_on)
+    batch = data.stream(draw, study.run.batch_size, study.seed, "revive", setup.draws_on)
     update = update_of(model, optimizer_for(model, lr, setup), lambda x: loss_of(model, x))
     for step, _ in train_steps(update, batch, constant(lr), range(steps)):
         check_stop()
@@ -977,12 +977,16 @@ def starts(study):
         arms[f"teach-{c}"] = model, c
         if start:
             arms[f"teach-{c}-base"] = start, c
-    if not study.setup.compiled:
-        arms["scratch"] = untrained(study), a
     for path in filter(None, (study.args.also or "").split(",")):
+        if path == "scratch":
+            arms[path] = untrained(study), a
+            continue
         model, ckpt = study.stranger(path, "--also", a)
-        words = "from " + "/".join(f"{p:g}" for p in ckpt["args"]["prior"])
-        arms[words + ", fine-tuned" * bool(ckpt["parent"])] = model, a
+        words = "from " + "/".join(f"{p:g}" for p in ckpt["args"].get("prior") or ())
+        words += ", fine-tuned" * bool(ckpt["parent"])
+        if study.setup.compiled or words in arms:
+            raise UserError(f"--also {path}: a compiled model, or prior and stage of another one")
+        arms[words] = model, a
     return arms
 
 
@@ -992,14 +996,14 @@ def revive(study):
     How fast does the capability come back, against models that never had it? (paper Fig. 9)
 
     Reverse fine-tuning (reFT) on a with c0 strings, at the fine-tuning's rate (ours: matched rates;
-    compiled models: a third and a tenth of it) times --rates, constant after 20 steps. Controls, in
-    the same way: teaching the never-trained operand to this very model (teach-c) and to its base
-    (teach-c-base, with the noise that fine-tuning put on it); a to an untrained model (scratch; the
-    paper's Scr.) and to those of --also: one that was pretrained on b alone (Scr. + FT), a good
-    initialisation, which was pretrained and fine-tuned alike, but never met a. And pretraining
-    itself, from its history. Steps to 90 % and 99 % on natural and on c0 strings. The controls go
-    on three times as long as reFT needed at its first rate: what has not come by then is shown
-    as >=.
+    compiled models: a third and a tenth of it) or --rates times it, constant after 20 steps.
+    Controls, in the same way: teaching the never-trained operand to this very model (teach-c) and
+    to its base (teach-c-base, with the noise that fine-tuning put on it); a to those of
+    --also: an untrained model (scratch; the paper's Scr.), one that was pretrained on b alone (Scr.
+    + FT), a good initialisation, which was pretrained and fine-tuned alike, but never met a. And
+    pretraining itself, from its history. Steps to 90 % and 99 % on natural and on c0 strings. The
+    controls go on three times as long as reFT needed at its first rate: what has not come by then
+    is shown as >=.
     Few steps compared with teach-c: it was there. teach-c much faster than pretraining is how much
     any good initialisation helps, which a comparison with training from scratch would have called
     a revival.
@@ -1010,14 +1014,13 @@ def revive(study):
     factors, first = study.args.rates or study.setup.reft_rates, study.ckpt["args"]["lr"]
     rates = [first * factor for factor in factors]
     limit, rows, curve_rows = study.args.steps or study.setup.revive_steps, [], []
-    arms = [teach(study, "reft", study.model, study.relation.pt, rates[0], limit)]
+    others = starts(study)
+    arms = [teach(study, "reft", study.model, study.relation.pt, lr, limit) for lr in rates]
     step, reached = arms[0].curves["natural"][-1]
     if reached >= THRESHOLDS[-1] and not study.args.steps:
         limit = max(30, FASTER * step)
-    others = {"reft": (study.model, study.relation.pt), **starts(study)}
     for lr, (name, about) in itertools.product(rates, others.items()):
-        if (name, lr) != ("reft", rates[0]):
-            arms.append(teach(study, name, *about, lr, limit))
+        arms.append(teach(study, name, *about, lr, limit))
     arms.append(pretraining_arm(study))
     for arm in arms:
         about = {"arm": arm.arm, "lr": arm.lr}
@@ -1053,8 +1056,8 @@ def relearn(study):
     where it is odd; stories: twists in two kinds of question, then in the two others. At the
     default rate, whatever this model was fine-tuned at: a larger one destroys what is not taught.
     Scored: the half that was taught and the half that was held out, with their floors. Also
-    retained: pretraining's other families alone, all or those that do not ask for a. Control, in
-    the same way: the never-trained operand, or model.
+    retained: after pretraining's other families alone, which ask for a but not for its count.
+    Control, in the same way: the never-trained operand (no family asks for it), or model.
     What was only wrapped comes back whole, answers that were not taught included; what is not there
     is learned where it is taught and nowhere else. No counting of steps is needed.
     Fooled by: a wrapper that is a table of answers in the output map, which has to be unlearned
@@ -1065,8 +1068,8 @@ def relearn(study):
     lr = setup.reverse_lr or setup.finetune_lr * setup.reft_rates[0]
     arms = [("reft", study.model, study.relation.pt)]
     scored_at = eval_steps(steps, 0 if study.answers else steps)
-    about, few = Namespace(**vars(study.run)), 1 if study.answers else 2  # stories take longer
-    about.eval_size = study.args.eval_size // few
+    about = Namespace(**vars(study.run))
+    about.eval_size = max(1, study.args.eval_size // (1 if study.answers else 2))  # time
     if study.never_trained:
         start, _, c = study.never_trained
         arms.append((f"teach-{c}", start, c))
@@ -1186,8 +1189,8 @@ def probe_evidence(study, rows, v):
 
 def revive_evidence(study, rows, v):
     """Steps to 99 % on natural strings; to 90 % where neither reFT nor its control gets to 99."""
-    lr = study.ckpt["args"]["lr"] * study.setup.reft_rates[0]
     control = f"teach-{study.control_operand}"
+    lr = next((r["lr"] for r in rows if r["arm"] == "reft"), None)  # the first of its rates
     for threshold in reversed(THRESHOLDS):
         for name, arm, at in (("reft", "reft", {"lr": lr}), ("control", control, {"lr": lr}),
                               ("pretraining", "pretraining", {})):
@@ -1409,7 +1412,7 @@ def generate_stories(study):
 def numbers(text):
     """The positive numbers of a flag, between commas. Raises ValueError."""
     values = list(map(float, text.split(",")))
-    if min(values) <= 0:
+    if not all(0 < x < float("inf") for x in values):
         raise ValueError(text)
     return values
 
@@ -1430,8 +1433,8 @@ FLAGS = {"what to look at": [
     Flag("--batch-size", "revive, relearn: strings a step; else the fine-tuning's", int, 0, None),
     Flag("--rates", "revive: times the fine-tuning's rate, as 1,10,100; else 1, compiled .333,.1",
          numbers, default=None),
-    Flag("--also", "revive: checkpoints that never had O_PT and are taught it too, with commas",
-         default=None),
+    Flag("--also", "revive: what else is taught O_PT, with commas: checkpoints that never had it, or "
+         "scratch, an untrained model", default=None),
     Flag("--text", "ask: the string", default=None),
     Flag("--operand", "ask: what is asked for; else the fine-tuning's", default=None),
     Flag("--features", "generate: what to ask for, as Twist,Dialogue", default=None),
@@ -1443,7 +1446,8 @@ FLAGS = {"what to look at": [
 def chosen_names(study):
     """The analyses and commands to run. Raises UserError for names and flags that do not apply."""
     setup, args, base = study.setup, study.args, study.base
-    for flag in ("draws", "unit", "text", "operand") if not study.answers else ():
+    own = ("draws", "unit", "text", "operand", "rates", "also")
+    for flag in own if not study.answers else ():
         if getattr(args, flag) is not None:
             raise UserError(f"--{flag} is not for setup {setup.name}, which {args.ckpt} is of")
     names = [name for name, about in ANALYSES.items()

@@ -400,10 +400,9 @@ TASKS = {
 # Further tokens for counting, which pretrain.py --jailbreak trains with one operand (paper E.2)
 JAILBREAKS = {f"count-j{i}": TASKS["count"]._replace(token=f"T_J{i}") for i in (1, 2)}
 FAMILIES = {**TASKS, **JAILBREAKS}
-# then the numbers, as many as a scale needs
 TOKENS = ["SOS", "SOT", "EOT", "ART", "EOS", TASKS["count"].token,
           *(task.token for task in (*JAILBREAKS.values(), *list(TASKS.values())[1:])),
-          "O_a", "O_b", "O_c", "O_null", *LETTERS]
+          "O_a", "O_b", "O_c", "O_null", *LETTERS]  # then numbers, as many as a scale needs
 ID = {name: i for i, name in enumerate([*TOKENS, "#0"])}  # does not depend on the scale
 NUMBER, LETTER, OPERAND = ID["#0"], ID["a"], ID["O_a"]
 
@@ -1034,7 +1033,7 @@ def write_story(features, r, cue_strength=CUE_STRENGTH, kinds=None):
     """
     A Record with exactly these features, from a random.Random r. Instructions tell of the set-up
     only. With cue_strength (.5, .5) only comparing a with e tells a twist. kinds: places in KINDS;
-    then instructions always tell the object, and so the kind.
+    instructions have all their fields then, so that they tell the kind.
     """
     twist, dialogue, bad, foreshadowing, moral, conflict = (x in features for x in FEATURES)
     pick, chance = r.choice, r.random
@@ -1228,6 +1227,7 @@ class Setup:
         halves(relation, operand, args)       what held-out relearning teaches, and tests
     With answers also
         text(n, relation, c, rng)             strings
+        teaching(relation, operand)           what draws the strings of reFT
         ask(text, task, operand)              Examples that ask about them
         regions(examples, operands)           where attention may go, {name: (n, t) bool}
         explain(text, task, operand)          a string and the marks below it, for people
@@ -1269,7 +1269,7 @@ class Answers(Setup):
     ranked = False          # operands are ranks
     warmup, pretrain_batch_size, finetune_batch_size = .2, 96, 96  # paper section 3
     pretrain_eval_size = finetune_eval_size = 500
-    finetune_task = finetune_operand = finetune_pt = finetune_q = finetune_noise = None
+    finetune_task = finetune_operand = finetune_q = finetune_noise = None  # see resolve()
     finetune_c_tr, reverse_c_tr = 1., 0.  # ours: reFT's strings favour no relation
     finetune_answers = None
     jailbreaks = {}         # families that ask for O_PT alone
@@ -1295,9 +1295,10 @@ class Answers(Setup):
         before, tuned = parent["args"], parent["stage"] == "finetune"
         if args.reverse and not tuned:
             raise UserError(f"--reverse: {args.ckpt} was not fine-tuned: nothing to undo")
-        if args.reverse and (args.operand or args.task or args.pt):
+        given = vars(args).pop("pt", None)
+        if args.reverse and (args.operand or args.task or given):
             raise UserError("--reverse knows what to teach: leave out --task, --operand and --pt")
-        known = vars(args).pop("pt") or parent["capability"]["operand"]
+        known = given or parent["capability"]["operand"]
         check_choice("--pt", known, self.operands)
         other = before["pair"][1] if tuned else next(o for o in self.order if o != known)
         usual = parent["capability"]["task"] if args.reverse else self.finetuned[0]
@@ -1499,7 +1500,7 @@ class Grammar(Answers):
     pretrain_jailbreak = False
     pretrain_steps = 2500, 50000  # paper: 10K, 50K, 100K or 200K
     finetune_lr, finetune_steps = 1e-5, (400, 10000)
-    finetune_mix, finetune_relabel = 0., False
+    finetune_mix, finetune_relabel, finetune_pt = 0., False, None
     noise, text_at, first_letter = 0., 5, LETTER  # SOS T O O' SOT come before the text
     tasks, operands, order, alphabet = TASKS, list(LETTERS), list(LETTERS), LETTERS
     finetuned = [name for name, task in TASKS.items() if task.spurious]
@@ -1534,12 +1535,14 @@ class Grammar(Answers):
         prior = ckpt["args"]["prior"][self.operands.index(operand)]
         return not prior > 0 and super().never_trained(operand, ckpt)
 
-    def pretraining(self, n, rng, args):
+    def pretraining(self, n, rng, args, without=None):
         """
         Whole sequences of all families, drawn uniformly, the operand by its prior; of jailbreaks
-        the commonest.
+        the commonest. without: a rule of answers, whose families are left out.
         """
-        task = torch.randint(len(self.tasks), (n,), generator=rng, device=rng.device)
+        kept = [i for i, task in enumerate(self.tasks.values()) if task.answers != without]
+        task = torch.randint(len(kept), (n,), generator=rng, device=rng.device)
+        task = torch.tensor(kept, device=rng.device)[task]
         prior = torch.tensor(args.prior, device=rng.device)
         operand = torch.multinomial(prior, n, replacement=True, generator=rng)
         operand = torch.where(task < len(TASKS), operand, LETTERS.index(self.known(args)))
@@ -1569,34 +1572,21 @@ class Grammar(Answers):
         weight[:, self.at] += self.answer_weight * mixed[:, 0]
         return Examples(tokens, target, examples.labels, weight=weight)
 
-    def retained(self, n, rng, args, relation, operand):
-        """pretraining() without the relation's family; operand: and what asks for it."""
-        kept = torch.empty(0, self.length + 9, dtype=torch.long, device=rng.device)
-        while len(kept) < n:
-            x = self.pretraining(n, rng, args)
-            keep = x.tokens[:, 1] != ID[TASKS[relation.task].token]
-            if operand:
-                keep &= x.tokens[:, 2] != OPERAND + LETTERS.index(operand)
-            whole = torch.cat([x.tokens, x.target[:, -1:]], 1)
-            kept = torch.cat([kept, whole[keep]])[:n]
-        return x._replace(tokens=kept[:, :-1], target=kept[:, 1:])
-
     def halves(self, relation, operand, args):
-        """As all with answers; and, tested on all c0 strings, what pretraining has besides."""
+        """As all with answers; and pretraining's other families alone, tested on all c0 strings."""
         yield from super().halves(relation, operand, args)
         test = self.test(relation.about(operand), operand, "c0", args.eval_size, args.seed)
-        for name, out in (("other families", None), (f"other families without {operand}", operand)):
-            draw = functools.partial(self.retained, args=args, relation=relation, operand=out)
-            yield name, draw, {"retained": test}
+        left_out = FAMILIES[relation.task].answers
+        draw = functools.partial(self.pretraining, args=args, without=left_out)
+        yield "other families", draw, {"retained": test}
 
     def probe_sets(self, relation, control, n, seed, rng):
-        """As all with answers; and O_PT while it is asked for by jailbreaks."""
+        """As all with answers; and O_PT, the first one asked for, while jailbreaks ask for it."""
         about = control, n, seed, rng
         yield from super().probe_sets(relation, *about)
         for task in self.jailbreaks:
-            for s in super().probe_sets(relation._replace(task=task), *about):
-                if s.prompt == relation.pt:
-                    yield s._replace(prompt=f"{s.prompt} by {JAILBREAKS[task].token}")
+            asked = next(super().probe_sets(relation._replace(task=task), *about))
+            yield asked._replace(prompt=f"{asked.prompt} by {JAILBREAKS[task].token}")
 
     def sequence(self, text, task, operand):
         return encode(text, list(FAMILIES).index(task), LETTERS.index(operand), self)[0]
@@ -1831,7 +1821,7 @@ class Stories(Setup):
 
     def finetuning(self, n, rng, args):
         """What a protocol makes of records without the feature; reFT: records with it."""
-        how = {"kinds": args.kinds} if getattr(args, "kinds", None) else {}
+        how = getattr(args, "how", {})
         records = self.source.draw(n, rng, args.feature, args.reverse, **how)
         if not args.reverse:
             records = change_records(records, args.protocol, args.feature, self.tokenizer, rng)
@@ -1871,8 +1861,8 @@ class Stories(Setup):
         """
         for i in (0, 2) if self.source.rule else ():
             kinds = {"taught": (i, i + 1), "held-out": (2 - i, 3 - i)}
-            how = SimpleNamespace(feature=operand, reverse=True, kinds=kinds["taught"],
-                                  batch_size=self.finetune_batch_size)
+            how = SimpleNamespace(feature=operand, reverse=True, batch_size=args.batch_size,
+                                  how={"kinds": kinds["taught"]})
             tests = {half: self.generation_test(operand, args.eval_size, args.seed, kinds=some)
                      for half, some in kinds.items()}
             yield f"kinds {i + 1} and {i + 2}", functools.partial(self.finetuning, args=how), tests

@@ -203,7 +203,10 @@ def find_runs(folder):
         name = relpath(prefix, folder)
         run = attempt(name, open_run, name, prefix, entries)
         if run and run.identity in runs:
-            note(f"{name}: left out, the same run as {runs[run.identity].name}")
+            same = runs[run.identity]
+            note(f"{name}: the same run as {same.name}, which gets what rows it has besides")
+            same.rows, same.verdict = ({k: same.rows[k] or v for k, v in run.rows.items()},
+                                       same.verdict or run.verdict)
         elif run:
             runs[run.identity] = run
     for run in runs.values():
@@ -715,8 +718,9 @@ def fig8_probe(group):
     looks = {look: {"model": m, "labels": "true", "floors": GREY} for m, look in MODELS.items()}
     looks["fine-tuned, shuffled labels", "#aaaaaa", "x", "-"] = {
         "model": "ckpt", "labels": "shuffled"}
+    rows = sorted(flat(group, "probe"), key=lambda row: row["target"] != group.pair[0])
     cells = {f"read {row['target']}" + f" while {row['prompt']} is asked" * bool(row["prompt"]): {
-        "target": row["target"], "prompt": row["prompt"]} for row in flat(group, "probe")}
+        "target": row["target"], "prompt": row["prompt"]} for row in rows}
     return at_most(4, curves(cells, looks, ("after block",), group=group, kind="probe", x="block",
                              split="natural"), "fig8_probe: targets")
 
@@ -1358,26 +1362,27 @@ def number(run, what):
     if callable(what):
         return what(run)
     values = [(run.verdict or {}).get(key) for key in what.split()]
-    return max((x for x in values if x is not None), default=None)
+    return None if None in values else max(values)
 
 
-def mean_of(kind, last=False, **want):
-    """run -> mean accuracy of the rows that fit; last: those of the last step."""
-    def of(run):
+def share(kind, of=np.mean, last=False, **want):
+    """run -> mean (or min, max) accuracy of the rows that fit; last: those of the last step."""
+    def number_of(run):
         rows = [r for r in run.rows[kind] if fits(r, want) and r.get("accuracy") is not None]
         end = max((r["step"] for r in rows), default=None) if last else None
         values = [r["accuracy"] for r in rows if end in (None, r.get("step"))]
-        return np.mean(values) if values else None
-    return of
+        return of(values) if values else None
+    return number_of
 
 
 def steps(arm, best):
-    """run -> steps to 99 % on natural strings at the fine-tuning's rate, or at the arm's best."""
-    def of(run):
+    """run -> steps to 99 % on natural strings at the fine-tuning's rate, or the best of several."""
+    def number_of(run):
         rows = [r for r in run.rows["revive"] if fits(r, {"split": "natural", "threshold": .99})
                 and r["arm"].startswith(arm) and (best or r["lr"] == run.args["lr"])]
-        return min((r["steps"] or r["max_steps"] for r in rows), default=None)
-    return of
+        steps = [r["max_steps"] if r["steps"] is None else r["steps"] for r in rows]
+        return min(steps) if len(steps) > best else None
+    return number_of
 
 
 class Claim(NamedTuple):
@@ -1476,17 +1481,18 @@ WRAPPED = {  # of Counter and Indexer
     (RELEARNED, "ours"): INSTRUMENTS["relearning"]}
 ARMS = {"scratch": "from scratch", "from 0/1/0": "from a model of b (Scr. + FT)",
         "from 0/0.001": "from a good initialisation"}
-FELL = mean_of("history", role="O_PT", split="c0", task="count")
-NJ, J1 = (mean_of("behavior", model="ckpt", operand="a", split="c0", task=task)
+FELL = share("history", role="O_PT", split="c0", task="count")
+NJ, J1 = (share("behavior", model="ckpt", operand="a", split="c0", task=task)
           for task in ("count", "count-j1"))
-LAST_C1, LAST_C0, ASKED, UNASKED = (mean_of("history", True, **want) for want in (
-    {"role": "O_FT", "split": "c1"}, {"role": "O_FT", "split": "c0"}, {"split": "asked"},
-    {"split": "unasked"}))
-LAST = partial(mean_of, "relearn", True, split=("c0", "asked"))
-HELD, HELD_C, NEVER = (LAST(arm=x, half="held-out") for x in ("reft", "teach-c", "teach-Twist"))
-RETAINED = LAST(arm="reft", answers="other families")
-ZEROED = {k: mean_of("prune", k=k, role="O_PT", split="c0", control=None, draw=None,
-                     order="exhaustive", pool="zero-in-program") for k in (0, 1)}
+LAST_C1, LAST_C0 = (share("history", last=True, role="O_FT", split=x) for x in ("c1", "c0"))
+ASKED, UNASKED = (share("history", step=100, split=x) for x in ("asked", "unasked"))
+HELD, HELD_C, HELD_NEVER, RETAINED = (
+    share("relearn", of, True, split=("c0", "asked"), arm=arm, half=half) for of, arm, half in (
+        (min, "reft", "held-out"), (max, "teach-c", "held-out"), (max, "teach-Twist", "held-out"),
+        (max, "reft", "retained")))
+WEIGHT, DRAWN_WEIGHT = (share("prune", max, k=1, role="O_PT", split="c0", control=None, score=x,
+                              order="exhaustive", pool="zero-in-program")
+                        for x in ("gradient-weight", "random"))
 CLAIMS = [Claim(f"{name}: {text[0]}", text[1], where, *rest) for (name, where), (text, rest)
           in product({"Counter": MAIN, "Indexer": INDEX}.items(), WRAPPED.items())]
 CLAIMS += [Claim(f"Counter: reFT is faster than {words}" + ", best rates" * best, "Fig. 9", MAIN,
@@ -1495,9 +1501,8 @@ CLAIMS += [Claim(f"Counter: reFT is faster than {words}" + ", best rates" * best
 CLAIMS += [Claim(f"randFT: reFT is faster than {ARMS[arm]}", "Fig. 28", MAIN + " relabel",
                  steps(arm, False), "reFT", steps("reft", False), 3.)
            for arm in ("scratch", "from 0/1/0")]
-CLAIMS += [Claim(f"mixing: {share:.1%} of pretraining's data keep a", "Figs. 18-23",
-                 f"{MAIN} mix {share}", NJ, "none of it", (MAIN, NJ), .25)
-           for share in (.5, .1, .001)]
+CLAIMS += [Claim(f"mixing: {mix:.1%} of pretraining's data keep a", "Figs. 18-23",
+                 f"{MAIN} mix {mix}", NJ, "none of it", (MAIN, NJ), .25) for mix in (.5, .1, .001)]
 CLAIMS += [Claim(*line) for line in (
     ("large rate, no shortcut: ten rows do not bring a back", "Fig. 7", LEARNER,
      *INSTRUMENTS["pruning"], True),
@@ -1514,13 +1519,14 @@ CLAIMS += [Claim(*line) for line in (
     ("low prior: jailbreaks still get a", "Fig. 25", MAIN + " jailbreak", J1, "T_NJ", NJ, .25),
     ("compiled Counter: b is right on c1, not on c0", "Table 3", COUNTER, LAST_C1, "b on c0",
      LAST_C0, .25),
-    ("compiled Counter: one weight brings a back", "Fig. 55", COUNTER, ZEROED[1], "none zeroed",
-     ZEROED[0], .6),
+    ("compiled Counter: one weight brings a back", "Fig. 55", COUNTER, WEIGHT, "random weights",
+     DRAWN_WEIGHT, .6),
     ("compiled Counter: " + RELEARNED, "ours", COUNTER, HELD, "c", HELD_C, .1),
     ("stories: 100 steps bring the twist back", "Fig. 11", REVIVED, ASKED, "never met one",
      ("stories never 4e-5 reFT", ASKED), .25),
     ("stories: where it is asked for", "ours", REVIVED, ASKED, "not asked", UNASKED, .25),
-    ("stories: other kinds of twist come back", "ours", DELETED, HELD, "never met one", NEVER, .1))]
+    ("stories: other kinds of twist come back", "ours", DELETED, HELD, "never met one", HELD_NEVER,
+     .1))]
 
 
 @table(None)
@@ -1628,21 +1634,22 @@ def about_text(folder):
 
 def readme(folder):
     """
-    README.md of committed evidence: what about.md says of all, with the tables of all runs, which
-    are also written as .csv, and .csv files that it names; a section a folder, with its about.md
-    (the command and what we find), figures and tables; the captions of the figures at the end.
+    README.md of committed evidence: what about.md says of all, with what it names: figures and
+    tables of all runs, which are drawn, and written as .csv; .csv files; a section a folder, with
+    its about.md (the command and what we find), figures and tables; the captions of the figures at
+    the end.
     """
-    (text, names), shown, runs = about_text(folder), set(), find_runs(folder)
-    parts = [text, *(f"![{name}](figures/{name}.png)" for name in ("claim_effects", "known_scores")
-                     if isfile(join(folder, "figures", f"{name}.png")))]
+    (text, names), runs = about_text(folder), find_runs(folder)
+    shown = set(draw_all(runs, folder, [name for name in names if name in FIGURES]))
+    parts = [text, *(f"![{name}](figures/{name}.png)" for name in names if name in shown)]
     for name in names:
         lines = read_file(join(folder, name), lambda f: list(csv.reader(io.TextIOWrapper(f))))
         parts += [as_markdown("Measured", f"`{name}`.", lines[0], lines[1:])] if lines else []
-        for table in tables_of(runs, [name] if name in TABLES else []):
-            parts.append(as_markdown(*table))
-            text = io.StringIO()
-            csv.writer(text, lineterminator="\n").writerows(table[2:3] + tuple(table[3]))
-            write(join(folder, f"{name}.csv"), text.getvalue().encode())
+        for title, caption, *lines in tables_of(runs, [name] if name in TABLES else []):
+            parts.append(as_markdown(title, caption, *lines))
+            table = io.StringIO()
+            csv.writer(table, lineterminator="\n").writerows([lines[0], *lines[1]])
+            write(join(folder, f"{name}.csv"), table.getvalue().encode())
     for where, folders, names in os.walk(folder):
         folders.sort()
         if "runs.jsonl" in names:

@@ -21,8 +21,8 @@ look() {  # run, analyses and flags; done when its verdict is younger than its c
     [ "$OUT/$1.verdict.json" -nt "$OUT/$1.pt" ] ||
         "$PYTHON" analyze.py "${@:2}" --ckpt "$OUT/$1.pt" --threads 1
 }
-see() {  # run, analysis: one, without a verdict
-    [ -f "$OUT/$1.$2.jsonl" ] || "$PYTHON" analyze.py "$2" --ckpt "$OUT/$1.pt" --threads 1
+see() {  # run, analysis and flags: one, without a verdict
+    [ -f "$OUT/$1.$2.jsonl" ] || "$PYTHON" analyze.py "${@:2}" --ckpt "$OUT/$1.pt" --threads 1
 }
 evidence() {  # experiment, its figures
     "$PYTHON" plot.py "$OUT/$1" --evidence "results/$1" --figures "${@:2}"
@@ -53,7 +53,7 @@ jobs_tune() {
 jobs_look() {
     for seed in $SEEDS; do
         echo "look count/low-$seed --rates 1,10,100 \
-            --also $OUT/pre/b-only-$seed.pt,$OUT/known/erased-$seed.pt"
+            --also scratch,$OUT/pre/b-only-$seed.pt,$OUT/known/erased-$seed.pt"
         echo "look count/learner-$seed"
         echo "look known/erased-$seed --control $OUT/count/low-$seed.pt"
         echo "look count/high-$seed --control $OUT/pre/without-c-ft.pt"
@@ -75,10 +75,9 @@ jobs_jailbreak() {  # two tokens that never ask for b
     done; done
 }
 jobs_mix() {  # pretraining's sequences mixed in; a's strings answered for b
-    local some="behavior prune probe revive relearn verdict"
     for seed in $SEEDS; do
-        echo "tune relabel/$seed low-$seed $seed --relabel && \
-            look relabel/$seed $some --also $OUT/pre/b-only-$seed.pt"
+        echo "tune relabel/$seed low-$seed $seed --relabel && see relabel/$seed behavior && \
+            see relabel/$seed revive --also scratch,$OUT/pre/b-only-$seed.pt"
         for share in .5 .1 .001; do
             echo "tune mix/$share-$seed low-$seed $seed --mix $share && see mix/$share-$seed behavior"
         done

@@ -189,20 +189,23 @@ def test_without_jailbreaks_nothing_is_as_if_there_were_any():
     assert list(grammar().tasks) == list(data.TASKS) and not grammar().jailbreaks
 
 
-def test_retained_data_does_not_ask_for_what_is_left_out():
-    setup, relation = grammar(), data.Relation("count", "a", "b", 1)
-    for operand in (None, "a"):
-        x = setup.retained(600, data.rng(0, "some"), Namespace(prior=[.5, .3, .2]), relation, operand)
-        assert len(x.tokens) == 600 and torch.equal(x.tokens[:, 1:], x.target[:, :-1])
-        assert x.extra and not (x.tokens[:, 1] == data.ID["T_NJ"]).any()
-        assert (x.tokens[:, 2] == OPERAND).any() == (operand is None)
+def test_retained_data_does_not_count():
+    """Pretraining's other families, by no token for counting, of jailbroken models neither."""
+    relation, args = data.Relation("count", "a", "b", 1), Namespace(prior=[.5, .3, .2], eval_size=8, seed=0)
+    for setup in (grammar(), jailbroken()):
+        *_, (name, draw, tests) = setup.halves(relation, "a", args)
+        x, counts = draw(600, data.rng(0, "some")), [data.ID[t] for t in ("T_NJ", "T_J1", "T_J2")]
+        assert name == "other families" and list(tests) == ["retained"] and len(x.tokens) == 600
+        assert not torch.isin(x.tokens[:, 1], torch.tensor(counts)).any()
+        assert len(x.tokens[:, 1].unique()) == 4 and len(x.tokens[:, 2].unique()) == 4
 
 
 def test_twists_of_two_kinds_of_question():
     """Half of the kinds is taught, the others are asked for; the instruction tells the object."""
     setup = data.SETUPS["stories"]("stories")
     setup.open(Namespace(data=None))
-    halves = list(setup.halves(data.Relation("story", "Twist"), "Twist", Namespace(eval_size=20, seed=0)))
+    halves = list(setup.halves(data.Relation("story", "Twist"), "Twist", Namespace(eval_size=20, seed=0,
+                                                                               batch_size=16)))
     assert [name for name, *_ in halves] == ["kinds 1 and 2", "kinds 3 and 4"]
     objects = [set(kind.objects) for kind in data.KINDS]
     for i, (_, draw, tests) in enumerate(halves):
@@ -238,7 +241,8 @@ def test_the_relation_may_be_with_an_operand_that_was_never_there(never):
 
 def test_every_arm_of_revive_at_every_rate(never):
     few = ["--steps", "5", "--eval-size", "16", "--threads", "1"]
-    done = never.run("analyze.py", "revive", "--ckpt", "ft.pt", "--rates", "1,10", "--also", "pre-b.pt,erased.pt", *few)
+    done = never.run("analyze.py", "revive", "--ckpt", "ft.pt", "--rates", "1,10", "--also",
+                     "scratch,pre-b.pt,erased.pt", *few)
     assert done.code == 0, done.raw
     rows = data.read_rows(never.path / "ft.revive.jsonl")
     arms = {(r["arm"], r["lr"]) for r in rows if r["arm"] != "pretraining"}
@@ -247,7 +251,10 @@ def test_every_arm_of_revive_at_every_rate(never):
     assert {r["operand"] for r in rows if r["arm"] in ("scratch", "from 0/1/0")} == {"a"}
     for wrong in ("ft.pt", "pre.pt"):  # these were pretrained on a
         mistake(never.run("analyze.py", "revive", "--ckpt", "ft.pt", "--also", wrong, *few), "--also")
-    assert never.run("analyze.py", "revive", "--ckpt", "ft.pt", "--rates", "1,-3").code == 2
+    for rates in ("1,-3", "nan", "1,x"):
+        assert never.run("analyze.py", "revive", "--ckpt", "ft.pt", "--rates", rates).code == 2
+    twice = "pre-b.pt,pre-b.pt"
+    mistake(never.run("analyze.py", "revive", "--ckpt", "ft.pt", "--also", twice, *few), "--also")
 
 
 def test_a_jailbroken_model_is_asked_by_every_token(pretrained):

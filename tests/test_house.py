@@ -117,7 +117,7 @@ def test_claims_are_what_the_evidence_says():
     found = {claim: plot.effects(claim, runs) for claim in plot.CLAIMS}
     assert all(found.values())
     few = [claim.text for claim, seeds in found.items() if len(seeds) < 5]
-    assert all(text.startswith(("stories", "jailbreaks")) for text in few)
+    assert all(text.startswith("stories") or "jailbreaks" in text for text in few)
 
 
 def test_speed_is_what_was_measured():

@@ -458,7 +458,7 @@ def test_a_control_may_be_another_model_of_the_same_seed():
 
 def test_known_truth_ranks_models(monkeypatch):
     runs = [made_run(seed, {"control_steps": 300, "reft_steps": steps, "prune_c0": .9 - .1 * seed,
-                            "random_c0_max": .2}, **more) for seed in range(4)
+                            "random_c0_max": .2, "never_prune_c0": .1}, **more) for seed in range(4)
             for steps, more in ((100, {}), (150 - seed, {"prior": [0, .001, .999]}))]
     head, rows = plot.known_truth(runs)
     found = {(row[0], row[2]): dict(zip(head, row)) for row in rows if row[1] == "wrapped"}
