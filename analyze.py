@@ -1433,8 +1433,8 @@ FLAGS = {"what to look at": [
     Flag("--batch-size", "revive, relearn: strings a step; else the fine-tuning's", int, 0, None),
     Flag("--rates", "revive: times the fine-tuning's rate, as 1,10,100; else 1, compiled .333,.1",
          numbers, default=None),
-    Flag("--also", "revive: what else is taught O_PT, with commas: checkpoints that never had it, or "
-         "scratch, an untrained model", default=None),
+    Flag("--also", "revive: what else is taught O_PT, with commas: checkpoints that never had it; "
+         "scratch: an untrained model", default=None),
     Flag("--text", "ask: the string", default=None),
     Flag("--operand", "ask: what is asked for; else the fine-tuning's", default=None),
     Flag("--features", "generate: what to ask for, as Twist,Dialogue", default=None),
