@@ -290,7 +290,7 @@ def arm_label(arm, lr, own_lr):
     words, ratio = words.replace("-base", " to base"), lr / own_lr if lr and own_lr else None
     if ratio is None:
         return words
-    return words + (", same rate" if abs(ratio - 1) < .01 else f", rate x {ratio:.2g}")
+    return words + (", same rate" if abs(ratio - 1) < .01 else f", rate x {ratio:.3g}")
 
 
 # ---- groups
@@ -731,7 +731,7 @@ def arm_looks(group, kind):
     return {(arm, *look_of("arms", arm)): {"label": arm} for arm in arms}
 
 
-@figure("revive", share=False, height=3)
+@figure("revive", share=False, height=3.8)
 def fig9_revive(group):
     """
     How fast the answer for O_PT comes back (reFT), beside models that never had it, taught in the
