@@ -469,3 +469,12 @@ def test_known_truth_ranks_models(monkeypatch):
     low, high = (float(found["pruning", "erased"][key]) for key in ("low", "high"))
     assert low < .3 and high > .7 and found["pruning", "erased"]["seeds"] == "4, 4"
     assert ("probing", "erased") not in found and ("pruning", "overwritten") not in found
+
+
+def test_the_same_run_in_two_folders_is_one_with_the_rows_of_both(tmp_path):
+    for name, rows, files in (("a", history((.7, .5, .1)), {}), ("b", [], analysed())):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, "randomise-0", "pre-0", rows, files, protocol="randomise")
+    (run,) = plot.find_runs(str(tmp_path))
+    assert run.name == "a/randomise-0" and len(run.rows["history"]) == 15
+    assert {kind for kind, rows in run.rows.items() if rows} == {"history", "behavior", "probe", "relearn"}
