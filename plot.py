@@ -648,7 +648,7 @@ def rules(group):
     return panels
 
 
-@figure("history", 12)
+@figure("history", 16)
 def fig6_curves(group):
     """
     Accuracy (%) against the step, with the floors of each set: c0, the spurious relation never

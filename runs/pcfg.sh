@@ -69,34 +69,40 @@ jobs_planted() {  # a wrapper in one part of the model, before or behind it: all
 }
 jobs_jailbreak() {  # two tokens that never ask for b
     for seed in $(echo $SEEDS | cut -d" " -f1-2); do for prior in low high; do
-        echo "train jailbreak/pre-$prior-$seed pretrain.py --prior $prior --jailbreak --seed $seed && \
-            tune jailbreak/$prior-$seed ../jailbreak/pre-$prior-$seed $seed && \
-            see jailbreak/$prior-$seed behavior && see jailbreak/$prior-$seed probe"
+        echo "train pre/jailbreak-$prior-$seed pretrain.py --prior $prior --jailbreak --seed $seed && \
+            tune conditions/jailbreak-$prior-$seed jailbreak-$prior-$seed $seed && \
+            see conditions/jailbreak-$prior-$seed behavior && \
+            see conditions/jailbreak-$prior-$seed probe"
     done; done
 }
 jobs_mix() {  # pretraining's sequences mixed in; a's strings answered for b
     for seed in $SEEDS; do
-        echo "tune relabel/$seed low-$seed $seed --relabel && see relabel/$seed behavior && \
-            see relabel/$seed revive --also scratch,$OUT/pre/b-only-$seed.pt"
+        local run=conditions/relabel-$seed
+        echo "tune $run low-$seed $seed --relabel && see $run behavior && \
+            see $run revive --also scratch,$OUT/pre/b-only-$seed.pt"
         for share in .5 .1 .001; do
-            echo "tune mix/$share-$seed low-$seed $seed --mix $share && see mix/$share-$seed behavior"
+            run=conditions/mix$share-$seed
+            echo "tune $run low-$seed $seed --mix $share && see $run behavior"
         done
     done
 }
 jobs_grid() {  # the rest of Fig. 6 at the usual rate
-    for prior in low high; do for c in 0 1; do for seed in $SEEDS; do
-        echo "tune grid/$prior-ctr$c-$seed $prior-$seed $seed --c-tr $c"
-    done; done; done
-    for prior in low high; do for c in .5 .8; do
-        echo "tune grid/$prior-ctr$c-${SEEDS%% *} $prior-${SEEDS%% *} ${SEEDS%% *} --c-tr $c"
-    done; done
+    local first=${SEEDS%% *}
+    for prior in low high; do
+        for seed in $SEEDS; do
+            echo "tune conditions/$prior-ctr0-$seed $prior-$seed $seed --c-tr 0"
+        done
+        echo "tune conditions/$prior-ctr.8-$first $prior-$first $first --c-tr .8"
+    done
+    for seed in $SEEDS; do echo "tune conditions/high-ctr1-$seed high-$seed $seed"; done
+    echo "tune conditions/low-ctr.5-$first low-$first $first --c-tr .5"
 }
 jobs_fresh() {  # seeds on which nothing was tuned, looked at once
     for seed in $FRESH; do
-        echo "train fresh/pre-$seed pretrain.py --seed $seed && \
-            tune fresh/low-$seed ../fresh/pre-$seed $seed && look fresh/low-$seed && \
-            tune fresh/learner-$seed ../fresh/pre-$seed $seed --c-tr 0 --lr 1e-3 && \
-            look fresh/learner-$seed behavior verdict"  # enough for the verdict new
+        echo "train pre/low-$seed pretrain.py --seed $seed && \
+            tune known/fresh-low-$seed low-$seed $seed && look known/fresh-low-$seed && \
+            tune known/fresh-learner-$seed low-$seed $seed --c-tr 0 --lr 1e-3 && \
+            look known/fresh-learner-$seed behavior verdict"  # enough for the verdict new
     done
 }
 all="jobs_pre jobs_tune jobs_look jobs_planted jobs_jailbreak jobs_mix jobs_grid jobs_fresh"
@@ -104,12 +110,11 @@ for stage in ${STAGES:-$all}; do
     $stage | tr '\n' '\0' | xargs -0 -P "${LANES:-2}" -I{} bash -c "{}"
 done
 evidence pre
-evidence count fig5_behavior rules fig6_curves fig7_prune fig8_probe fig9_revive fig10_attention
-evidence index fig5_behavior fig7_prune relearn
-evidence known relearn
-evidence jailbreak fig6_curves fig8_probe
-evidence mix fig6_curves
-evidence relabel fig6_curves fig9_revive
-evidence grid fig6_curves
-evidence fresh fig5_behavior
+evidence count fig5_behavior rules fig6_curves fig7_prune fig8_probe fig9_revive fig10_attention relearn
+evidence index fig5_behavior fig7_prune
+evidence known
+evidence conditions fig6_curves fig8_probe fig9_revive
+# what their sections show; the rest is as elsewhere
+(cd results && rm -r {pre,known}/{*.csv,*.npz,figures} \
+    index/{attention.*,history.csv,probe.csv,revive*.csv} conditions/{prune.csv,relearn.csv}) || true
 "$PYTHON" plot.py results --markdown
