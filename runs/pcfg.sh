@@ -115,6 +115,6 @@ evidence index fig5_behavior fig7_prune
 evidence known
 evidence conditions fig6_curves fig8_probe fig9_revive
 # what their sections show; the rest is as elsewhere
-(cd results && rm -r {pre,known}/{*.csv,*.npz,figures} \
-    index/{attention.*,history.csv,probe.csv,revive*.csv} conditions/{prune.csv,relearn.csv}) || true
+(cd results && rm -rf {pre,known}/{*.csv,*.npz,figures} \
+    index/{attention.csv,attention.npz,history.csv,probe.csv,revive.csv,revive.curve.csv})
 "$PYTHON" plot.py results --markdown
