@@ -110,7 +110,7 @@ for stage in ${STAGES:-$all}; do
     $stage | tr '\n' '\0' | xargs -0 -P "${LANES:-2}" -I{} bash -c "{}"
 done
 evidence pre
-evidence count fig5_behavior rules fig6_curves fig7_prune fig8_probe fig9_revive fig10_attention relearn
+evidence count fig5_behavior fig6_curves fig7_prune fig8_probe fig9_revive fig10_attention relearn
 evidence index fig5_behavior fig7_prune
 evidence known
 evidence conditions fig6_curves fig8_probe fig9_revive

@@ -107,4 +107,5 @@ evidence() {  # folder, its figures
 evidence count table3 fig7_prune fig39_maps fig46_hidden fig55_classes
 evidence max table3 fig7_prune fig39_maps fig46_hidden
 evidence variants
+rm -f results/tracr/*/revive.curve.csv results/tracr/variants/{attention,behavior}.csv
 "$PYTHON" plot.py results --markdown
