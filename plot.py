@@ -339,7 +339,8 @@ def varies(key, rows):
 
 def label_of(group, groups):
     """What differs from the groups of its kind; a setting of an ancestor, among those with one."""
-    others, keys = [other.settings for other in groups if other.kind == group.kind], []
+    setup, keys = group.settings["setup"], []
+    others = [o.settings for o in groups if (o.kind, o.settings["setup"]) == (group.kind, setup)]
     for key in dict.fromkeys(sum(map(list, others), [])):
         if varies(key, [s for s in others if " " not in key or s.get(key) is not None]):
             keys.append(key)
@@ -347,6 +348,7 @@ def label_of(group, groups):
     words = [describe(key, group.settings[key]) for key in keys or ["task", "prior", "c_tr", "lr"]
              if group.settings.get(key) is not None]
     named = group.kind == "reFT" or any(other.kind != group.kind for other in groups)
+    words = [setup] * varies("setup", [other.settings for other in groups]) + words
     seed, more = group.runs[0].args.get("seed"), len(group.runs)
     seeds = f"{more}\xa0seeds" if more > 1 else f"seed\xa0{seed}"
     return ", ".join([group.kind] * named + words) + f" ({seeds})"

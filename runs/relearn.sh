@@ -43,4 +43,5 @@ for stage in ${STAGES:-jobs_pre jobs_counter jobs_stories}; do
     $stage | tr '\n' '\0' | xargs -0 -P "${LANES:-2}" -I{} bash -c "{}"
 done
 "$PYTHON" plot.py "$OUT" --evidence results/relearn --figures relearn
+rm results/relearn/history.csv  # as in tracr/count and stories
 "$PYTHON" plot.py results --markdown
