@@ -1130,7 +1130,7 @@ def paper_shares():
 
 def paper_place(settings):
     """
-    (prior or program, the paper's rate, C_Tr, what differs from our usual compiled models): at the
+    (prior or program, the paper's rate, C_Tr, what else differs from our usual models): at the
     small scale the grammar's rates are ten times the paper's, so that their sums over a run match.
     """
     lr, noise, words = settings["lr"], settings.get("noise"), []
@@ -1146,7 +1146,9 @@ def paper_place(settings):
             lr = float(f"{lr / 10:.2g}")
         elif settings.get("pretrain steps") == 50000:
             name += ", 50K"
-    return name, lr, settings["c_tr"], ", ".join(words)
+        words = [f"{key} {settings[key]}" for key in ("mix", "only") if settings.get(key)]
+        words += [key for key in ("relabel", "jailbreak") if settings.get(key)]
+    return name, lr, settings.get("c_tr"), ", ".join(words)
 
 
 @table()
@@ -1352,9 +1354,7 @@ def condition(run):
     elif run.kind != "pretrain":
         words += [args.get("task"), PRIORS.get(prior) or "/".join(map("{:g}".format, prior)),
                   f"{args.get('c_tr'):g}", rate]
-        words += [paper_place(run.settings)[3]] if setup in PROGRAMS else []
-        words += [f"{key} {args[key]}" for key in ("mix", "only") if args.get(key)]
-        words += [key for key in ("relabel", "jailbreak") if args.get(key)]
+        words.append(paper_place(run.settings)[3])
     words += [f"reFT after {before}" if before else "reFT"] * (run.kind == "reFT")
     return " ".join(filter(None, words))
 

@@ -199,13 +199,13 @@ def test_a_reversed_model_is_the_third_map(tmp_path):
 
 
 def test_what_is_left_out_is_said(tmp_path, capsys):
-    for seed in range(5):  # rates
+    for seed in range(6):  # rates
         for c_tr in (0., .5, 1.):
             write(tmp_path, f"ft{seed}{c_tr}", {"": history_rows("tracr-count")}, c_tr=c_tr,
                   lr=10. ** -seed, pair=["a", "b"])
     assert drawn(tmp_path, "table3") and drawn(tmp_path, "fig6_curves")
     notes = capsys.readouterr().out
-    assert "table3: rates: only 4 of 5" in notes and "history: groups: only 12 of 15" in notes
+    assert "table3: rates: only 4 of 6" in notes and "history: groups: only 16 of 18" in notes
 
 
 def test_sweeps_are_selected_by_columns(tmp_path):
