@@ -654,15 +654,16 @@ def rules(group):
 def fig6_curves(group):
     """
     Accuracy (%) against the step, with the floors of each set: c0, the spurious relation never
-    holds; c1, always. O_PT falls while O_FT rises on c1 alone: a wrapper. count-j1, -j2: asked for
-    by tokens that fine-tuning does not see (jailbreaks).
+    holds; c1, always. O_PT falls while O_FT rises on c1 alone: a wrapper. count-j1, -j2: asked by
+    tokens that fine-tuning does not see (jailbreaks).
     Fooled by: the warm-up, which keeps the rate near zero at first; unequal rates.
     """
     looks = {look: {"split": split, "floors": look[1]} for split, look in SPLITS.items()}
-    own, cells = group.settings.get("task"), {}
-    for role, label in roles(group).items():  # jailbreaks have rows of O_PT alone
-        for task in dict.fromkeys(row["task"] for row in flat(group, "history", role=role)):
-            cells[label + f", {task}" * (task != own)] = {"role": role, "task": task}
+    own = group.settings.get("task")
+    cells = {label: {"role": role, "task": own} for role, label in roles(group).items()}
+    tasks = sorted({row["task"] for row in flat(group, "history", role="O_PT")} - {own})
+    for task, color in zip(tasks, (PURPLE, SKY)):
+        looks[f"c0, {task}", color, "x", ":"] = {"split": "c0", "task": task}
     return curves(cells, looks, group=group, kind="history", x="step")
 
 

@@ -74,6 +74,10 @@ jobs_jailbreak() {  # two tokens that never ask for b
             see conditions/jailbreak-$prior-$seed behavior && \
             see conditions/jailbreak-$prior-$seed probe"
     done; done
+    for seed in $(echo $SEEDS | cut -d" " -f1-2); do  # at the usual rate a is hardly harmed there
+        echo "tune conditions/jailbreak-high-lr1e-4-$seed jailbreak-high-$seed $seed --lr 1e-4 && \
+            see conditions/jailbreak-high-lr1e-4-$seed behavior"
+    done
 }
 jobs_mix() {  # pretraining's sequences mixed in; a's strings answered for b
     for seed in $SEEDS; do
