@@ -144,6 +144,11 @@ class Study:
                             " or --without)")
         return model, ckpt
 
+    def untrained(self):
+        """A model of the same shape with random weights."""
+        model = GPT(Config(**self.ckpt["config"]))
+        return model.init_weights(data.rng(self.seed, "untrained")).to(self.device)
+
     def test(self, operand, split, label="test", n=None):
         """A Test: `operand` asked on strings of its relation with b."""
         relation, n = self.relation.about(operand), n or self.args.eval_size
@@ -708,7 +713,7 @@ def probe(study):
     (balanced accuracy, AUC).
     """
     rng, probes, x, rows = data.rng(study.seed, "probe"), [], [], []
-    models = {**study.models, "untrained": untrained(study), **study.control}
+    models = {**study.models, "untrained": study.untrained(), **study.control}
     about = study.relation, study.control_operand, study.args.eval_size, study.seed
     for s in study.setup.probe_sets(*about, rng):
         shuffle = torch.randperm(len(s.train.labels), generator=rng) if s.shuffled else None
@@ -963,12 +968,6 @@ def pretraining_arm(study):
     return Arm("pretraining", args["lr"], a, curves, known, ckpt["steps"], args["seed"])
 
 
-def untrained(study):
-    """A model of the same shape with random weights."""
-    model = GPT(Config(**study.ckpt["config"]))
-    return model.init_weights(data.rng(study.seed, "untrained")).to(study.device)
-
-
 def starts(study):
     """{arm: (model, operand)}: what revive() teaches beside reFT, in the same way."""
     arms, a = {}, study.relation.pt
@@ -979,7 +978,7 @@ def starts(study):
             arms[f"teach-{c}-base"] = start, c
     for path in filter(None, (study.args.also or "").split(",")):
         if path == "scratch":
-            arms[path] = untrained(study), a
+            arms[path] = study.untrained(), a
             continue
         model, ckpt = study.stranger(path, "--also", a)
         words = "from " + "/".join(f"{p:g}" for p in ckpt["args"].get("prior") or ())

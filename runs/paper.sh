@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The paper's sizes (Table 6: 50,000 pretraining and 10,000 fine-tuning steps) in a quarter of an hour
 # on one GPU, most important first: the low prior, three fine-tunings, what is inside them, the
-# other fine-tunings, then the high prior. A job starts only if the time left is as long as the last one of its kind took; one
-# that time cuts short is saved. Restartable: what is done is passed over.
+# other fine-tunings, then the high prior. A job starts only if the time left is as long as the last
+# one of its kind took; one that time cuts short is saved. Restartable: what is done is passed over.
 #
 #     bash runs/paper.sh                                  # MINUTES=14 PYTHON=path/to/python
 #     SCALE=small STEPS=40 MINUTES=2 bash runs/paper.sh   # a rehearsal on a CPU

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Held-out relearning beyond the grammar: the compiled Counter, wrapped (C_Tr 1 at 1e-3) and rewired
-# (C_Tr 0 at 1e-2), five and two noise seeds; stories whose twist was deleted, beside models that never met
-# one, two seeds. About 40 minutes on two cores. Raw runs under out/evidence, tables and figures
-# under results/. Restartable: what is done is passed over.
+# (C_Tr 0 at 1e-2), five and two noise seeds; stories whose twist was deleted, beside models that
+# never met one, two seeds. About 40 minutes on two cores. Raw runs under out/evidence, tables and
+# figures under results/. Restartable: what is done is passed over.
 #
 #     bash runs/relearn.sh                     # PYTHON=path/to/python to choose an interpreter
 #     STAGES=jobs_counter bash runs/relearn.sh # some stages, in order

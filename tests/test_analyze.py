@@ -221,7 +221,7 @@ def test_probes_of_a_compiled_model_read_its_positions():
         assert torch.allclose(got[i], cache[name][:, 2], atol=1e-5)
 
 
-def test_relearning_scores_each_half_by_itself(monkeypatch, tmp_path):
+def test_relearning_scores_each_half_by_itself(monkeypatch):
     """
     A model that has learned the even answers alone is right on them and wrong on the others; every
     row's accuracy and floors are those of its half, and what is taught is what was asked for.

@@ -108,7 +108,10 @@ def test_findings_are_what_the_evidence_says():
 
 
 def test_claims_are_what_the_evidence_says():
-    """results/claims.csv and known_truth.csv, computed again; every claim has its seeds."""
+    """
+    results/claims.csv and known_truth.csv, computed again; every claim has its seeds; the README counts
+    them, and the fresh seeds' verdicts, right.
+    """
     runs = plot.find_runs(str(ROOT / "results"))
     for name in ("claims", "known_truth"):
         head, rows = plot.TABLES[name][0](runs)
@@ -118,6 +121,13 @@ def test_claims_are_what_the_evidence_says():
     assert all(found.values())
     few = [claim.text for claim, seeds in found.items() if len(seeds) < 5]
     assert all(text.startswith("stories") or "jailbreaks" in text for text in few)
+    words, said = [row[-1] for row in plot.claims(runs)[1]], " ".join(README.split())
+    counts = [words.count(word) for word in ("holds", "undecided", "does not hold")]
+    assert f"of {len(words)}, each" in said
+    assert "{} hold in every seed, {} are undecided, {} do not".format(*counts) in said
+    fresh = {run.name: run.verdict["verdict"] for run in runs if run.name.startswith("known/fresh")}
+    right = sum(word == ("wrapped" if "-low-" in name else "new") for name, word in fresh.items())
+    assert f"right on {right} of {len(fresh)} models" in said
 
 
 def test_speed_is_what_was_measured():

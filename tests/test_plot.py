@@ -458,7 +458,7 @@ def test_a_control_may_be_another_model_of_the_same_seed():
     assert np.allclose(plot.effects(claim, runs[1:]), [(.2, .5)])  # without its partner none
 
 
-def test_known_truth_ranks_models(monkeypatch):
+def test_known_truth_ranks_models():
     runs = [made_run(seed, {"control_steps": 300, "reft_steps": steps, "prune_c0": .9 - .1 * seed,
                             "random_c0_max": .2, "never_prune_c0": .1}, **more) for seed in range(4)
             for steps, more in ((100, {}), (150 - seed, {"prior": [0, .001, .999]}))]
