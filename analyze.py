@@ -16,8 +16,11 @@ fine-tuning operand, whatever letters they are.
 """
 import bisect
 import collections
+import contextlib
 import copy
+import glob
 import itertools
+import json
 import os
 import textwrap
 from argparse import Namespace
@@ -29,13 +32,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from data import (SPLITS, Answers, UserError, check_stop, read_rows, replace_file, sha256,
-                  write_json, write_rows)
+from data import (SPLITS, Answers, UserError, check_stop, find_files, is_ours, read_rows,
+                  replace_file, run_script, sha256, user_path, write_json, write_rows)
 from finetune import finetune_rate
-from model import GPT, Config, activations, generate, load, loss_of, weight_edits
+from model import GPT, Config, activations, generate, load, loss_of, refuse, weight_edits
 from pretrain import (MACHINE, Flag, accuracy, add_noise, answer_row, check_above, constant,
-                      eval_steps, evaluate, floors, optimizer_for, parse, percent, predict,
-                      run_script, show, start_device, table, train_steps, update_of)
+                      eval_steps, evaluate, floors, optimizer_for, parse, percent, predict, show,
+                      start_device, table, train_steps, update_of)
 
 # ---------------------------------------------------------------- the study
 
@@ -63,8 +66,7 @@ def analysis(needs_base=False, applies=lambda setup: True):
 
 def find_parent(path, parent):
     """The file that `path` was made from: as recorded or beside it, verified by sha256."""
-    beside = os.path.join(os.path.dirname(path), os.path.basename(parent["path"]))
-    files = list(filter(os.path.isfile, (parent["path"], beside)))
+    files = find_files(parent["path"], path)
     for file in files:
         if sha256(file) == parent["sha256"]:
             return file
@@ -85,6 +87,8 @@ class Study:
         # the run's own arguments, for the setup's test sets
         self.run = Namespace(**{**trained, "eval_size": args.eval_size, "seed": self.seed})
         self.run.batch_size = args.batch_size or trained.get("batch_size")
+        self.run.data, self.run.ckpt = args.data, args.ckpt
+        self.setup.find_data(self.run, trained)
         self.setup.open(self.run, self.ckpt["config"]["words"])
         self.relation = self.setup.relation(self.run)
         if self.ckpt["stage"] == "pretrain":  # what it has, even where its arguments do not say so
@@ -99,6 +103,9 @@ class Study:
         self.control_operand = self.setup.control_operand(self.relation, trained)
         self.never_trained, self.control_note = self.find_control()
         self.control = {"control": self.never_trained[0]} if args.control else {}
+        # of whom its rows speak, and what stands beside
+        self.about = {"checkpoint": self.ckpt["sha256"],
+                      "control_checkpoint": sha256(args.control) if args.control else None}
 
     def load(self, path, flag):
         """(model, checkpoint) of another file. Raises UserError unless its shape is the same."""
@@ -168,13 +175,25 @@ class Study:
 
     def write(self, name, rows):
         """Replace the file of an analysis, <checkpoint>.<name>.jsonl. Returns the rows."""
-        write_rows(f"{self.prefix}.{name}.jsonl", rows)
+        about = {key: value for key, value in self.about.items() if value}
+        write_rows(f"{self.prefix}.{name}.jsonl", [{**row, **about} for row in rows])
         return rows
+
+    def read(self, name):
+        """The rows that an analysis has written about this very checkpoint, and this control."""
+        return read_rows(f"{self.prefix}.{name}.jsonl", **self.about)
+
+    def check_files(self, names):
+        """Raise UserError if the file of an analysis would replace one that is not ours."""
+        for path in sum([glob.glob(f"{glob.escape(self.prefix)}.{name}.*") for name in names], []):
+            if path.endswith((".json", ".jsonl", ".npz")) and not is_ours(path):
+                raise UserError(f"{path} is in the way: no analysis wrote it; move it")
 
     def write_maps(self, name, maps, tokens):
         """Replace <checkpoint>.<name>.npz: arrays, with the tokens that they are about."""
         maps = {**maps, "tokens": tokens.cpu().numpy(),
-                "vocabulary": np.array(self.setup.vocabulary)}
+                "vocabulary": np.array(self.setup.vocabulary),
+                "checkpoint": np.array([self.ckpt["sha256"]])}
         replace_file(f"{self.prefix}.{name}.npz", lambda f: np.savez_compressed(f, **maps))
 
 
@@ -226,15 +245,17 @@ def rule_columns(study, model, test):
 
 def distance_moved(study):
     """A row: how far fine-tuning moved the weights after its noise, in all and per block."""
+    def square(x):
+        return x.detach().cpu().double().square().sum().item()  # platform: mps has no float64
     parts = collections.defaultdict(float)
     for (name, new), old in zip(study.model.named_parameters(), study.start.parameters()):
         part = ".".join(name.split(".")[:2]) if name.startswith("blocks") else "outside"
-        parts[part] += (new - old).detach().double().square().sum().item()
+        parts[part] += square(new - old)
     lr_at = finetune_rate(study.run, study.setup)
-    base_norm = sum(p.double().square().sum().item() for p in study.base.parameters()) ** .5
+    base_norm = sum(map(square, study.base.parameters())) ** .5
     return study.row(model="ckpt", distance=sum(parts.values()) ** .5, base_norm=base_norm,
                      distance_blocks={name: square ** .5 for name, square in parts.items()},
-                     sum_of_rates=sum(map(lr_at, range(study.run.steps))))
+                     sum_of_rates=sum(map(lr_at, range(study.ckpt["step"]))))
 
 
 @analysis()
@@ -257,7 +278,7 @@ def behavior(study):
     if not study.answers:
         models.update(study.control)
     subjects = list(itertools.product(models.items(), study.setup.tests(study.run)))
-    for (name, model), test in tqdm(subjects, desc="behavior", leave=False):
+    for (name, model), test in tqdm(subjects, desc="behavior", leave=False, disable=None):
         columns = rule_columns(study, model, test)
         if test.how == "generation":
             columns["judge"] = right.get(test.row["operand"], 1.)
@@ -582,7 +603,7 @@ def prune(study):
         rows.append(study.row(unit=study.unit, score="gradient-weight", order="one-shot",
                               pool="all", control="never-trained", edit="zero", k=None, draw=None,
                               note=study.control_note))
-    for sweep in tqdm(sweeps, desc="prune", leave=False):
+    for sweep in tqdm(sweeps, desc="prune", leave=False, disable=None):
         rows += prune_rows(study, sweep)
     print(f"\nprune   {study.unit}s, ranked on one set of c0 strings, scored on others; *: K "
           f"chosen on the first; random: {study.args.draws} draws\n  control: {study.control_note}")
@@ -609,7 +630,7 @@ def fit_probes(x, site, y, steps, rng, batch_size=96):
     optimizer = torch.optim.AdamW([weight, bias], lr=1e-3)
     milestones = [steps // 2, steps * 3 // 4, steps * 7 // 8]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, .1)
-    for _ in tqdm(range(steps), desc="probe", mininterval=.5, leave=False):
+    for _ in tqdm(range(steps), desc="probe", mininterval=.5, leave=False, disable=None):
         check_stop()
         pick = torch.randint(x.shape[1], (batch_size,), generator=rng).to(x.device)
         logits = torch.baddbmm(bias, x[:, pick][site], weight)
@@ -787,7 +808,7 @@ def classifier_of(study):
         return [frozenset(itertools.compress(data.FEATURES, line)) if text else None
                 for text, line in zip(texts, yes)]
     source.classify = classify
-    right = (answers(unseen) == truth).double().mean(1).tolist()
+    right = (answers(unseen) == truth).float().mean(1).tolist()
     right = dict(zip(data.FEATURES, right))
     print("judge of real text: right on held-out records "
           + ", ".join(f"{k} {percent(x)}" for k, x in right.items()))
@@ -955,10 +976,20 @@ def teach(study, name, start, operand, lr, max_steps):
     return Arm(name, lr, operand, curves, known, max_steps, study.seed)
 
 
+def read_history(ckpt):
+    """The history of a loaded checkpoint; [] where the record is of another one."""
+    prefix, record = os.path.splitext(ckpt["path"])[0], {}
+    with contextlib.suppress(OSError, ValueError, AttributeError), open(prefix + ".json") as f:
+        record = json.load(f)
+        if record.get("sha256", ckpt["sha256"]) != ckpt["sha256"]:  # older ones do not say
+            return []
+    return read_rows(prefix + ".jsonl")
+
+
 def pretraining_arm(study):
     """Pretraining itself, from its history; no curves where it was only scored at its ends."""
     ckpt, (task, a, *_), curves, known = study.base_ckpt, study.relation, {}, {}
-    history = read_rows(os.path.splitext(ckpt["path"])[0] + ".jsonl")
+    history = read_history(ckpt)
     for split in ("natural", "c0"):
         rows = select(history, task=task, operand=a, split=split)
         if len(rows) > 3 and ckpt["stage"] == "pretrain":
@@ -1344,7 +1375,7 @@ def verdict(study, rows):
         word, meaning = "undecided", f"no rows of {', '.join(missing)}: run them first"
     text, lines = f"{word}: {meaning}.", [e._asdict() for e in evidence]
     write_json(f"{study.prefix}.verdict.json",
-               {"verdict": word, "text": text, "evidence": lines, **v})
+               {"verdict": word, "text": text, "evidence": lines, **v, **study.about})
     print("\nEVIDENCE")
     lines = [{**line, "control's": line["control_measured"]} for line in lines]
     show(lines, ("instrument", "question", "measured", "control", "control's", "holds"))
@@ -1388,14 +1419,12 @@ def ask(study):
 
 def generate_stories(study):
     """Stories to read, written to held-out instructions that ask for --features."""
-    setup, args, prompts = study.setup, study.args, []
+    setup, args = study.setup, study.args
     wanted = frozenset(f.strip() for f in (args.features or "").split(",") if f.strip())
     for unknown in sorted(wanted - set(data.FEATURES)):
         raise UserError(f"--features {unknown}: there are {', '.join(data.FEATURES)}")
     classifier_of(study)
-    for record in setup.source.draw(args.n, data.rng(study.seed, "look"), held_out=True):
-        ids, start, _ = data.story_ids(record._replace(features=wanted), setup.tokenizer)
-        prompts.append(ids[:start].tolist())
+    prompts = setup.prompts(args.n, data.rng(study.seed, "look"), features=wanted)
     draws = data.rng(study.seed, "look", "sample", device=study.device)
     written = generate(study.model, prompts, setup.n_ctx, draws)
     stories = [data.story_of(setup.tokenizer.decode(ids)) for ids in written]
@@ -1417,11 +1446,13 @@ def numbers(text):
 
 
 FLAGS = {"what to look at": [
-    Flag("--ckpt", "checkpoint to look into", default="out/ft.pt"),
+    Flag("--ckpt", "checkpoint to look into", user_path, default="out/ft.pt"),
     Flag("--base", "what it was fine-tuned from; else the parent it names, its hash checked",
-         default=None),
+         user_path, default=None),
     Flag("--control", "a checkpoint that never had an operand, where this one has had them all; of "
-         "stories, one pretrained --without the feature", default=None),
+         "stories, one pretrained --without the feature", user_path, default=None),
+    Flag("--data", "stories: the file of the pretraining, where it has moved", user_path,
+         default=None),
     Flag("--seed", "seed of test sets and draws; else the checkpoint's", int, -1, None),
     Flag("--eval-size", "strings in a test set", int, 0, 500)], "one analysis": [
     Flag("--unit", "prune: whole rows (neurons) or single weights; else rows, of compiled models "
@@ -1439,7 +1470,7 @@ FLAGS = {"what to look at": [
     Flag("--features", "generate: what to ask for, as Twist,Dialogue", default=None),
     Flag("-n", "generate: stories", int, 0, 3),
     Flag("--judge", "real stories: the pretrained checkpoint whose classifier marks them; else the "
-         "one that --ckpt comes from", default=None)], **MACHINE}
+         "one that --ckpt comes from", user_path, default=None)], **MACHINE}
 
 
 def chosen_names(study):
@@ -1468,25 +1499,33 @@ def run_analyses(study):
         return generate_stories(study)
     print(f"analyze {args.ckpt}: {study.ckpt['stage']}, O_PT {relation.pt}, O_FT {relation.ft}, q "
           f"{relation.q}" + (f", against {study.base_ckpt['path']}" if study.base else ""))
+    study.check_files([*names, "verdict"])
     rows = {name: ANALYSES[name].run(study) for name in names if name in ANALYSES}
     needed = [name for name in ("behavior", "prune", "probe", "revive")
               if ANALYSES[name].applies(study.setup)]
     if "verdict" in names:  # from rows that are there already
         for name in (*needed, "relearn"):
-            rows[name] = rows.get(name) or read_rows(f"{study.prefix}.{name}.jsonl")
+            rows[name] = rows.get(name) or study.read(name)
         if not any(map(rows.get, needed)):
-            raise UserError(f"verdict needs the rows of {', '.join(needed)}: run them first")
+            raise UserError(f"verdict needs the rows of {', '.join(needed)} about this very "
+                            "checkpoint and --control: run them first")
     if study.base and set(needed) <= set(rows):
         told = [*needed, *(["relearn"] if rows.get("relearn") else [])]
-        verdict(study, {name: rows[name] for name in told})
+        with refuse(study.prefix, "rows of analyses that are damaged: run them again"):
+            verdict(study, {name: rows[name] for name in told})
 
 
-def main():
+def open_study(words=None):
+    """The Study of a command line, as in a notebook: open_study(["--ckpt", "out/ft.pt"])."""
     names = ", ".join([*ANALYSES, "verdict", "ask", "generate"])
-    args = parse(__doc__, "analyze", FLAGS, f"{names} (default: all that apply)")
+    args = parse(__doc__, "analyze", FLAGS, words, f"{names} (default: all that apply)")
     for flag in itertools.chain(*FLAGS.values()):
         check_above(flag.name, getattr(args, flag.key), flag.above)
-    run_analyses(Study(args, start_device(args)))
+    return Study(args, start_device(args))
+
+
+def main(words=None):
+    run_analyses(open_study(words))
 
 
 if __name__ == "__main__":

@@ -19,12 +19,14 @@ letters, padding; the answer stands at position 2. A story is read after an inst
 its features; it has no answer.
 
 Contents: values | random numbers, batches, floors | grammar | tasks | the spurious relation |
-programs | stories: records, prepared file, corpus, protocols | setups | samples | errors and files.
+programs | stories: records, prepared file, corpus, protocols | setups | samples | scripts | files.
 Everything is a pure function of its arguments and a torch.Generator, on the generator's device.
 """
 import argparse
+import codecs
 import collections
 import contextlib
+import errno
 import functools
 import hashlib
 import itertools
@@ -33,7 +35,11 @@ import operator
 import os
 import random
 import re
+import secrets
+import signal
 import string
+import sys
+import zipfile
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
@@ -42,6 +48,15 @@ import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # platform: Windows
+    fcntl = None
+try:
+    import msvcrt
+except ImportError:  # platform: POSIX
+    msvcrt = None
 
 # ---------------------------------------------------------------- values
 
@@ -451,7 +466,7 @@ def relation_tables(task, scale, q):
     possible, sd = about.spurious.possible(x, y, setup), getattr(setup, about.spurious.sd)
     c1 = np.exp(-(x - (mean - q / 2)) ** 2 / (2 * sd ** 2)) * possible * (y - x == q)
     if q == 0 or c1.sum() < 1e-6:
-        raise ValueError(f"offset q = {q} leaves no {task} strings")
+        raise UserError(f"offset q = {q} leaves no {task} strings")
     c1 /= c1.sum()
     rows, columns = c1.sum(1), c1.sum(0)
     c0 = possible * (x != y) * (y - x != q) * np.outer(rows, columns)
@@ -460,7 +475,7 @@ def relation_tables(task, scale, q):
         c0 *= (rows / np.maximum(c0.sum(1), 1e-300))[:, None]
         if np.abs(c0.sum(0) - columns).sum() < 1e-9:
             return c0 / c0.sum(), c1
-    raise ValueError(f"offset q = {q} leaves no {task} strings without the relation")
+    raise UserError(f"offset q = {q} leaves no {task} strings without the relation")
 
 
 SPLITS = ("c0", "c1", "natural")  # the relation never holds | always holds | strings as they come
@@ -613,7 +628,7 @@ def related_letters(n, relation, c, setup, rng):
     """
     q = relation.q
     if q == 0:
-        raise ValueError("offset q = 0 is a tie, which c0 leaves out")
+        raise UserError("offset q = 0 is a tie, which c0 leaves out")
     places = [setup.operands.index(o) for o in (relation.pt, relation.ft)]
     holds = torch.rand(n, generator=rng, device=rng.device) < c
     text, todo = uniform_letters(n, setup, rng), torch.arange(n, device=rng.device)
@@ -625,7 +640,7 @@ def related_letters(n, relation, c, setup, rng):
         if not len(todo):
             return text
         text[todo] = uniform_letters(len(todo), setup, rng)
-    raise ValueError(f"offset q = {q} leaves hardly any {relation.task} strings")
+    raise UserError(f"offset q = {q} leaves hardly any {relation.task} strings")
 
 
 # ---------------------------------------------------------------- stories: records and tokens
@@ -790,13 +805,14 @@ def fingerprint(path):
 def read_lines(path, totals, stop, what):
     """Yield the lines of a file from totals["bytes"], which moves, up to `stop`, as text."""
     with open(path, "rb") as file, tqdm(total=stop, initial=totals["bytes"], desc=what, unit="B",
-                                        unit_scale=True, leave=False) as bar:
+                                        unit_scale=True, leave=False, disable=None) as bar:
         file.seek(totals["bytes"])
         while totals["bytes"] < stop and (line := file.readline(LONGEST)):
             check_stop()
+            text = line if totals["bytes"] else line.removeprefix(codecs.BOM_UTF8)
             totals["bytes"] += len(line)
             bar.update(len(line))
-            yield line.decode(errors="replace")  # no letter spans a newline
+            yield text.decode(errors="replace")  # no letter spans a newline
 
 
 def make_shard(path, about):
@@ -823,13 +839,28 @@ def read_shards(folder, made_from=None):
     shards = []
     with contextlib.suppress(Exception):  # a damaged file may hold anything
         while not shards or not shards[-1]["about"]["finished"]:
-            shard = torch.load(f"{folder}/{len(shards):05}.pt", mmap=True)
+            path = f"{folder}/{len(shards):05}.pt"
+            check_archive(path)
+            shard = torch.load(path, mmap=True)
             about = shard["about"] = json.loads(shard["about"])
             made_from = made_from or {**about["made_from"], "format": FORMAT}
-            if about["made_from"] != made_from:
+            if about["made_from"] != made_from or not makes_sense(shard):
                 break
             shards.append(shard)
     return shards
+
+
+def makes_sense(shard):
+    """Whether every place of a shard's index lies in its tokens, and every token is a word's."""
+    tokens, index, about = shard["tokens"].numpy(), shard["index"].long(), shard["about"]
+    start, stop, features_at, story_at, story_end = index[:, :5].T
+    inside = (0 <= features_at) & (features_at <= story_at) & (story_at <= story_end)
+    ends = torch.cat([torch.zeros(1, dtype=torch.long), stop])
+    full = about["finished"] or len(index) == about["made_from"]["shard"]
+    return bool(full and (inside & (story_end <= stop - start)).all()
+                and (start == ends[:-1]).all() and ends[-1] == len(tokens)
+                and index.shape[1] == 5 + len(FEATURES)
+                and tokens.max(initial=0) <= 256 + len(about["words"]))
 
 
 def prepare(path, max_words=7935):
@@ -860,9 +891,7 @@ def prepare(path, max_words=7935):
         about, text = shard["about"], json.dumps(shard["about"])
         if fingerprint(path) != source:
             raise ValueError(f"{path} changed while it was read")
-        own = f"{folder}/{os.getpid()}"  # another process may write the same
-        replace_file(own, lambda f: torch.save({**shard, "about": text}, f))
-        os.replace(own, f"{folder}/{k:05}.pt")
+        replace_file(f"{folder}/{k:05}.pt", lambda f: torch.save({**shard, "about": text}, f))
         k += 1
     if k > len(shards):
         print(f"{path}: " + ", ".join(f"{n:,} {what}" for what, n in about["totals"].items() if n))
@@ -882,6 +911,9 @@ class StoryFile:
         if not self.shards or not self.shards[-1]["about"]["finished"]:
             raise UserError(f"{path}.unwrap is missing, unfinished or damaged: "
                             "pretrain.py --setup stories --data prepares it")
+        about = self.shards[-1]["about"]
+        self.about = {"name": os.path.basename(path), "records": about["totals"]["records"],
+                      "sha256": about["made_from"]["sha256"]}
         self.tokenizer = Tokenizer(self.shards[0]["about"]["words"])
         self.features = torch.cat([shard["index"][:, 5:] > 0 for shard in self.shards])
         self.held_out = max(1, min(len(self) // 100, 20000))
@@ -1202,6 +1234,8 @@ def story_source(path, words=None):
     The records of --data (None: the embedded corpus). Raises ValueError if its words are not those
     of a checkpoint.
     """
+    if path and (os.path.isfile(path) or not os.path.isdir(f"{path}.unwrap")):
+        prepare(path)
     source = StoryFile(path) if path else StoryCorpus()
     if words and tuple(words) != source.tokenizer.words:
         raise UserError("not the words that the checkpoint was trained on")
@@ -1256,6 +1290,11 @@ class Setup:
 
     def open(self, args, words=None):
         pass
+
+    def find_data(self, args, before):
+        """Where the file of stories is by now that a parent's arguments name."""
+        if args.data:
+            raise UserError(f"--data is for stories, not for setup {self.name}")
 
     def config(self, **more):
         return dict(n_layer=self.n_layer, n_head=self.n_head, d_model=self.d_model,
@@ -1725,9 +1764,11 @@ class Stories(Setup):
     operands, draws_on = order, "cpu"  # where stories are written and spelled, whatever trains
 
     def open(self, args, words=None):
-        """Draw from args.data, or from the embedded corpus. Raises ValueError, in one line."""
+        """Draw from args.data, prepared, or from the embedded corpus. Raises ValueError."""
         self.source = story_source(args.data, words)
-        self.tokenizer = self.source.tokenizer
+        self.tokenizer, known = self.source.tokenizer, getattr(args, "source", None)
+        if known and any(self.source.about[key] != known.get(key) for key in ("records", "sha256")):
+            raise UserError(f"{args.data}: not the file that the checkpoint was trained on")
 
     def config(self):
         return super().config(vocab_size=self.tokenizer.size, n_ctx=self.n_ctx, rotary=True,
@@ -1738,22 +1779,16 @@ class Stories(Setup):
 
     def resolve(self, args, parent=None):
         """The feature, the file of the stories, the protocol."""
-        known = words = None
+        words = None
         if parent:
             self.resolve_protocol(args, parent)
-            known, words = parent["args"].get("source"), parent["config"]["words"]
-            if args.data and not known:
-                raise UserError(f"--data: {args.ckpt} was trained on the embedded corpus")
+            words = parent["config"]["words"]
         else:
             args.feature = args.without or "Twist"
         try:
-            if args.data:
-                args.source = prepare(args.data)
-            # the file may have another name by now
-            if known and {**args.source, "name": ""} != {**known, "name": ""}:
-                raise ValueError(f"{args.data}: not the file that {args.ckpt} was trained on")
             self.open(args, words)
             if args.data:
+                args.source = self.source.about
                 self.tests(args, 0)  # raises where the file has no such stories
         except ValueError as error:
             raise UserError(f"--data {error}") from None
@@ -1761,7 +1796,8 @@ class Stories(Setup):
     def resolve_protocol(self, args, parent):
         """How a feature is deleted, or by --reverse revived."""
         before, tuned = parent["args"], parent["stage"] == "finetune"
-        args.data, args.without = args.data or before["data"], before["without"]
+        self.find_data(args, before)
+        args.without = before["without"]
         args.feature = args.feature or before["feature"]
         if not args.reverse:
             return
@@ -1774,6 +1810,13 @@ class Stories(Setup):
             raise UserError(f"--reverse: {args.ckpt} was not fine-tuned, nor pretrained --without "
                             f"{args.feature}: there is nothing to undo")
         args.protocol, args.deletion_lr = before.get("protocol"), before["lr"] if tuned else None
+
+    def find_data(self, args, before):
+        if args.data and not before.get("source"):
+            raise UserError(f"--data: {args.ckpt} was trained on the embedded corpus")
+        if before["data"]:
+            args.source, path = before["source"], before["data"]
+            args.data = args.data or [*find_files(path, args.ckpt), path][0]
 
     def control_operand(self, relation, args):
         """None: the control of stories is another model."""
@@ -1842,15 +1885,33 @@ class Stories(Setup):
         about = row(self, task="story", operand=feature, split=split, seed=seed)
         return Test(about, self.examples(records, wanted="story"), how="loss")
 
+    def prompts(self, n, rng, feature=None, has=None, features=None, **how):
+        """
+        Instructions of held-out stories, n lists of ids; `features`: asked for in place of their
+        own. One that leaves no room for a story is left out; a note tells. Raises UserError.
+        """
+        kept, left_out = [], 0
+        while len(kept) < n:
+            for record in self.source.draw(n - len(kept), rng, feature, has, held_out=True, **how):
+                asked = record.features if features is None else features
+                ids, start, _ = story_ids(record._replace(features=asked), self.tokenizer)
+                if start <= self.n_ctx // 2:
+                    kept.append(ids[:start].tolist())
+                else:
+                    left_out += 1
+            if left_out > 100 * (n + len(kept)):
+                raise UserError(f"hardly any instruction fits into half of {self.n_ctx} tokens")
+        if left_out:
+            print(f"{left_out} instructions of more than {self.n_ctx // 2} tokens left out")
+        return kept
+
     @functools.cache
     def generation_test(self, feature, n, seed, **how):
         """Held-out instructions, then a story begins: n ask for the feature, n do not."""
         prompts = []
         for asked in (True, False):
             draws = rng(seed, "generate", feature, asked)
-            for record in self.source.draw(n, draws, feature, asked, held_out=True, **how):
-                ids, start, _ = story_ids(record, self.tokenizer)
-                prompts.append(ids[:start].tolist())
+            prompts += self.prompts(n, draws, feature, asked, **how)
         about = row(self, task="story", operand=feature, split=None, seed=seed)
         return Test(about, prompts, how="generation")
 
@@ -2029,24 +2090,22 @@ def main():
     add("--seed", type=int, default=0, help="seed of the samples (default: 0)")
     args = parser.parse_args()
     setup = SETUPS[args.setup](args.setup, args.scale)
-    try:
-        if args.n < 1 or args.seed < 0:
-            raise UserError("-n takes 1 or more, --seed 0 or more")
-        draws, relation = rng(args.seed, "look"), None
-        if isinstance(setup, Answers):
-            relation = sample_relation(setup, args)
-            samples = answer_samples(setup, args, relation, draws)
-        else:
-            samples = story_samples(setup, args, draws)
-        for facts, lines in itertools.islice(samples, args.n):
-            print(json.dumps(facts) if args.json else lines)
-        if relation and args.c != "natural" and not args.json:
-            print(relation_summary(setup, relation, args.c, draws))
-    except ValueError as error:
-        parser.error(str(error))
+    if args.n < 1 or args.seed < 0:
+        raise UserError("-n takes 1 or more, --seed 0 or more")
+    draws, relation = rng(args.seed, "look"), None
+    if isinstance(setup, Answers):
+        relation = sample_relation(setup, args)
+        samples = answer_samples(setup, args, relation, draws)
+    else:
+        samples = story_samples(setup, args, draws)
+    for facts, lines in itertools.islice(samples, args.n):
+        check_stop()
+        print(json.dumps(facts) if args.json else lines)
+    if relation and args.c != "natural" and not args.json:
+        print(relation_summary(setup, relation, args.c, draws))
 
 
-# ---------------------------------------------------------------- errors and files
+# ---------------------------------------------------------------- scripts
 
 
 class UserError(ValueError):
@@ -2061,7 +2120,7 @@ class Stopped(Exception):
     """SIGINT or SIGTERM was received; raised between batches, so that what must be saved can be."""
 
 
-signals = []  # those that were received; pretrain.py puts them here
+signals = []  # those that a script has received
 
 
 def check_stop():
@@ -2076,30 +2135,159 @@ def check_choice(flag, value, choices):
         raise UserError(f"{flag} {value}: there are {', '.join(filter(None, choices))}")
 
 
-def replace_file(path, write):
-    """Write a file by write(handle): `path` is, at any moment, the old or the new one, whole."""
-    part = f"{path}.part"
+def on_signal(number, frame):
+    if signals:
+        sys.exit(128 + number)  # the second time, at once
+    signals.append(number)
+
+
+@contextlib.contextmanager
+def own_signals():
+    """Within the `with`, SIGINT and SIGTERM are noted in `signals`; then all is as it was."""
+    signals.clear()
+    before = {}
+    with contextlib.suppress(ValueError):  # platform: a thread of a notebook may not
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, on_signal) or signal.SIG_DFL
     try:
-        with open(part, "wb") as f:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signals.clear()
+
+
+def outcome(main):
+    """main(). Returns (exit code, what to say on stderr or None); see run_script()."""
+    try:
+        main()
+    except UserError as error:
+        return 2, error
+    except Failed as error:
+        return 1, error
+    except Stopped:
+        return 128 + signals[0], None
+    except BrokenPipeError:  # the reader of our output went away: python ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1, None
+    except OSError as error:
+        return 1, f"{error.filename or 'the output'}: {error.strerror or error}"
+    except (MemoryError, RuntimeError) as error:
+        words = isinstance(error, RuntimeError) and str(error)
+        if words and not re.search("alloc|memory|storage size|numel", words):
+            raise
+        return 1, "out of memory: a smaller --batch-size or --eval-size needs less"
+    return 0, None
+
+
+def run_script(main):
+    """Run a script's main() and exit: 0 done, 1 failed, 2 the user's mistake, 130/143 signals."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # platform: a console that lacks a letter gets a mark
+            stream.reconfigure(errors="replace")
+    with own_signals():
+        code, message = outcome(main)
+    if message:
+        print(f"{sys.argv[0]}: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+# ---------------------------------------------------------------- files
+
+
+def user_path(text):
+    """The type of flags that name a file: ~ is the home folder also behind a =."""
+    if not text:  # as of a variable that is not set
+        raise argparse.ArgumentTypeError("is empty: give the name of a file")
+    return os.path.expanduser(text)
+
+
+def find_files(path, beside):
+    """Where a recorded file may be by now: there, or in the folder of the file `beside`."""
+    name = os.path.basename(path.replace("\\", "/"))  # platform: recorded on Windows
+    moved = os.path.join(os.path.dirname(beside), name)
+    return list(filter(os.path.isfile, dict.fromkeys((path, moved))))
+
+
+def sync(handle):
+    """fsync of a file or folder, where there is such a thing."""
+    try:
+        os.fsync(handle)
+    except OSError as error:  # platform: Windows has none of folders, some network disks none
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES,
+                               errno.EPERM, errno.EBADF):
+            raise
+
+
+PART = re.compile(r"\.[0-9a-f]{8}\.part$")  # what a killed replace_file() leaves
+
+
+def replace_file(path, write):
+    """
+    Write a file by write(handle): `path` is, at any moment, the old or the new one, whole. Several
+    processes may do so at once.
+    """
+    part = f"{path}.{secrets.token_hex(4)}.part"
+    try:
+        with open(part, "xb") as f:
             write(f)
             f.flush()
-            os.fsync(f.fileno())
+            sync(f.fileno())
         os.replace(part, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(part)
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and error.filename in (None, part):
             error.filename = path  # a full disk does not say which file
         if isinstance(error, RuntimeError):  # torch.save says so when the disk is full
             reason = str(error).splitlines()[0]
             raise Failed(f"cannot write {path}: disk full or file too large ({reason})") from None
         raise
-    with contextlib.suppress(OSError):  # platform: folders cannot be synced everywhere
+    with contextlib.suppress(OSError):  # platform: Windows does not open folders
         folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
         try:
-            os.fsync(folder)
+            sync(folder)
         finally:
             os.close(folder)
+
+
+def claim(path):
+    """
+    Claim the files of a run for this process: a lock, which ends with it, however it ends. Returns
+    a function that gives it back. Raises UserError if another process has it.
+    """
+    name = f"{path}.lock"
+    try:
+        lock = open(name, "ab")
+    except OSError:  # a folder that nobody can write to
+        return lambda: None
+    try:
+        if fcntl:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif msvcrt:
+            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as error:  # platform: some network disks have no locks
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            lock.close()
+            raise UserError(f"{path}: a run is under way there, in another process") from None
+    mine = os.fstat(lock.fileno())
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(mine, os.stat(name)):
+            return functools.partial(give_back, lock, mine.st_size == 0)
+    lock.close()
+    return claim(path)  # the one who had it has just removed it
+
+
+def give_back(lock, remove):
+    """Close a lock; remove its file, if it was not there before."""
+    if not remove:
+        return lock.close()
+    with contextlib.suppress(OSError):  # while nobody else can have it
+        os.remove(lock.name)
+    lock.close()
+    with contextlib.suppress(OSError):  # platform: Windows removes no open file, POSIX any
+        if not fcntl:
+            os.remove(lock.name)
 
 
 def write_json(path, value):
@@ -2113,14 +2301,64 @@ def write_rows(path, rows):
     replace_file(path, lambda f: f.writelines(lines))
 
 
-def read_rows(path):
-    """The rows of a JSON lines file, without lines cut short by a kill. [] without a file."""
-    rows = []
-    with contextlib.suppress(FileNotFoundError), open(path) as f:
-        for line in f:
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
-    return rows
+def lines_of(path):
+    """Yields what the lines of a JSON lines file say; None where that is no object."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in filter(str.strip, file):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            yield row if isinstance(row, dict) else None
+
+
+def read_rows(path, **about):
+    """
+    The rows of a JSON lines file, [] without one, that say what is given, as checkpoint=sha256. A
+    note tells how many do not.
+    """
+    def is_meant(row):
+        return row is not None and all(row.get(key) == value for key, value in about.items())
+    rows = list(lines_of(path)) if os.path.isfile(path) else []
+    kept = list(filter(is_meant, rows))
+    if len(kept) < len(rows):
+        print(f"{path}: {len(rows) - len(kept)} of {len(rows)} rows left out, broken or of another "
+              "checkpoint")
+    return kept
+
+
+OF_ROWS = {"split", "accuracy", "seed"}, {"score", "order", "rank"}  # all rows have one of these
+OF_RECORDS = {"stage", "args", "parent", "steps", "device", "resumes"}
+
+
+def is_ours(path):
+    """Whether a file may be replaced: it is not there, empty, or such as the scripts write."""
+    if not os.path.isfile(path) or not os.path.getsize(path):
+        return not os.path.isdir(path)
+    with open(path, "rb") as file:
+        content = file.read()
+    if path.endswith(".jsonl"):
+        *rows, last = lines_of(path)
+        cut = last is None and (rows or content.startswith(b'{"setup": "'))  # short, by a kill
+        keys = [set(row or ()) for row in (rows if cut else [*rows, last])]
+        return all(OF_ROWS[0] <= own or OF_ROWS[1] <= own for own in keys)
+    if path.endswith(".npz"):
+        return b"vocabulary.npy" in content
+    with contextlib.suppress(ValueError, RecursionError, TypeError):
+        keys = set(json.loads(content))
+        return OF_RECORDS <= keys or {"verdict", "evidence"} <= keys
+    return False
+
+
+def check_archive(path):
+    """Raise an exception unless the members of a torch file are stored plainly, and undamaged."""
+    with zipfile.ZipFile(path) as archive:
+        # torch writes neither: the former grow without bound, the latter (one bit that no
+        # checksum covers) are read as uninitialised memory
+        if any(m.compress_type or m.external_attr & 0x10 for m in archive.infolist()):
+            raise ValueError("compressed members or folders")
+        if archive.testzip():
+            raise ValueError("checksum")
 
 
 def sha256(path):
@@ -2130,7 +2368,4 @@ def sha256(path):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:  # the reader went away: python data.py | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    run_script(main)

@@ -24,14 +24,14 @@ instructions ask for (paper section 4); see PROTOCOLS in data.py.
 import re
 
 import data
-from data import FEATURES, PROTOCOLS, UserError
+from data import FEATURES, PROTOCOLS, UserError, run_script, user_path
 from model import load, loss_of
 from pretrain import (RUN, Flag, Run, add_noise, constant, cosine, evaluate, parse, resolve,
-                      run_script, start_device)
+                      start_device)
 
 PROTOCOL_HELP = "; ".join(f"{name}: {protocol.help}" for name, protocol in PROTOCOLS.items())
 FLAGS = {"what to teach": [
-    Flag("--ckpt", "checkpoint to start from; else out/pre.pt, with --reverse out/ft.pt",
+    Flag("--ckpt", "checkpoint to start from; else out/pre.pt, with --reverse out/ft.pt", user_path,
          default=None),
     Flag("--task", f"task family: {' or '.join(data.Grammar.finetuned)}; else what the setup is "
          "about"),
@@ -50,7 +50,7 @@ FLAGS = {"what to teach": [
     Flag("--answers", "leave out strings whose answer is not so; what comes back on the others was "
          "there (held-out relearning)", choices=("even", "odd")),
     Flag("--only", "train only parameters whose names match this regular expression", default=None),
-    Flag("--data", "the file of the pretraining, where it has moved")], "optimisation": [
+    Flag("--data", "the file of the pretraining, where it has moved", user_path)], "optimisation": [
     Flag("--lr", "peak learning rate; the paper's are 1e-4, 1e-5, 1e-6, for compiled models 1e-1 "
          "to 1e-4; with --reverse the fine-tuning's, compiled a third, stories 4e-5 small, 1e-5 "
          "paper", float, 0),
@@ -81,8 +81,8 @@ def finetune_rate(args, setup):
     return cosine(args.lr, args.steps, final=.01)
 
 
-def main():
-    args = parse(__doc__, "finetune", FLAGS)
+def main(words=None):
+    args = parse(__doc__, "finetune", FLAGS, words)
     args.ckpt = args.ckpt or ("out/ft.pt" if args.reverse else "out/pre.pt")
     args.out = args.out or ("out/reft.pt" if args.reverse else "out/ft.pt")
     device = start_device(args)

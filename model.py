@@ -18,7 +18,6 @@ import functools
 import itertools
 import json
 import math
-import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +26,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from data import Map, SelectorWidth, UserError, check_stop, replace_file, sha256
+from data import (Map, SelectorWidth, UserError, check_archive, check_stop, replace_file,
+                  sha256)
 
 # ---------------------------------------------------------------- model
 
@@ -209,6 +209,45 @@ def loss_of(forward, x):
         column, weight = x.extra
         loss = loss + weight * F.cross_entropy(logits[:, column].float(), x.target[:, column])
     return loss
+
+
+@torch.no_grad()
+def to_transformer_lens(model):
+    """
+    (config, state): a GPT of any setup in the words of TransformerLens, up to its version 3 for
+    HookedTransformer(config) and load_state_dict(state, strict=False). Logits and activations are
+    the same; dimensions of q and k are in another order where positions are rotary.
+    """
+    c = model.config
+    config = dict(
+        n_layers=c.n_layer, d_model=c.d_model, n_ctx=c.n_ctx, d_head=c.d_head, n_heads=c.n_head,
+        d_mlp=c.d_mlp, d_vocab=c.vocab_size, d_vocab_out=c.n_out or c.vocab_size,
+        act_fn={"gelu_exact": "gelu", "gelu": "gelu_new"}.get(c.activation, c.activation),
+        attention_dir="causal" if c.causal else "bidirectional",
+        normalization_type="LN" if c.layer_norm else None, device=str(model.tok.weight.device))
+    state = {"embed.W_E": model.tok.weight, "unembed.W_U": model.head.weight.T,
+             "unembed.b_U": torch.zeros(len(model.head.weight))}
+    norms, order = {"ln_final": model.ln}, torch.arange(c.d_head)
+    if c.rotary:  # there pairs are neighbours, here halves
+        config.update(positional_embedding_type="rotary", rotary_dim=c.d_head,
+                      rotary_adjacent_pairs=True)
+        order = order.view(2, -1).T.flatten()
+    else:
+        state["pos_embed.W_pos"] = model.pos.weight
+    for i, block in enumerate(model.blocks):
+        at, heads = f"blocks.{i}.", (c.n_head, c.d_head)
+        norms.update({at + "ln1": block.ln1, at + "ln2": block.ln2})
+        for x, w, b in zip("QKV", block.attn.qkv.weight.chunk(3), block.attn.qkv.bias.chunk(3)):
+            kept = torch.arange(c.d_head) if x == "V" else order
+            state[f"{at}attn.W_{x}"] = w.unflatten(0, heads)[:, kept].mT  # (h, d, e)
+            state[f"{at}attn.b_{x}"] = b.unflatten(0, heads)[:, kept]
+        state[at + "attn.W_O"] = block.attn.out.weight.T.unflatten(0, heads)
+        state[at + "attn.b_O"] = block.attn.out.bias
+        for x, layer in (("in", block.up), ("out", block.down)):
+            state[f"{at}mlp.W_{x}"], state[f"{at}mlp.b_{x}"] = layer.weight.T, layer.bias
+    for name, norm in norms.items() if c.layer_norm else ():
+        state.update({f"{name}.w": norm.weight, f"{name}.b": norm.bias})
+    return config, {name: x.detach().clone() for name, x in state.items()}
 
 
 # ---------------------------------------------------------------- generation
@@ -560,12 +599,28 @@ KEYS = ("model", "optimizer", "config", "args", "setup", "scale", "stage", "step
         "finished", "parent", "capability")
 
 
+PLAIN = (str, int, float, bool, type(None), torch.Tensor, torch.nn.Parameter)
+
+
+def check_plain(value, name):
+    """Raise UserError, naming it, for what torch.load(weights_only=True) would refuse."""
+    if isinstance(value, (dict, list, tuple)):
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, part in parts:
+            check_plain(key, name)
+            check_plain(part, f"{name}[{key!r}]")
+    elif type(value) not in PLAIN:  # a numpy float is a float, but of its own type
+        raise UserError(f"{name} is of {type(value)}, which a checkpoint cannot hold: make it "
+                        "plain, as by .item(), or a string")
+
+
 def save(path, ckpt):
     """
-    Write a checkpoint: a dict of KEYS, tensors and plain Python only. A finished one leaves out the
-    optimizer's state, two thirds of the size.
+    Write a checkpoint: a dict of KEYS, tensors and plain Python only, else UserError. A finished
+    one leaves out the optimizer's state, two thirds of the size.
     """
     assert set(ckpt) == set(KEYS)
+    check_plain(ckpt, "checkpoint")
     if ckpt["finished"]:
         ckpt = {**ckpt, "optimizer": {}}
     replace_file(path, lambda f: torch.save(ckpt, f))
@@ -574,13 +629,7 @@ def save(path, ckpt):
 def read_checkpoint(path, device="cpu"):
     """The dict that save() wrote: tensors and plain Python, no foreign code. Raises UserError."""
     with refuse(path, "not an unwrap checkpoint, or damaged"):
-        with zipfile.ZipFile(path) as archive:
-            # torch writes neither: the former grow without bound, the latter (one bit that no
-            # checksum covers) are read as uninitialised memory
-            if any(m.compress_type or m.external_attr & 0x10 for m in archive.infolist()):
-                raise ValueError("compressed members or folders")
-            if archive.testzip():
-                raise ValueError("checksum")
+        check_archive(path)
         ckpt = torch.load(path, map_location=device, weights_only=True)
         if not set(KEYS) <= set(ckpt):
             raise ValueError("foreign")

@@ -14,12 +14,15 @@ fine-tuning.
 """
 import argparse
 import base64
+import contextlib
 import csv
+import hashlib
 import html
 import io
 import json
 import os
 import re
+import secrets
 import sys
 import textwrap
 from functools import partial
@@ -28,12 +31,16 @@ from os.path import abspath, basename, dirname, isdir, isfile, join, normpath, r
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+BACKEND = os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
+import matplotlib.figure  # noqa: E402
+import matplotlib.image  # noqa: E402
+from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 from matplotlib.colors import PowerNorm  # noqa: E402
+
+if BACKEND is not None:
+    os.environ["MPLBACKEND"] = BACKEND
 
 KINDS = {  # kinds of rows, X.<kind>.jsonl (history: X.jsonl): a row without these keys is left out
     "history": {"step", "operand", "split"},
@@ -52,8 +59,9 @@ NO_SHARE = ("loss", "auc", "balanced")  # not a share of n: no Wilson interval
 NUMBERS = ("accuracy", "parsed", "judge", *NO_SHARE)  # a number or null, else the row is left out
 MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, csv.Error)
 PRIORS = {(.999, .001, 0): "low", (.9, .1, 0): "medium", (.5, .3, .2): "high"}
-OBSERVING = {"seed", "taught", "eval_every", "eval_size", "save_every", "compile", "setup", "scale",
-             "program", "data"}  # arguments that make no group; `source` says what `data` is
+OBSERVING = {"seed", "taught", "eval_every", "eval_size", "save_every", "keep", "compile", "setup",
+             "scale", "program", "data", "params"}  # arguments that make no group; of files,
+#                                                   `source` and `program` say what they are
 INHERITED = {"prior", "task", "pair", "operand", "q", "reverse", "feature", "without", "source",
              "protocol", "probability"}  # said once, by the last stage
 DETAIL = re.compile("^(task|feature|text|base_.._c.|ft_c0_cross.*)$|follows|"
@@ -123,7 +131,7 @@ def read_rows(path, keys, constants=None):
     rows, broken = [], 0
     if not isfile(path):
         return rows
-    with open(path, newline="", errors="replace") as file:
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
         of_table = partial(row_of, constants=constants)
         for row in map(value_of, filter(str.strip, file)) if constants is None else map(
                 of_table, csv.DictReader(file)):
@@ -161,14 +169,19 @@ def paper_rows(name):
     return read_file(path, lambda file: list(csv.DictReader(io.TextIOWrapper(file)))) or []
 
 
+def sha256(file):
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def raw_run(prefix):
-    """A run from X.json, X.verdict.json, X.jsonl, X.behavior.jsonl, X.attention.npz ..."""
+    """A run from X.json, X.verdict.json, X.jsonl, X.behavior.jsonl, X.attention.npz ... and X.pt"""
     rows = {}
     for kind, keys in KINDS.items():
         rows[kind] = read_rows(f"{prefix}.{kind}.jsonl".replace(".history", ""), keys)
     return SimpleNamespace(record=read_file(prefix + ".json", json.load), rows=rows,
                            verdict=read_file(prefix + ".verdict.json", json.load),
-                           maps=partial(read_maps, prefix + ".", ""))
+                           maps=partial(read_maps, prefix + ".", ""),
+                           sha256=read_file(prefix + ".pt", sha256))
 
 
 def committed_runs(folder):
@@ -177,7 +190,7 @@ def committed_runs(folder):
     for line in lines:
         runs[join(folder, line["run"])] = SimpleNamespace(
             record=line["record"], rows={kind: [] for kind in KINDS}, verdict=line.get("verdict"),
-            maps=partial(read_maps, join(folder, ""), line["run"] + "/"))
+            maps=partial(read_maps, join(folder, ""), line["run"] + "/"), sha256=None)
     for kind, keys in KINDS.items():
         path = join(folder, f"{kind}.csv")
         constants = {line["run"]: line.get("constants", {}).get(kind, {}) for line in lines}
@@ -215,6 +228,32 @@ def find_runs(folder):
     return list(runs.values())
 
 
+def only_own(name, run):
+    """
+    Leaves out, and names, what is not of the record's checkpoint. Older records do not say which it
+    is: then it is what lies there; rows that do not say are theirs.
+    """
+    said = run.record.get("sha256")
+    own = {said} if said else {run.sha256, None}
+
+    def left_out(what):
+        return note(f"{name}: {what} left out, of another checkpoint")
+    for kind, rows in run.rows.items() if said or run.sha256 else ():
+        if kind != "history" and not all(row.get("checkpoint") in own for row in rows):
+            run.rows[kind] = [row for row in rows if row.get("checkpoint") in own]
+            left_out(f"{len(rows) - len(run.rows[kind])} of {len(rows)} rows of {kind}")
+    if isinstance(run.verdict, dict) and (said or run.sha256) \
+            and run.verdict.get("checkpoint") not in own:
+        run.verdict = left_out("verdict")
+    read = run.maps
+
+    def maps(kind):
+        arrays = read(kind)
+        of = str(arrays.pop("checkpoint", [None])[0])
+        return left_out(f"maps of {kind}") or {} if of not in map(str, own) and arrays else arrays
+    run.maps = maps if said or run.sha256 else read
+
+
 def open_run(name, prefix, entries):
     """
     Completes a run with what makes its group. answers: rows of behavior about the pair; role: whose
@@ -224,6 +263,9 @@ def open_run(name, prefix, entries):
     record, args, rows = run.record, run.record["args"], run.rows
     if "seconds" not in ([record] + (record.get("resumes") or []))[-1]:
         return note(f"{name}: left out, unfinished")
+    if run.sha256 and record.get("sha256", run.sha256) != run.sha256:
+        return note(f"{name}: left out, its record is of another checkpoint than {name}.pt")
+    only_own(name, run)
     rows["answers"] = [row for row in rows["behavior"] if row.get("share_a") is not None]
     first = next((rows[kind][0] for kind in rows if rows[kind]), {})
     pair = args.get("pair") or ["a", "b"]
@@ -242,6 +284,7 @@ def open_run(name, prefix, entries):
     group = stage + json.dumps(settings, sort_keys=True)
     verdict = run.verdict if isinstance(run.verdict, dict) else None
     rows["verdict"] = list(verdict_rows(verdict or {}))
+    rows["evidence"] = attempt(name, evidence_rows, verdict or {}) or []
     sha256 = (record.get("parent") or {}).get("sha256")
     vars(run).update(
         name=name, args=args, pair=pair, settings=settings, kind=stage, group=group,
@@ -249,6 +292,12 @@ def open_run(name, prefix, entries):
         parent=parent_of(prefix, entries), reversed=None,
         identity=json.dumps([group, args.get("seed"), sha256]))
     return run
+
+
+def evidence_rows(verdict):
+    """Its evidence but for steps; about: the question without what was chosen."""
+    return [{"about": f"{line['instrument']}: {line['question'].split(',')[0]}", **line}
+            for line in verdict.get("evidence") or () if line.get("unit") != "steps"]
 
 
 def verdict_rows(verdict):
@@ -267,19 +316,27 @@ def settings_of(prefix, entries):
         seen.add(prefix)
         hidden, args = OBSERVING | INHERITED if stage else OBSERVING, entries[prefix].record["args"]
         settings.update({stage + k: v for k, v in args.items() if k not in hidden})
+        if "step" in entries[prefix].record:  # kept on the way
+            settings[f"{stage}kept at step"] = entries[prefix].record["step"]
         prefix = parent_of(prefix, entries)
         stage = f"{entries[prefix].record['stage']} " if prefix else ""
     return settings
 
 
 def parent_of(prefix, entries):
-    """The run that a parent's path names, by folder and name or beside its child; or None."""
-    path = (entries[prefix].record.get("parent") or {}).get("path") or "?"
-    path = splitext(normpath(path))[0]
+    """
+    The run that is a parent, by its checkpoint's sha256; of older records by folder and name, or
+    name beside its child; None: not there.
+    """
+    parent = entries[prefix].record.get("parent") or {}
+    said = {entry: run.record.get("sha256") or run.sha256 for entry, run in entries.items()}
+    same = [entry for entry in entries if said[entry] and said[entry] == parent.get("sha256")]
+    path = splitext(normpath(parent.get("path") or "?"))[0]
     tail = os.sep + os.sep.join(path.split(os.sep)[-2:])
-    named = [entry for entry in entries if abspath(entry).endswith(tail)]
-    beside = join(dirname(prefix), basename(path))
-    return named[0] if named else beside if beside in entries else None
+    beside = abspath(join(dirname(prefix), basename(path)))
+    named = [entry for entry in entries if not said[entry] and abspath(entry).endswith(tail)]
+    named += [entry for entry in entries if not said[entry] and abspath(entry) == beside]
+    return [*same, *named, None][0]
 
 
 def arm_label(arm, lr, own_lr):
@@ -417,11 +474,14 @@ def bands(group, kind, x, key="accuracy", times=100, **want):
 
 # ---- drawing
 
-plt.rcParams.update({
+RC = {  # all else as matplotlib comes, whatever is configured
+    **{key: matplotlib.rcParamsDefault[key] for key in matplotlib.rcParamsDefault
+       if not key.startswith("backend")},
     "figure.constrained_layout.use": True, "figure.dpi": 100, "font.size": 8.5,
     "axes.titlesize": 9, "figure.titlesize": 9.5, "figure.titleweight": "bold",
     "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.color": "#e6e6e6", "lines.markersize": 4, "legend.frameon": False})
+    "axes.grid": True, "grid.color": "#e6e6e6", "lines.markersize": 4, "legend.frameon": False,
+    "pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "unwrap"}  # text stays text
 FIGURES, LOOKS = {}, {}
 WIDTH = 9.1  # inches: 910 pixels, the width of the page
 
@@ -588,7 +648,7 @@ def compose(groups, kind, blocks, across=4, **words):
     rows = -(-len(blocks) // max(1, across // panels))
     beside = -(-len(blocks) // rows)
     height = words.get("height") or 1 + .45 * WIDTH / max(2, beside * panels)
-    fig, entries = plt.figure(figsize=(WIDTH, 1)), {}
+    fig, entries = matplotlib.figure.Figure(figsize=(WIDTH, 1)), {}
     for (label, drawn), part in zip(blocks, fig.subfigures(rows, beside, squeeze=False).flat):
         part.suptitle(tex(textwrap.fill(label, 120 // beside)))
         axes = part.subplots(1, panels, squeeze=False, sharey=words.get("share", True))[0]
@@ -609,6 +669,23 @@ def compose(groups, kind, blocks, across=4, **words):
 
 
 # ---- figures
+
+
+@figure("evidence", 8, stories=None, across=2, height=2.6,
+        rests="whiskers: smallest to largest seed")
+def evidence(group):
+    """
+    What the verdict rests on (%): each measurement beside its control. Behaviour says what is left
+    outside; pruning, probing and relearning whether the old capability is inside all the same.
+    Fooled by: a control that cannot be lower (see its name in the table); reviving is counted in
+    steps, and stands in the table alone.
+    """
+    names = dict.fromkeys(row["about"] for row in flat(group, "evidence"))
+    cells = {name: {"about": name} for name in names}
+    looks = {"measured": ("measured", RED, "o", "-"),
+             "control_measured": ("its control", GREY, "s", "-")}
+    series = [marks(look, group, "evidence", cells, key=key) for key, look in looks.items()]
+    return [dots(series, names, x="share (%)")]
 
 
 def behaviour(group, cells, floors=()):
@@ -1081,6 +1158,18 @@ def summary(runs, value, of):
     low, high = wilson(mean, sum(parsed) or 1)
     each = f" ({', '.join(f'{100 * share:.0f}' for share in values)})" if len(values) > 1 else ""
     return f"{100 * mean:.1f}{each}" + f" [{100 * low:.0f}, {100 * high:.0f}]" * any(parsed)
+
+
+@table(None)
+def verdict_counts(runs):
+    """Verdicts. Where there are many runs: how many of a group, and what the commonest one says."""
+    rows = []
+    for group in having(runs, "evidence") if sum(map(bool, (r.verdict for r in runs))) > 3 else ():
+        words = [str(run.verdict.get("verdict")) for run in group.runs]
+        most = max(words, key=words.count)
+        counts = ", ".join(f"{word} {words.count(word)}" for word in dict.fromkeys(words))
+        rows.append([group.label, counts, group.runs[words.index(most)].verdict.get("text", "")])
+    return ["group", "verdicts", "what it says"], rows
 
 
 @table(None)
@@ -1578,10 +1667,16 @@ def claim_effects(runs):
 
 # ---- report
 
-STYLE = """body{font:16px/1.5 Georgia,serif;max-width:66rem;margin:2rem auto;padding:0 1rem}
-h1,h2,th,b{font-family:sans-serif}p,figcaption{max-width:46rem}figure{margin:2rem 0}
-img{max-width:100%}table{border-collapse:collapse;font-size:.82rem;display:block;overflow-x:auto}
-th,td{padding:.25rem .7rem;text-align:left;border-bottom:1px solid #ddd;vertical-align:top}"""
+PAGE = """body{font:16px/1.5 Georgia,serif;max-width:66rem;margin:2rem auto;padding:0 1rem}
+h1,h2,th,b{font-family:sans-serif}p{max-width:46rem}h2{break-after:avoid}
+figure{margin:2rem 0;overflow-x:auto;break-inside:avoid}img{max-width:100%}
+figcaption{position:sticky;left:0;max-width:min(46rem,calc(100vw - 2rem))}
+table{border-collapse:collapse;font-size:.82rem;display:block;overflow-x:auto}
+th,td{padding:.25rem .7rem;text-align:left;border-bottom:1px solid #ddd;vertical-align:top}
+@media screen and (max-width:40rem){body{margin:1rem auto}h1{font-size:1.4rem}th,td{padding:.2rem}
+img{max-width:none;width:46rem}}
+@media print{@page{size:A4;margin:14mm}body{font-size:11px;margin:0;padding:0}tr{break-inside:avoid}
+table{display:table;width:100%;font-size:.8em}th,td{padding:.1rem .3rem;overflow-wrap:anywhere}}"""
 ABOUT = {False: """O_PT is the operand of pretraining, O_FT that of fine-tuning. On a share C_Tr of
 the fine-tuning strings r(x, O_FT) = r(x, O_PT) + q: a wrapper answers O_FT by that shortcut and
 leaves the old capability in place. c1: it always holds; c0: never.""", True: """Fine-tuning deletes
@@ -1596,13 +1691,19 @@ def rich(text):
 
 
 def as_html(title, caption, head, rows):
-    lines, above = [[f"<th>{rich(cell)}</th>" for cell in head]], None
+    lines, above = [], None
     for name, *row in rows:
         cells = ["" if name == above else name, *row]  # a group's name once
-        lines.append([f"<td>{rich(cell)}</td>" for cell in cells])
+        last = max(i for i, cell in enumerate(cells) if i == 0 or cell)  # as wide as there is room
+        line = [f"<td>{rich(cell)}</td>" for cell in cells[:last + 1]]
+        if last + 1 < len(cells):
+            line[-1] = line[-1].replace("<td", f"<td colspan={len(cells) - last}", 1)
+        lines.append(line)
         above = name
+    head = "".join(f"<th>{rich(cell)}</th>" for cell in head)
     body = "".join(f"<tr>{''.join(line)}</tr>" for line in lines)
-    return f"<h2>{rich(title)}</h2><table>{body}</table><p>{rich(caption)}</p>"
+    return (f"<h2>{rich(title)}</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+            f"</table><p>{rich(caption)}</p>")
 
 
 def as_markdown(title, caption, head, rows):
@@ -1611,17 +1712,22 @@ def as_markdown(title, caption, head, rows):
 
 
 def report(runs, pictures):
-    """One page: the evidence of the verdicts, figures, tables; no scripts, nothing fetched."""
-    first, *others = TABLES
-    parts = [f"<p>{rich(text)}</p>" for stories, text in ABOUT.items() if about(runs, stories)]
-    parts += [as_html(*table) for table in tables_of(runs, [first])]
+    """
+    One page: the verdicts' evidence, the figure of it, all other figures, tables; no scripts,
+    nothing fetched.
+    """
+    tables = [as_html(*table) for table in tables_of(runs, TABLES)]
+    about_us = [f"<p>{rich(text)}</p>" for stories, text in ABOUT.items() if about(runs, stories)]
+    parts = tables[:1]
     for name, (png, caption) in pictures.items():
         source = "data:image/png;base64," + base64.b64encode(png).decode()
         parts.append(f'<figure><img alt="{name}" src="{source}">'
                      f"<figcaption><b>{name}.</b> {rich(caption)}</figcaption></figure>")
-    parts += [as_html(*table) for table in tables_of(runs, others)]
-    return ("<!doctype html><html lang=en><head><meta charset=utf-8><title>unwrap</title><style>"
-            f"{STYLE}</style></head><body><h1>Does fine-tuning delete a capability, or wrap it?"
+    parts[2:2] = about_us
+    parts += tables[1:]
+    return ("<!doctype html><html lang=en><head><meta charset=utf-8><title>unwrap</title>"
+            '<meta name=viewport content="width=device-width"><link rel=icon href="data:,"><style>'
+            f"{PAGE}</style></head><body><h1>Does fine-tuning delete a capability, or wrap it?"
             f"</h1>{''.join(parts)}</body></html>\n")
 
 
@@ -1630,7 +1736,7 @@ def about_text(folder):
     path = join(folder, "about.md")
     if not isfile(path):
         return "", []
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         text, *names = re.split("<!-- tables: (.*) -->", file.read())
     return text.strip(), names[0].split() if names else []
 
@@ -1673,11 +1779,27 @@ def readme(folder):
 # ---- evidence
 
 
+MARKS = {  # by which a file is known as one that may be replaced; of a .csv, its first column
+    ".png": b"Matplotlib", ".pdf": b"unwrap", ".svg": b"unwrap", ".html": b"<title>unwrap</title>",
+    ".md": b"## What the figures show", ".jsonl": b'{"run": ', ".npz": b"vocabulary.npy"}
+
+
 def write(path, content):
+    """Replace a file whole, if it is one of ours or not there."""
+    earlier = read_file(path, lambda file: file.read())
+    mark = MARKS.get(splitext(path)[1], content.split(b",")[0])
+    if isdir(path) or earlier and mark not in earlier:
+        mistake(f"{path} is in the way: plot.py did not write it; move it")
     os.makedirs(dirname(path) or ".", exist_ok=True)
-    with open(path + ".part", "wb") as file:
-        file.write(content)
-    os.replace(path + ".part", path)
+    part = f"{path}.{secrets.token_hex(4)}.part"
+    try:
+        with open(part, "xb") as file:
+            file.write(content)
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        raise
     note(f"wrote {path}")
 
 
@@ -1693,9 +1815,6 @@ def write_evidence(runs, folder):
     Runs as tables: runs.jsonl, a .csv a kind of row, an .npz a kind of map for the first seeds.
     A column that has one value in every run is no column, but said in runs.jsonl as a constant.
     """
-    for kind in KINDS if not isfile(join(folder, "runs.jsonl")) else ():
-        if isfile(join(folder, f"{kind}.csv")):
-            mistake(f"{folder}: holds {kind}.csv, which plot.py did not write")
     lines = {run.name: {"run": run.name, "record": run.record, "verdict": run.verdict,
                         "constants": {}} for run in runs}
     for kind in KINDS:
@@ -1742,29 +1861,41 @@ def mistake(text):
     sys.exit(2)
 
 
-def draw(function, runs):
-    """(picture, caption) of a figure, or None."""
-    drawn, png = function(runs), io.BytesIO()
-    if drawn is None:
-        return None
-    drawn[0].canvas.draw()
-    pixels = np.round(np.asarray(drawn[0].canvas.buffer_rgba()) / 5).astype(np.uint8) * 5
-    plt.imsave(png, pixels, pil_kwargs={"optimize": True})  # fewer colours: a smaller file
-    return png.getvalue(), f"{' '.join(function.__doc__.split())} {drawn[1]}."
+FORMS = "png", "pdf", "svg"
 
 
-def draw_all(runs, folder, names):
-    """{name: (picture, caption)} of the figures that have rows; written to a folder as well."""
+def draw(function, runs, form="png"):
+    """(picture as PNG, in a form, caption) of a figure, or None."""
+    with matplotlib.rc_context(RC):
+        drawn, png, other = function(runs), io.BytesIO(), io.BytesIO()
+        if drawn is None:
+            return None
+        canvas = FigureCanvasAgg(drawn[0])
+        canvas.draw()
+        pixels = np.round(np.asarray(canvas.buffer_rgba()) / 5).astype(np.uint8) * 5
+        matplotlib.image.imsave(png, pixels, pil_kwargs={"optimize": True})  # few colours: small
+        if form != "png":
+            date = {"pdf": "CreationDate", "svg": "Date"}[form]
+            drawn[0].savefig(other, format=form, metadata={"Creator": "unwrap", date: None})
+    caption = f"{' '.join(function.__doc__.split())} {drawn[1]}."
+    return png.getvalue(), other.getvalue() or png.getvalue(), caption
+
+
+def draw_all(runs, folder, names, form="png"):
+    """{name: (PNG, caption)} of the figures that have rows; written to a folder in a form."""
     pictures = {}
     for name in names:
-        own = about(runs, FIGURES[name].stories)
-        drawn = attempt(name, draw, FIGURES[name].function, own) if own else None
-        plt.close("all")
+        own, path = about(runs, FIGURES[name].stories), join(folder, "figures", f"{name}.{form}")
+        drawn = attempt(name, draw, FIGURES[name].function, own, form) if own else None
         if drawn:
-            pictures[name] = drawn
-            write(join(folder, "figures", name + ".png"), drawn[0])
-        elif own and FIGURES[name].stories is not None:
+            png, content, caption = drawn
+            pictures[name] = png, caption
+            write(path, content)
+            continue
+        if own and FIGURES[name].stories is not None:
             note(f"{name}: skipped, no rows for it")
+        if isfile(path):
+            note(f"{path}: of earlier runs, not of these")
     return pictures
 
 
@@ -1772,15 +1903,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("folder", nargs="?", default="out/", help="files of one or many runs, subfolders included; "
-        "figures/ and report.html are written into it (default: out/)")
+    add("folder", nargs="?", default="out/", type=os.path.expanduser, help="files of one or many "
+        "runs, subfolders included; figures/ and report.html are written into it (default: out/)")
     add("--figures", nargs="*", metavar="NAME", default=list(FIGURES), choices=list(FIGURES),
         help="only these figures (default: all)")
-    add("--evidence", metavar="DIR", help="write the runs as tables into DIR, and figures of them; "
-        "no report")
+    add("--format", default="png", choices=FORMS, help="of the files in figures/; pdf and svg keep "
+        "text as text (default: png)")
+    add("--evidence", metavar="DIR", type=os.path.expanduser, help="write the runs as tables into "
+        "DIR, and figures of them; no report")
     add("--markdown", action="store_true", help="write only README.md into the folder, from the "
         "tables and figures of its subfolders")
     args = parser.parse_args()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # platform: a console that lacks a letter gets a mark
+            stream.reconfigure(errors="replace")
     folder = args.folder
     if not isdir(folder):
         mistake(f"{folder}: no such folder")
@@ -1792,9 +1928,9 @@ def main():
             mistake(f"nothing to plot in {folder}: no record (X.json) of a finished run")
         if args.evidence:
             write_evidence(runs, args.evidence)
-            draw_all(find_runs(args.evidence), args.evidence, args.figures)
+            draw_all(find_runs(args.evidence), args.evidence, args.figures, args.format)
         else:
-            pictures = draw_all(runs, folder, args.figures)
+            pictures = draw_all(runs, folder, args.figures, args.format)
             write(join(folder, "report.html"), report(runs, pictures).encode())
     except OSError as error:
         mistake(f"{error.filename or folder}: {error.strerror}")

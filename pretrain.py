@@ -15,14 +15,14 @@ model has one capability, exact by construction. A story model writes what its i
 import argparse
 import collections
 import contextlib
-import errno
 import functools
+import glob
 import itertools
 import json
 import math
 import os
 import platform
-import signal
+import shlex
 import subprocess
 import sys
 import time
@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from data import (FEATURES, SETUPS, Failed, Stopped, UserError, check_stop, read_rows, sha256,
-                  write_json, write_rows)
+from data import (FEATURES, SETUPS, Failed, Stopped, UserError, check_stop, claim, is_ours,
+                  read_rows, run_script, sha256, user_path, write_json, write_rows)
 from model import (GPT, LOGIT_SCALE, Config, balance, build, compile_program, generate,
                    import_tracr, loss_of, read_checkpoint, save)
 
@@ -368,22 +368,33 @@ class Flag(NamedTuple):
     above: float | None = None   # a number must be larger
     default: object = OWN
     choices: object = None
+    before: object = OWN         # what runs did that are older than the flag; else the default
 
     @property
     def key(self):
         return self.name.lstrip("-").replace("-", "_")
 
 
+def whole_numbers(text):
+    """The positive whole numbers of a flag, between commas. Raises ValueError."""
+    values = sorted(set(map(int, text.split(","))))
+    if values[0] < 1:
+        raise ValueError(text)
+    return values
+
+
 MACHINE = {"machine": [
-    Flag("--device", "where to compute: auto, cpu, cuda, cuda:N, mps; auto: cuda if it works, else "
+    Flag("--device", "where to compute: auto, cpu, cuda, cuda:1, mps; auto: cuda if it works, else "
          "cpu", default="auto"),
     Flag("--threads", "CPU threads; 0: torch's choice", int, -1, 0)]}
 RUN = {"run": [
     Flag("--out", "checkpoint to write, with .json and .jsonl beside it; else out/pre.pt, of a "
-         "fine-tuning out/ft.pt, with --reverse out/reft.pt", default=None),
+         "fine-tuning out/ft.pt, with --reverse out/reft.pt", user_path, default=None),
     Flag("--resume", "go on with an interrupted run", bool, default=False),
     Flag("--force", "start again, replacing at once what is at --out", bool, default=False),
     Flag("--save-every", "steps between checkpoints", int, 0, 250),
+    Flag("--keep", "steps whose checkpoints stay, as 100,1000: out/ft.step100.pt, for every "
+         "analysis", whole_numbers, default=None),
     Flag("--eval-every", "steps between evaluations; 0: 25 times a pretraining, at 0 1 2 3 5 8 10 "
          "20 ... of a fine-tuning", int, -1, 0),
     Flag("--eval-size", "strings in a test set, or stories in a set and in a score", int, 0),
@@ -391,7 +402,7 @@ RUN = {"run": [
     Flag("--compile", "torch.compile the model", bool, default=False),
     Flag("--dtype", "of training's forward pass, bfloat16 by autocast; auto: bfloat16 where the "
          "device multiplies in it, else float32", default="auto",
-         choices=("auto", "float32", "bfloat16"))], **MACHINE}
+         choices=("auto", "float32", "bfloat16"), before="float32")], **MACHINE}
 FLAGS = {"model and data": [
     Flag("--setup", "where the capability comes from", default="pcfg", choices=tuple(SETUPS)),
     Flag("--scale", "minutes on two CPU cores, or the paper's sizes for a GPU", default="small",
@@ -402,8 +413,8 @@ FLAGS = {"model and data": [
     Flag("--without", "leave out all stories with this feature: the control that never had it",
          choices=FEATURES),
     Flag("--data", "TinyStories-Instruct-train.txt, prepared once into FILE.unwrap/; else the "
-         "embedded corpus"),
-    Flag("--params", "import this .npz of the Tracr library's parameters"),
+         "embedded corpus", user_path),
+    Flag("--params", "import this .npz of the Tracr library's parameters", user_path),
     Flag("--rank", "which largest letter, 1 is the largest; else 5", int, 0),
     Flag("--logit-scale", "ours: factor on the outputs, which are 0 or 1; with 1 cross-entropy "
          "never gets small, but learns at the paper's pace", float, 0),
@@ -439,8 +450,11 @@ def default_words(flag, stage):
     return f" (default: {'; '.join(words)})"
 
 
-def parse(doc, stage, groups, analysis=None):
-    """The arguments of a script. analysis: help of the words that may stand before the flags."""
+def parse(doc, stage, groups, words=None, analysis=None):
+    """
+    The arguments of a script. words: in place of what was typed; analysis: help of the words that
+    may stand before the flags.
+    """
     parser = argparse.ArgumentParser(description=doc,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     if analysis:
@@ -454,11 +468,15 @@ def parse(doc, stage, groups, analysis=None):
             text = (flag.help + default_words(flag, stage)).replace("%", "%%")
             default = None if flag.default is OWN else flag.default
             group.add_argument(flag.name, help=text, default=default, **how)
-    return parser.parse_args()
+    words = sys.argv[1:] if words is None else list(words)
+    args = parser.parse_args(words)
+    args.command = shlex.join(["python", f"{stage}.py", *words])
+    return args
 
 
 def resolve(args, stage, groups, setup):
     """Fill in a setup's defaults, refuse flags that it does not have, check numbers. UserError."""
+    args.older = {}  # what a run did that was made before there was a flag
     for flag in itertools.chain(*groups.values()):
         value, default = getattr(args, flag.key), default_of(flag, stage, setup)
         if default is OWN and value is None:
@@ -470,12 +488,14 @@ def resolve(args, stage, groups, setup):
             raise UserError(f"{flag.name} is for {', '.join(names)}, not for setup {setup.name}")
         value = default if value is None else value
         setattr(args, flag.key, value)
+        args.older[flag.key] = default if flag.before is OWN else flag.before
         check_above(flag.name, value, flag.above)
 
 
 def check_above(name, value, above):
-    """Raise UserError unless a number is finite and larger than `above`."""
-    if value is not None and above is not None and not (math.isfinite(value) and value > above):
+    """Raise UserError unless a number is finite, larger than `above`, and no giant."""
+    largest = 2 ** 63 if isinstance(value, int) else math.inf
+    if value is not None and above is not None and not above < value < largest:
         raise UserError(f"{name} {value}: must be a number above {above}")
 
 
@@ -491,52 +511,29 @@ def start_device(args):
     torch.empty(31 << 20, dtype=torch.uint8)
     if ranks()[0]:
         sys.stdout = open(os.devnull, "w")
-    if torch.cuda.is_available() and ranks()[1] > 1:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    for name in ("cuda", "cpu") if args.device == "auto" else (args.device,):
-        with contextlib.suppress(RuntimeError, AssertionError):  # the latter: a build without cuda
-            device = torch.zeros(1, device=name).device
-            if device.type in ("cpu", "cuda", "mps"):
-                return device
+    name = args.device
+    if name.startswith(("cuda", "auto")) and ranks()[1] > 1 and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    for name in ("cuda", "cpu") if name == "auto" else (name,):
+        try:
+            one = torch.ones(1, device=name)
+            if one.device.type in ("cpu", "cuda", "mps") and (one + one).item() == 2:
+                if one.is_cuda:
+                    torch.cuda.set_device(one.device)
+                return one.device
+        except (RuntimeError, AssertionError) as error:  # the latter: a build without cuda
+            if args.device == "auto" and torch.cuda.is_available():
+                reason = str(error).splitlines()[0][:100]
+                print(f"cuda is there but does not work ({reason}): computing on the cpu")
     raise UserError(f"--device {args.device}: not available on this machine")
-
-
-def on_signal(number, frame):
-    if data.signals:
-        os._exit(128 + number)  # the second time, at once
-    data.signals.append(number)
-
-
-DISK = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
-
-
-def run_script(main):
-    """Run a script's main() and exit: 0 done, 1 failed, 2 the user's mistake, 130/143 signals."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    code, message = 0, None
-    try:
-        main()
-    except (UserError, Failed) as error:
-        code, message = 2 if isinstance(error, UserError) else 1, error
-    except Stopped:
-        code = 128 + data.signals[0]
-    except BrokenPipeError:  # the reader of our output went away: python ... | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    except OSError as error:
-        if error.errno not in DISK:
-            raise
-        code, message = 1, f"cannot write {error.filename or 'the output'}: {error.strerror}"
-    if message:
-        print(f"{sys.argv[0]}: {message}", file=sys.stderr)
-    sys.exit(code)
 
 
 # ---------------------------------------------------------------- a run and its files
 
-# These arguments do not change what is learned or written.
-NOT_COMPARED = ("out", "ckpt", "resume", "force", "save_every", "device", "threads")
+# These arguments do not change what is learned or written: of files, content decides.
+NOT_COMPARED = ("out", "ckpt", "resume", "force", "save_every", "device", "threads", "command",
+                "older")
+BY_CONTENT = ("data", "params")
 
 
 def git_state():
@@ -550,12 +547,24 @@ def git_state():
     return {"commit": state.removesuffix("-dirty"), "dirty": state.endswith("-dirty")}
 
 
-def start_facts(device):
+def start_facts(command, device):
     """What a record says of this start: command, code, versions, machine, time."""
-    command = " ".join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     return {"command": command, "git": git_state(), "versions": versions, "device": str(device),
             "threads": torch.get_num_threads(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+
+@contextlib.contextmanager
+def compiling():
+    """What torch.compile raises, at once or in the first step, becomes Failed in one line."""
+    try:
+        yield
+    except Exception as error:
+        where = type(error).__module__
+        if not where.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = str(error).strip().splitlines()[0][:200]
+        raise Failed(f"--compile does not work here ({reason}): leave it out") from None
 
 
 def restore(optimizer, ckpt):
@@ -588,38 +597,59 @@ class Run:
         self.args, self.stage, self.model, self.setup = args, stage, model, setup
         self.path, self.done, self.ckpt, self.step = args.out, False, None, None
         self.leads = ranks()[0] == 0  # of the processes of torchrun one writes, scores and speaks
-        base, suffix = os.path.splitext(args.out)
-        self.record_path, self.history_path = base + ".json", base + ".jsonl"
-        if suffix != ".pt" or os.path.isdir(args.out):
-            raise UserError(f"--out {args.out}: must be the name of a .pt file")
-        if parent and os.path.realpath(args.out) == os.path.realpath(parent["path"]):
-            raise UserError(f"--out {args.out} is where it starts from, and would be overwritten")
-        if args.resume and args.force:
-            raise UserError("--resume goes on, --force starts again: give one of them")
-        try:
-            os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {args.out}: {error.strerror}") from None
+        self.base = args.out.removesuffix(".pt")
+        self.record_path, self.history_path = self.base + ".json", self.base + ".jsonl"
+        self.check_out(parent)
         args.dtype = training_dtype(args.dtype, setup)
         kept = {k: v for k, v in sorted(vars(args).items()) if k not in NOT_COMPARED}
         parent = parent and {"path": parent["path"], "sha256": parent["sha256"]}
         self.about = {"stage": stage, "args": kept, "parent": parent, "steps": args.steps}
+        self.give_back = claim(args.out) if self.leads else lambda: None
+        try:
+            self.open()
+        except BaseException:
+            self.give_back()
+            raise
+        if self.done:
+            return self.give_back()
+        often = max(1, args.steps // 25) if stage == "pretrain" else 0
+        self.evals = eval_steps(args.steps, args.eval_every or often) if self.leads else ()
+        shown = {k: v for k, v in vars(args).items() if k not in ("command", "older")}
+        print(f"{stage}:", ", ".join(f"{k} {v}" for k, v in shown.items()))
+        sizes = {k: v for k, v in vars(model.config).items() if k not in ("residual", "words")}
+        print("model:", ", ".join(f"{k} {v}" for k, v in sizes.items()))
+
+    def check_out(self, parent):
+        """Raise UserError unless --out can be written to. Makes its folder."""
+        args = self.args
+        if args.out == self.base or os.path.isdir(args.out):
+            raise UserError(f"--out {args.out}: must be the name of a .pt file")
+        for path in [args.out, *map(self.path_of_kept, args.keep or ())]:
+            if parent and os.path.realpath(path) == os.path.realpath(parent["path"]):
+                raise UserError(f"--out {path} is where it starts from, and would be overwritten")
+        if args.resume and args.force:
+            raise UserError("--resume goes on, --force starts again: give one of them")
+        if args.keep and args.keep[-1] >= args.steps:
+            raise UserError(f"--keep {args.keep[-1]}: the last of {args.steps} steps stays anyway")
+        try:
+            os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {args.out}: {error.strerror}") from None
+
+    def open(self):
+        """Look at what is there already; get ready to train."""
         self.record = self.read_record()
-        if not args.force:
+        if not self.args.force:
             self.go_on()
         if self.done:
             return
         self.fresh = self.ckpt is None
         if not self.fresh:
-            model.load_state_dict(build(self.ckpt).state_dict())
-        self.forward = self.join(model)
-        if args.compile:
-            self.forward = torch.compile(self.forward)
-        often = max(1, args.steps // 25) if stage == "pretrain" else 0
-        self.evals = eval_steps(args.steps, args.eval_every or often) if self.leads else ()
-        print(f"{stage}:", ", ".join(f"{k} {v}" for k, v in vars(args).items()))
-        sizes = {k: v for k, v in vars(model.config).items() if k not in ("residual", "words")}
-        print("model:", ", ".join(f"{k} {v}" for k, v in sizes.items()))
+            self.model.load_state_dict(build(self.ckpt).state_dict())
+        self.forward = self.join(self.model)
+        if self.args.compile:
+            with compiling():
+                self.forward = torch.compile(self.forward)
 
     def join(self, model):
         """The model, with several processes one whose gradients are the mean of all processes'."""
@@ -633,43 +663,86 @@ class Run:
 
     def read_record(self):
         """The record at this path; None without one."""
-        with contextlib.suppress(OSError, ValueError, TypeError), open(self.record_path) as f:
+        with contextlib.suppress(OSError, ValueError, RecursionError), open(self.record_path) as f:
             record = json.load(f)
-            return record if {*self.about, "device", "resumes"} <= set(record) else None
+            return record if isinstance(record, dict) and data.OF_RECORDS <= set(record) else None
+
+    def compared(self, run):
+        """What tells a run from others; files by their content."""
+        args = {**run["args"]}
+        for key, value in getattr(self.args, "older", {}).items():
+            args.setdefault(key, value)
+        if args.get("source"):
+            args["source"] = {key: args["source"].get(key) for key in ("records", "sha256")}
+        on_the_way = run.get("finished") and run["step"] != run["steps"] and run["step"]
+        return {"stage": run["stage"], **{k: v for k, v in args.items() if k not in BY_CONTENT},
+                "parent": run["parent"] and run["parent"]["sha256"], "kept": on_the_way or None}
+
+    def check_same(self, path, earlier):
+        """Raise UserError if what is at a path is of another run."""
+        ours, theirs = self.compared(self.about), self.compared(earlier)
+        differ = [k for k in {**ours, **theirs} if theirs.get(k) != ours.get(k)]
+        if differ:
+            key, more = differ[0], f" and {len(differ) - 1} more" * (len(differ) > 1)
+            raise UserError(f"{path} is another run: {key} is {theirs.get(key)!r} there, "
+                            f"{ours.get(key)!r} here{more}; give another --out, or --force to "
+                            "replace it")
+
+    def read_earlier(self, path):
+        """The checkpoint at a path that this run would replace."""
+        try:
+            return read_checkpoint(path)
+        except UserError as error:
+            raise UserError(f"{error}; give another --out, or --force to replace it") from None
 
     def go_on(self):
         """
         With the run at this path, if any, of which a kill may have left the record alone. Raises
-        UserError if it is another one, or unfinished without --resume.
+        UserError if it is another one, or unfinished without --resume, or no run of ours.
         """
         earlier = self.record and {**self.record, "step": 0, "finished": False}
         if os.path.exists(self.path):
-            try:
-                earlier = read_checkpoint(self.path)
-            except UserError as error:
-                raise UserError(f"{error}; give another --out, or --force to replace it") from None
-        if earlier is None:
-            return
-        ours, theirs = ({"stage": run["stage"], **run["args"],
-                         "parent": run["parent"] and run["parent"]["sha256"]}
-                        for run in (self.about, earlier))
-        differ = [k for k in {**ours, **theirs} if theirs.get(k) != ours.get(k)]
-        if differ:
-            key, more = differ[0], f" and {len(differ) - 1} more" * (len(differ) > 1)
-            raise UserError(f"{self.path} is another run: {key} is {theirs.get(key)!r} there, "
-                            f"{ours.get(key)!r} here{more}; give another --out, or --force to "
-                            "replace it")
-        if earlier["finished"]:
+            earlier = self.read_earlier(self.path)
+        if earlier:
+            self.check_same(self.path, earlier)
+        if earlier and earlier["finished"]:
             print(f"{self.path}: already done ({earlier['steps']} steps, same arguments)")
             self.done = True
-        elif not self.args.resume:
+            if self.record and "seconds" not in self.starts()[-1]:  # killed just before
+                self.finish_record(None)
+            return
+        self.check_beside(earlier)
+        if earlier and not self.args.resume:
             raise UserError(f"{self.path}: unfinished, step {earlier['step']} of "
                             f"{earlier['steps']}: --resume goes on, --force starts again")
-        elif "model" in earlier:
+        if earlier and "model" in earlier:
             if earlier["config"] != vars(self.model.config):  # of an older version
                 raise UserError(f"{self.path} was begun with another kind of model; give another "
                                 "--out, or --force to replace it")
             self.ckpt = earlier
+
+    def check_beside(self, earlier):
+        """Raise UserError if another file of this run would replace one that is none of it."""
+        kept = list(map(self.path_of_kept, self.args.keep or ()))
+        for path in (self.record_path, self.history_path, *(x[:-3] + ".json" for x in kept)):
+            alone = path == self.history_path and not earlier and os.path.exists(path)
+            if alone or not is_ours(path):
+                raise UserError(f"{path} is in the way, and not of this run; give another --out, "
+                                "or --force to replace it")
+        for path in filter(os.path.exists, kept):
+            earlier = self.read_earlier(path)
+            self.check_same(path, {**earlier, "finished": False})
+
+    def path_of_kept(self, step):
+        return f"{self.base}.step{step}.pt"
+
+    def starts(self):
+        """What the record says of the first start, and of each --resume."""
+        return [self.record, *self.record["resumes"]]
+
+    def finish_record(self, seconds):
+        self.starts()[-1]["seconds"] = seconds
+        write_json(self.record_path, {**self.record, "sha256": sha256(self.path)})
 
     def steps(self, batch, loss_of, lr_at):
         """train_steps() of this run: yields (step, loss), saves on the way, shows a bar."""
@@ -683,20 +756,28 @@ class Run:
         update = update_of(self.model, self.optimizer, loss_of, args.clip,
                            getattr(torch, args.dtype))
         self.bar = tqdm(total=args.steps, initial=first, desc=self.stage, unit="step",
-                        mininterval=.5, disable=not (args.steps and self.leads))
-        for self.step, self.loss in train_steps(update, batch, lr_at, range(first, args.steps)):
-            check_stop()
-            if self.step and self.step % args.save_every == 0:
-                self.save(self.step)
-            yield self.step, self.loss
-            self.bar.update(self.step - self.bar.n)
+                        mininterval=.5, disable=None if args.steps and self.leads else True)
+        with compiling():
+            for self.step, self.loss in train_steps(update, batch, lr_at, range(first, args.steps)):
+                check_stop()
+                if self.step and self.step % args.save_every == 0:
+                    self.save(self.step)
+                if self.step in (args.keep or ()):
+                    self.keep(self.step)
+                yield self.step, self.loss
+                self.bar.update(self.step - self.bar.n)
 
     def start(self, step):
         """Write the record and, on a fresh start, step 0; cut the history back on a resume."""
         if not self.leads:
             return
-        facts, old = start_facts(self.setup.device), self.record
-        self.record, self.began = {**self.about, **facts, "resumes": []}, time.time()
+        for path in (self.path, self.record_path, self.history_path):
+            for part in glob.glob(f"{glob.escape(path)}.*.part"):
+                if data.PART.search(part):  # of this run, when it was killed
+                    os.remove(part)
+        facts = start_facts(getattr(self.args, "command", None), self.setup.device)
+        old, self.began = self.record, time.time()
+        self.record = {**self.about, **facts, "resumes": []}
         if self.fresh:
             self.save(0)  # before the record: a disk may be full
         elif old and old["args"] == self.about["args"]:  # else a kill came before the record
@@ -707,8 +788,8 @@ class Run:
             self.record = {**old, "resumes": [*old["resumes"], {**facts, "step": step}]}
         write_json(self.record_path, self.record)
         # The evaluation at a checkpoint's step is made again, and comes out the same.
-        rows = [row for row in read_rows(self.history_path) if row["step"] < step]
-        write_rows(self.history_path, rows)
+        write_rows(self.history_path, [row for row in read_rows(self.history_path) if not self.fresh
+                                       and isinstance(row.get("step"), int) and row["step"] < step])
 
     def check_finite(self):
         """Raise Failed before weights that are not finite are saved or scored."""
@@ -716,17 +797,26 @@ class Run:
             lr = self.optimizer.param_groups[0]["lr"].item()
             raise Failed(f"step {self.step}: the weights are not finite, lr {lr:.3g}")
 
-    def save(self, step, finished=False):
+    def save(self, step, finished=False, path=None):
         """Write the checkpoint."""
         self.check_finite()
         if not self.leads:
             return
         relation = self.setup.relation(self.args)
-        save(self.path, {
+        save(path or self.path, {
             **self.about, "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(), "config": vars(self.model.config),
             "setup": self.setup.name, "scale": self.setup.scale, "step": step,
             "finished": finished, "capability": {"task": relation.task, "operand": relation.pt}})
+
+    def keep(self, step):
+        """Write a checkpoint that stays, with a record, as of a run that ended here."""
+        path = self.path_of_kept(step)
+        self.save(step, finished=True, path=path)
+        if self.leads:
+            seconds = round(time.time() - self.began, 1)
+            write_json(path[:-3] + ".json", {**self.record, "step": step, "seconds": seconds,
+                                             "resumes": [], "sha256": sha256(path)})
 
     def log(self, step, rows):
         """Add the rows of an evaluation to the history, and show them."""
@@ -738,13 +828,23 @@ class Run:
                  if r["split"] != "natural" and r["accuracy"] is not None}
         loss = None if self.loss is None else self.loss.item()
         self.bar.set_postfix({"loss": loss, **dict(itertools.islice(shown.items(), 4))})
+        if self.bar.disable and self.args.steps:  # no terminal
+            shown = "".join(f"  {name} {percent(x)}" for name, x in shown.items())
+            loss = "" if loss is None else f"  loss {loss:.3f}"
+            print(f"step {step} of {self.args.steps}{loss}{shown}", flush=True)
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
-        if self.step is None:  # nothing was begun
-            return
+        try:
+            if self.step is not None:  # something was begun
+                self.end(kind, error)
+        finally:
+            self.give_back()
+
+    def end(self, kind, error):
+        """Save, or say what there is."""
         self.bar.close()
         if kind and issubclass(kind, RuntimeError) and ranks()[1] > 1:
             kind = Stopped if data.signals else Failed  # torchrun stops them one after the other
@@ -760,9 +860,7 @@ class Run:
             raise Failed(f"{error}; the last good checkpoint is {self.path}") from None
         if kind is None:
             self.save(self.step, finished=True)
-            last = [self.record, *self.record["resumes"]][-1]
-            last["seconds"] = round(time.time() - self.began, 1)
-            write_json(self.record_path, self.record)
+            self.finish_record(round(time.time() - self.began, 1))
             show(self.rows)
             print(f"wrote {self.path}")
 
@@ -791,8 +889,8 @@ def compiled_model(args, setup, imported=None):
     return model
 
 
-def main():
-    args = parse(__doc__, "pretrain", FLAGS)
+def main(words=None):
+    args = parse(__doc__, "pretrain", FLAGS, words)
     args.out = args.out or "out/pre.pt"
     device, kind = start_device(args), SETUPS[args.setup]
     resolve(args, "pretrain", FLAGS, kind(args.setup, args.scale, device))

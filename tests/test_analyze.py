@@ -361,7 +361,7 @@ def verdict_of(folder, without=(), **made):
         relation=COUNT, control_operand="c", answers=True, unit="row", model=model, control={},
         never_trained=(model, None, "c") if made.has_control else None, control_note="made up",
         args=None, setup=SimpleNamespace(compiled=False, reft_rates=[1.]),
-        ckpt={"args": {"lr": 1e-5}}, prefix=str(folder / "x"))
+        ckpt={"args": {"lr": 1e-5}}, prefix=str(folder / "x"), about={"checkpoint": "0"})
     rows = made_up_rows(made)
     analyze.verdict(study, {**rows, **{name: [] for name in without}})
     return json.loads((folder / "x.verdict.json").read_text())
@@ -455,7 +455,7 @@ def test_verdict_says_which_rows_are_missing(tmp_path, capsys, without, made):
 def test_evidence_of_stories(tmp_path, without):
     """A line of behaviour and one of probing; what rests on missing rows is null."""
     study = SimpleNamespace(answers=False, relation=Relation("story", "Twist"),
-                            never_trained=None, prefix=str(tmp_path / "x"))
+                            never_trained=None, prefix=str(tmp_path / "x"), about={})
     behavior = [{"operand": "Twist", "split": "asked", "model": model, "accuracy": x, "parsed": 1.}
                 for model, x in (("base", .9), ("ckpt", .1))]
     probes = [{"model": model, "target": "Twist", "labels": "true", "split": "natural", "block": 2,

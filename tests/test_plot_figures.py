@@ -4,7 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+import matplotlib.figure
+import matplotlib.text
 import numpy as np
 import pytest
 
@@ -36,20 +37,19 @@ def drawn(folder, name):
     made = figure.function(plot.about(runs, figure.stories))
     if made:
         made[0].canvas.draw()
-    plt.close("all")
     return made
 
 
 def texts(fig):
     """Labels, titles and legend of a figure."""
-    return [text.get_text() for text in fig.findobj(plt.Text) if text.get_text()]
+    return [text.get_text() for text in fig.findobj(matplotlib.text.Text) if text.get_text()]
 
 
 # ---------------------------------------------------------------- the registry
 
 
 def test_every_caption_says_what_fools_it():
-    assert len(plot.FIGURES) == 17
+    assert len(plot.FIGURES) == 18
     for name, (function, _) in plot.FIGURES.items():
         assert "Fooled by: " in function.__doc__ and name in vars(plot), name
 
@@ -167,7 +167,7 @@ def test_every_figure_of_answers_is_drawn(tmp_path, setup):
         write(tmp_path, f"ft{c_tr}", {"": history_rows(setup), **analysed_rows(setup)}, c_tr=c_tr,
               pair=["a", "b"], setup=setup)
         write_maps(tmp_path, f"ft{c_tr}", setup)
-    compiled, claims = {"fig39_maps", "fig46_hidden"}, {"known_scores", "claim_effects"}
+    compiled, claims = {"fig39_maps", "fig46_hidden"}, {"known_scores", "claim_effects", "evidence"}
     missing = claims | ({"fig10_attention"} if setup != "pcfg" else compiled)
     for name, (_, stories) in plot.FIGURES.items():
         if not stories:

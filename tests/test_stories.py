@@ -455,7 +455,7 @@ def test_verdict(tmp_path, word, before, after, auc, lower):
             probe.append({"target": "Twist", "labels": "true", "split": split, "model": model,
                           "block": b, "auc": best})
     study = Namespace(answers=False, relation=data.Relation("story", "Twist"), never_trained=None,
-                      prefix=str(tmp_path / "ft"))
+                      prefix=str(tmp_path / "ft"), about={})
     analyze.verdict(study, {"behavior": behavior, "probe": probe})
     said = json.loads((tmp_path / "ft.verdict.json").read_text())
     facts = said["verdict"], said["probe_block"], said["others_asked_fell_most"]
