@@ -866,14 +866,14 @@ def makes_sense(shard):
 def prepare(path, max_words=7935):
     """
     Prepare a file of records for StoryFile, in `path`.unwrap/, from the last whole shard on.
-    Returns {name, records, sha256}. Raises ValueError, in one line, for an unusable file or folder.
+    Returns {name, records, sha256}. Raises UserError, in one line, for an unusable file or folder.
     """
     folder = f"{path}.unwrap"
     try:
         source = fingerprint(path)
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{error.filename}: {error.strerror.lower()}") from None
+        raise UserError(f"{error.filename}: {error.strerror.lower()}") from None
     made_from = {"format": FORMAT, "shard": SHARD, "max_words": max_words, **source}
     shards = read_shards(folder, made_from)
     about = {"made_from": made_from, "totals": {}, "finished": False}
@@ -885,12 +885,12 @@ def prepare(path, max_words=7935):
         texts = map(record_text, parse_records(read_lines(path, totals, stop, "words"), totals))
         about["words"] = Tokenizer.from_texts(texts, max_words).words
         if not about["words"]:
-            raise ValueError(f"{path} holds no record with a Story: and a line {END}")
+            raise UserError(f"{path} holds no record with a Story: and a line {END}")
     while not about["finished"]:
         shard = make_shard(path, about)
         about, text = shard["about"], json.dumps(shard["about"])
         if fingerprint(path) != source:
-            raise ValueError(f"{path} changed while it was read")
+            raise UserError(f"{path} changed while it was read")
         replace_file(f"{folder}/{k:05}.pt", lambda f: torch.save({**shard, "about": text}, f))
         k += 1
     if k > len(shards):

@@ -249,7 +249,7 @@ def only_own(name, run):
 
     def maps(kind):
         arrays = read(kind)
-        of = str(arrays.pop("checkpoint", [None])[0])
+        of = str(arrays.get("checkpoint", [None])[0])
         return left_out(f"maps of {kind}") or {} if of not in map(str, own) and arrays else arrays
     run.maps = maps if said or run.sha256 else read
 
@@ -1833,7 +1833,7 @@ def write_evidence(runs, folder):
             for row in own:
                 writer.writerow([name, *map(cell_of, map(row.get, varying))])
         if rows:
-            write(path, text.getvalue().encode())
+            write(path, text.getvalue().encode(errors="replace"))
         elif isfile(path):
             os.remove(path)  # of runs that are not here any more
         write_maps(runs, kind, join(folder, f"{kind}.npz"))
@@ -1922,7 +1922,7 @@ def main():
         mistake(f"{folder}: no such folder")
     try:
         if args.markdown:
-            return write(join(folder, "README.md"), readme(folder).encode())
+            return write(join(folder, "README.md"), readme(folder).encode(errors="replace"))
         runs = find_runs(folder)
         if not runs:
             mistake(f"nothing to plot in {folder}: no record (X.json) of a finished run")
@@ -1931,7 +1931,7 @@ def main():
             draw_all(find_runs(args.evidence), args.evidence, args.figures, args.format)
         else:
             pictures = draw_all(runs, folder, args.figures, args.format)
-            write(join(folder, "report.html"), report(runs, pictures).encode())
+            write(join(folder, "report.html"), report(runs, pictures).encode(errors="replace"))
     except OSError as error:
         mistake(f"{error.filename or folder}: {error.strerror}")
 
