@@ -14,6 +14,8 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what they compare are the n
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow (several minutes more)")
+    parser.addoption("--tries", type=int, default=300, help="random changes and nasty flags (slow)")
+    parser.addoption("--tries-seed", type=int, default=0, help="seed of the tries")
 
 
 def pytest_configure(config):

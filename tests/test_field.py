@@ -679,6 +679,35 @@ def test_pieces_work_twice_in_one_process(tmp_path, monkeypatch):
         pretrain.main([*few, "--out", "one.pt", "--lr", "1"])
 
 
+def test_the_notebook_of_the_readme(looked, monkeypatch, capsys):
+    """Its very lines, twice in this process; at most ten."""
+    blocks = re.findall(r"```python\n(.*?)```", Path(ROOT, "README.md").read_text(), re.S)
+    notebook, lens = blocks
+    assert len(notebook.splitlines()) <= 10 and len(lens.splitlines()) == 3
+    monkeypatch.chdir(looked.path)
+    os.mkdir("out")
+    for name in ("pre", "ft"):
+        shutil.copy(f"{name}.pt", "out")
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for _ in range(2):
+        names = {}
+        exec(notebook, names)
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 4 and out[0] == out[2] and "accuracy" in out[0]
+    assert all(.2 < float(line[7:-1]) <= 1 for line in out[1::2])  # of a solver, of hardly trained weights
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    made = []
+
+    class HookedTransformer:
+        def __init__(self, config):
+            made.append(config)
+
+        def load_state_dict(self, state, strict):
+            made.append(state)
+    exec(lens, {**names, "HookedTransformer": HookedTransformer})
+    assert made[0]["n_layers"] == 3 and "blocks.2.mlp.W_out" in made[1]
+
+
 # ---------------------------------------------------------------- 9 other people's checkpoints
 
 

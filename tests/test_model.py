@@ -5,6 +5,7 @@ for bit, checkpoints that come back as they were, and generation that a slow loo
 import copy
 import math
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import data
 import model as model_py
 from data import Examples, UserError
 from model import (GPT, Cache, Config, activation_edits, activation_names, activations, generate,
-                   load, loss_of, rotate, rotation, sample_next_token, save, weight_edits)
+                   load, loss_of, rotate, rotation, sample_next_token, save, to_transformer_lens, weight_edits)
 from pretrain import restore
 
 # Every size differs, so that a mixed-up dimension shows: d_head is not d_model / n_head, d_mlp is not 4 d_model.
@@ -804,3 +805,90 @@ def test_default_shapes_are_mingpt():
         assert config.d_model == config.n_head * config.d_head
         assert config.d_mlp == 4 * config.d_model
         assert config.n_ctx == setup.length + 9 == at + 3
+
+
+# ---------------------------------------------------------------- TransformerLens
+
+
+def of_setup(name):
+    """A model of a setup, every weight far from its start, and tokens that it reads."""
+    setup = data.SETUPS[name](name)
+    if setup.compiled:
+        steps = setup.program.steps(setup.order[0])
+        gpt = model_py.compile_program(steps, setup.alphabet, setup.room, setup.mlp_exactness)
+        return gpt, setup.sequence(setup.natural(4, setup, data.rng(0)), None, None)
+    setup.open(SimpleNamespace(data=None, jailbreak=False))
+    gpt = GPT(Config(**setup.config())).init_weights(data.rng(0))
+    for p in gpt.parameters():
+        p.data += .05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    return gpt, torch.randint(gpt.config.vocab_size, (3, 30), generator=torch.Generator().manual_seed(1))
+
+
+def in_their_words(config, state, tokens):
+    """What TransformerLens computes of its config and state, written out. (logits, [resid_post])"""
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], state[f"{name}.w"], state[f"{name}.b"]) \
+            if config["normalization_type"] else x
+    x, t = state["embed.W_E"][tokens], tokens.shape[1]
+    if "pos_embed.W_pos" in state:
+        x = x + state["pos_embed.W_pos"][:t]
+    else:
+        angles = torch.arange(t)[:, None] * 10000. ** -(torch.arange(0, config["rotary_dim"], 2) / config["rotary_dim"])
+    after = []
+    for i in range(config["n_layers"]):
+        at, z = f"blocks.{i}.", 0
+        for h in range(config["n_heads"]):
+            q, k, v = (norm(x, at + "ln1") @ state[f"{at}attn.W_{y}"][h] + state[f"{at}attn.b_{y}"][h] for y in "QKV")
+            if "pos_embed.W_pos" not in state:  # neighbours are a pair: a complex number, turned
+                q, k = (torch.view_as_real(torch.view_as_complex(y.unflatten(2, (-1, 2)).contiguous())
+                                           * torch.polar(torch.ones_like(angles), angles)).flatten(2) for y in (q, k))
+            scores = q @ k.mT / config["d_head"] ** .5
+            if config["attention_dir"] == "causal":
+                scores = scores + torch.full((t, t), -torch.inf).triu(1)
+            z = z + scores.softmax(-1) @ v @ state[f"{at}attn.W_O"][h]
+        x = x + z + state[f"{at}attn.b_O"]
+        act = {"gelu": F.gelu, "relu": F.relu}[config["act_fn"]]
+        hidden = act(norm(x, at + "ln2") @ state[f"{at}mlp.W_in"] + state[f"{at}mlp.b_in"])
+        x = x + hidden @ state[f"{at}mlp.W_out"] + state[f"{at}mlp.b_out"]
+        after.append(x)
+    return norm(x, "ln_final") @ state["unembed.W_U"] + state["unembed.b_U"], after
+
+
+@pytest.mark.parametrize("name", data.SETUPS)
+def test_in_the_words_of_transformer_lens(name):
+    """Logits and residual streams of every setup, by its formulas; the very model is not touched."""
+    gpt, tokens = of_setup(name)
+    before = copy_of(gpt)
+    config, state = to_transformer_lens(gpt)
+    logits, cache = activations(gpt, tokens)
+    theirs, after = in_their_words(config, state, tokens)
+    assert (theirs - logits).abs().max() < 1e-4 and logits.abs().max() > .5
+    for i, x in enumerate(after):
+        assert (x - cache[f"blocks.{i}.resid_post"]).abs().max() < 1e-4
+    state["embed.W_E"].zero_()
+    assert same(gpt, before)
+
+
+@pytest.mark.parametrize("name", data.SETUPS)
+def test_in_transformer_lens(name):
+    """The same with the package itself: HookedTransformer up to version 3, TransformerBridge since."""
+    lens = pytest.importorskip("transformer_lens")
+    gpt, tokens = of_setup(name)
+    config, state = to_transformer_lens(gpt)
+    try:
+        hooked = lens.HookedTransformer(config)
+        lacking = hooked.load_state_dict(state, strict=False)
+        assert not lacking.unexpected_keys and not [key for key in lacking.missing_keys if "W_" in key or "b_" in key]
+    except ImportError:
+        from transformer_lens.utilities.tl_checkpoint_conversion import convert_tl_checkpoint
+        hooked = lens.TransformerBridge.boot_native(config)
+        hooked.load_state_dict(convert_tl_checkpoint(state, hooked.cfg))
+    logits, cache = activations(gpt, tokens)
+    with torch.no_grad():
+        theirs, hooks = hooked.run_with_cache(tokens)
+    assert (theirs - logits).abs().max() < 1e-4
+    for i in range(gpt.config.n_layer):
+        for part in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"):
+            ours = cache[f"blocks.{i}.{part}"]
+            assert (hooks[f"blocks.{i}.hook_{part}"] - ours).abs().max() < 1e-4, part
+        assert (hooks[f"blocks.{i}.attn.hook_pattern"] - cache[f"blocks.{i}.attn.pattern"]).abs().max() < 1e-4

@@ -38,7 +38,7 @@ FINETUNE = ["--steps", "20", "--eval-every", "5", *TINY]
 # Processes are forked from one that has imported torch: a second and a half less for each of the
 # many runs below.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["pytest", "tqdm", "torch", "torch._dynamo"])
+FORKS.set_forkserver_preload(["pytest", "tqdm", "torch", "torch._dynamo", "matplotlib.image"])
 
 
 def with_moments(path):
