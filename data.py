@@ -136,6 +136,7 @@ class ProbeSet(NamedTuple):
 
 ROW = ("setup", "scale", "task", "operand", "split", "accuracy", "floor", "cross_floor", "n",
        "loss", "seed")  # the keys of every row in every file; fractions, null where there is none
+NUMBERS = ROW[5:]
 
 
 def row(setup, /, **values):
@@ -2318,7 +2319,9 @@ def read_rows(path, **about):
     note tells how many do not.
     """
     def is_meant(row):
-        return row is not None and all(row.get(key) == value for key, value in about.items())
+        return row is not None and set(ROW) <= set(row) and all(
+            isinstance(row[key], (int, float, type(None))) for key in NUMBERS) and all(
+            row.get(key) == value for key, value in about.items())
     rows = list(lines_of(path)) if os.path.isfile(path) else []
     kept = list(filter(is_meant, rows))
     if len(kept) < len(rows):

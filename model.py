@@ -633,6 +633,9 @@ def read_checkpoint(path, device="cpu"):
         ckpt = torch.load(path, map_location=device, weights_only=True)
         if not set(KEYS) <= set(ckpt):
             raise ValueError("foreign")
+        whole = type(ckpt["step"]) is type(ckpt["steps"]) is int and type(ckpt["finished"]) is bool
+        if not whole or not 0 <= ckpt["step"] <= ckpt["steps"]:
+            raise ValueError("steps")
         data.setup_of(ckpt)  # refuses stages, scales and arguments that make no sense
     return ckpt
 

@@ -1836,7 +1836,7 @@ def write_evidence(runs, folder):
             write(path, text.getvalue().encode(errors="replace"))
         elif isfile(path):
             os.remove(path)  # of runs that are not here any more
-        write_maps(runs, kind, join(folder, f"{kind}.npz"))
+        attempt(f"maps of {kind}", write_maps, runs, kind, join(folder, f"{kind}.npz"))
     text = "".join(json.dumps(line) + "\n" for line in lines.values())
     write(join(folder, "runs.jsonl"), text.encode())
 

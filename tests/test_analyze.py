@@ -685,7 +685,7 @@ def test_readme_commands(tmp_path):
             few = few[:6] + (["--batch-size", "4"] if few else [])
         if command[1] == "pretrain.py" and "tracr" in " ".join(command[2:4]):
             few = few[4:]  # a compiled model has no steps
-        words = command[1:] + few
+        words = command[1:] + few + (["--keep", "1,2"] if "--keep" in command else [])
         if tuple(words) not in done:
             python(*words, cwd=tmp_path)
             done.add(tuple(words))

@@ -31,7 +31,7 @@ FEW = ["--steps", "3", *TINY]
 ANALYZE = ["analyze.py", "--eval-size", "8", "--draws", "1", "--ckpt", "ft.pt", *FEW[:2], *TINY[:2],
            *TINY[4:]]
 VALUES = ["", " ", "0", "-1", "1", "3", "nan", "inf", "-inf", "1e400", "1e-400", "1e30", "0x10", "1,2", "1,,2",
-          ",", "a", "a,b", "None", "99999999999999999999", "\u2603", "../x", "/", "/dev/null", ".", "~", "*",
+          ",", "a", "a,b", "None", "99999999999999999999", "\u2603", "../x", "/dev/null", ".", "~", "*",
           "x" * 5000, "--", "-", "%s{}%", "x\ny", "pre.pt", "ft.json", "no/such/folder/x.pt", "tables",
           "x.pt", "s.txt", "params.npz", "[", "(?P<", "cuda:7", "true", "Twist", "scratch,pre.pt", "1e18"]
 LEAVES = [None, True, -1, 0, 1e308, float("nan"), float("inf"), 10 ** 400, "", "x" * 999, [], {}, [[]], "a", 3.5,
@@ -225,6 +225,7 @@ def nasty_flag(dice):
 def limited(script, words, folder, log):
     """A script in a forked process, with a limit to its memory."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    os.environ["HOME"] = str(folder)
     run_forked(script, words, folder, log)
 
 
