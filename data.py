@@ -2331,7 +2331,23 @@ def read_rows(path, **about):
 
 
 OF_ROWS = {"split", "accuracy", "seed"}, {"score", "order", "rank"}  # all rows have one of these
-OF_RECORDS = {"stage", "args", "parent", "steps", "device", "resumes"}
+
+
+def has(value, kinds):
+    """Whether a value is a dict with these keys, and kinds of values."""
+    return isinstance(value, dict) and all(isinstance(value.get(k), x) for k, x in kinds.items())
+
+
+def is_run(value):
+    """Whether a checkpoint, or a record, says of which run it is."""
+    return has(value, {"stage": str, "args": dict, "steps": int}) and (
+        value.get("parent") is None or has(value["parent"], {"path": str, "sha256": str}))
+
+
+def is_record(value):
+    """Whether a value is what X.json holds."""
+    return is_run(value) and has(value, {"device": str, "resumes": list}) and all(
+        isinstance(start, dict) for start in value["resumes"])
 
 
 def is_ours(path):
@@ -2347,9 +2363,9 @@ def is_ours(path):
         return all(OF_ROWS[0] <= own or OF_ROWS[1] <= own for own in keys)
     if path.endswith(".npz"):
         return b"vocabulary.npy" in content
-    with contextlib.suppress(ValueError, RecursionError, TypeError):
-        keys = set(json.loads(content))
-        return OF_RECORDS <= keys or {"verdict", "evidence"} <= keys
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(content)
+        return is_record(value) or has(value, {"verdict": str, "evidence": list})
     return False
 
 

@@ -633,9 +633,9 @@ def read_checkpoint(path, device="cpu"):
         ckpt = torch.load(path, map_location=device, weights_only=True)
         if not set(KEYS) <= set(ckpt):
             raise ValueError("foreign")
-        whole = type(ckpt["step"]) is type(ckpt["steps"]) is int and type(ckpt["finished"]) is bool
-        if not whole or not 0 <= ckpt["step"] <= ckpt["steps"]:
-            raise ValueError("steps")
+        if not data.is_run(ckpt) or not data.has(ckpt, {"step": int, "finished": bool}) \
+                or not 0 <= ckpt["step"] <= ckpt["steps"]:
+            raise ValueError("stage, arguments, steps or parent")
         data.setup_of(ckpt)  # refuses stages, scales and arguments that make no sense
     return ckpt
 

@@ -665,14 +665,14 @@ class Run:
         """The record at this path; None without one."""
         with contextlib.suppress(OSError, ValueError, RecursionError), open(self.record_path) as f:
             record = json.load(f)
-            return record if isinstance(record, dict) and data.OF_RECORDS <= set(record) else None
+            return record if data.is_record(record) else None
 
     def compared(self, run):
         """What tells a run from others; files by their content."""
         args = {**run["args"]}
         for key, value in getattr(self.args, "older", {}).items():
             args.setdefault(key, value)
-        if args.get("source"):
+        if isinstance(args.get("source"), dict):
             args["source"] = {key: args["source"].get(key) for key in ("records", "sha256")}
         on_the_way = run.get("finished") and run["step"] != run["steps"] and run["step"]
         return {"stage": run["stage"], **{k: v for k, v in args.items() if k not in BY_CONTENT},
