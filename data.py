@@ -1813,10 +1813,11 @@ class Stories(Setup):
         args.protocol, args.deletion_lr = before.get("protocol"), before["lr"] if tuned else None
 
     def find_data(self, args, before):
-        if args.data and not before.get("source"):
+        path = before["data"]
+        if args.data and not path:
             raise UserError(f"--data: {args.ckpt} was trained on the embedded corpus")
-        if before["data"]:
-            args.source, path = before["source"], before["data"]
+        if path:
+            args.source = before.get("source")  # older ones do not say
             args.data = args.data or [*find_files(path, args.ckpt), path][0]
 
     def control_operand(self, relation, args):

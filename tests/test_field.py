@@ -156,6 +156,15 @@ def test_evidence_as_tables_keeps_the_checkpoint(looked, tmp_path):
     assert len(read.rows["prune"]) > 50 and read.verdict and "tokens" in read.maps("attention")
 
 
+def test_the_page_begins_with_the_verdict(looked):
+    """Its table, the figure that shows it, then the rest; nothing in it is fetched or run."""
+    _, page = report_of(looked)
+    places = [page.index(x) for x in ("Verdicts and their evidence", 'alt="evidence"', "of pretraining, O<sub>FT",
+                                      'alt="fig5_behavior"', "The numbers of the verdicts")]
+    assert places == sorted(places) and page.index("<table") < page.index("<img")
+    assert "<script" not in page and set(re.findall('(?:src|href)="(.{5})', page)) == {"data:"} and "url(" not in page
+
+
 # ---------------------------------------------------------------- 2 files of the user's own
 
 
