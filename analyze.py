@@ -16,11 +16,9 @@ fine-tuning operand, whatever letters they are.
 """
 import bisect
 import collections
-import contextlib
 import copy
 import glob
 import itertools
-import json
 import os
 import textwrap
 from argparse import Namespace
@@ -35,7 +33,7 @@ import data
 from data import (SPLITS, Answers, UserError, check_stop, find_files, is_ours, read_rows,
                   replace_file, run_script, sha256, user_path, write_json, write_rows)
 from finetune import finetune_rate
-from model import GPT, Config, activations, generate, load, loss_of, refuse, weight_edits
+from model import GPT, Config, activations, generate, load, loss_of, weight_edits
 from pretrain import (MACHINE, Flag, accuracy, add_noise, answer_row, check_above, constant,
                       eval_steps, evaluate, floors, optimizer_for, parse, percent, predict, show,
                       start_device, table, train_steps, update_of)
@@ -81,7 +79,7 @@ class Study:
         self.args, self.device = args, device
         self.model, self.ckpt = load(args.ckpt, device)
         self.setup = data.setup_of(self.ckpt, device)
-        self.answers, self.prefix = has_answers(self.setup), os.path.splitext(args.ckpt)[0]
+        self.answers, self.prefix = has_answers(self.setup), args.ckpt.removesuffix(".pt")
         trained = self.ckpt["args"]
         self.seed = trained["seed"] if args.seed is None else args.seed
         # the run's own arguments, for the setup's test sets
@@ -103,8 +101,10 @@ class Study:
         self.control_operand = self.setup.control_operand(self.relation, trained)
         self.never_trained, self.control_note = self.find_control()
         self.control = {"control": self.never_trained[0]} if args.control else {}
-        # of whom its rows speak, and what stands beside
-        self.about = {"checkpoint": self.ckpt["sha256"],
+        # of whom its rows speak; and beside whom, where that is not its parent, or in itself
+        base = self.base_ckpt["sha256"] if args.base else None
+        usual = base and base == self.ckpt["parent"]["sha256"]
+        self.about = {"checkpoint": self.ckpt["sha256"], "base_checkpoint": None if usual else base,
                       "control_checkpoint": sha256(args.control) if args.control else None}
 
     def load(self, path, flag):
@@ -185,9 +185,11 @@ class Study:
 
     def check_files(self, names):
         """Raise UserError if the file of an analysis would replace one that is not ours."""
-        for path in sum([glob.glob(f"{glob.escape(self.prefix)}.{name}.*") for name in names], []):
-            if path.endswith((".json", ".jsonl", ".npz")) and not is_ours(path):
-                raise UserError(f"{path} is in the way: no analysis wrote it; move it")
+        for name, end in itertools.product(names, (".jsonl", ".*.jsonl", ".npz", ".json")):
+            for path in glob.glob(glob.escape(f"{self.prefix}.{name}") + end):
+                run = os.path.exists(f"{self.prefix}.{name}.pt")  # of that very name
+                if run or not is_ours(path):
+                    raise UserError(f"{path} is in the way: no analysis wrote it; move it")
 
     def write_maps(self, name, maps, tokens):
         """Replace <checkpoint>.<name>.npz: arrays, with the tokens that they are about."""
@@ -978,12 +980,10 @@ def teach(study, name, start, operand, lr, max_steps):
 
 def read_history(ckpt):
     """The history of a loaded checkpoint; [] where the record is of another one."""
-    prefix, record = os.path.splitext(ckpt["path"])[0], {}
-    with contextlib.suppress(OSError, ValueError, AttributeError), open(prefix + ".json") as f:
-        record = json.load(f)
-        if record.get("sha256", ckpt["sha256"]) != ckpt["sha256"]:  # older ones do not say
-            return []
-    return read_rows(prefix + ".jsonl")
+    prefix = ckpt["path"].removesuffix(".pt")
+    record = data.read_record(prefix + ".json") or {}
+    same = record.get("sha256", ckpt["sha256"]) == ckpt["sha256"]  # older ones do not say
+    return read_rows(prefix + ".jsonl") if same else []
 
 
 def pretraining_arm(study):
@@ -1007,7 +1007,7 @@ def starts(study):
         arms[f"teach-{c}"] = model, c
         if start:
             arms[f"teach-{c}-base"] = start, c
-    for path in filter(None, (study.args.also or "").split(",")):
+    for path in map(os.path.expanduser, filter(None, (study.args.also or "").split(","))):
         if path == "scratch":
             arms[path] = study.untrained(), a
             continue
@@ -1508,11 +1508,15 @@ def run_analyses(study):
             rows[name] = rows.get(name) or study.read(name)
         if not any(map(rows.get, needed)):
             raise UserError(f"verdict needs the rows of {', '.join(needed)} about this very "
-                            "checkpoint and --control: run them first")
+                            "checkpoint, --base and --control: run them first")
     if study.base and set(needed) <= set(rows):
         told = [*needed, *(["relearn"] if rows.get("relearn") else [])]
-        with refuse(study.prefix, "rows of analyses that are damaged: run them again"):
+        try:
             verdict(study, {name: rows[name] for name in told})
+        except (KeyError, TypeError, IndexError, AttributeError):
+            if set(told) <= set(names):  # not the files' fault
+                raise
+            raise UserError(f"{study.prefix}: damaged rows of analyses: run them again") from None
 
 
 def open_study(words=None):

@@ -28,6 +28,7 @@ import collections
 import contextlib
 import errno
 import functools
+import glob
 import hashlib
 import itertools
 import json
@@ -39,6 +40,7 @@ import secrets
 import signal
 import string
 import sys
+import time
 import zipfile
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -136,7 +138,7 @@ class ProbeSet(NamedTuple):
 
 ROW = ("setup", "scale", "task", "operand", "split", "accuracy", "floor", "cross_floor", "n",
        "loss", "seed")  # the keys of every row in every file; fractions, null where there is none
-NUMBERS = ROW[5:]
+NUMBERS = ROW[5:]  # those that are numbers
 
 
 def row(setup, /, **values):
@@ -788,19 +790,29 @@ def encode_record(record, tokenizer):
 # are made from. Each is written whole, if FILE is unchanged: a killed preparation goes on at the
 # last one, and two at once write the same bytes.
 
+WHOLE = set()  # shards that were looked through
 FORMAT = 3  # to be raised when parsing, tokens or shards change
 SHARD = 20000
 WORDS_FROM = 100 * 10 ** 6  # ours: words are counted in the first 100 MB of 2.66 GB
 
 
-def fingerprint(path):
-    """Size, time, and a hash of the first and last MB of a file."""
+def ends_of(path):
+    """A hash of the first and last MB of a file."""
     with open(path, "rb") as file:
-        stat, ends = os.fstat(file.fileno()), file.read(2 ** 20)
-        file.seek(max(0, stat.st_size - 2 ** 20))
-        ends += file.read(2 ** 20)
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns,
-            "sha256": hashlib.sha256(ends).hexdigest()}
+        ends = file.read(2 ** 20)
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 2 ** 20))
+        return hashlib.sha256(ends + file.read(2 ** 20)).hexdigest()
+
+
+def fingerprint(path):
+    """What a file is, by its content. sha256: of its ends, as older checkpoints know it."""
+    return {"size": os.path.getsize(path), "sha256": ends_of(path), "whole": sha256(path)}
+
+
+def age(path):
+    """What changes when a file is written to."""
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
 
 
 def read_lines(path, totals, stop, what):
@@ -841,12 +853,14 @@ def read_shards(folder, made_from=None):
     with contextlib.suppress(Exception):  # a damaged file may hold anything
         while not shards or not shards[-1]["about"]["finished"]:
             path = f"{folder}/{len(shards):05}.pt"
-            check_archive(path)
+            if (seen := (path, age(path))) not in WHOLE:
+                check_archive(path)
             shard = torch.load(path, mmap=True)
             about = shard["about"] = json.loads(shard["about"])
             made_from = made_from or {**about["made_from"], "format": FORMAT}
-            if about["made_from"] != made_from or not makes_sense(shard):
+            if about["made_from"] != made_from or seen not in WHOLE and not makes_sense(shard):
                 break
+            WHOLE.add(seen)
             shards.append(shard)
     return shards
 
@@ -871,10 +885,11 @@ def prepare(path, max_words=7935):
     """
     folder = f"{path}.unwrap"
     try:
-        source = fingerprint(path)
+        began, source = age(path), fingerprint(path)
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror.lower()}") from None
+        reason = str(error.strerror or error).lower()
+        raise UserError(f"{error.filename or path}: {reason}") from None
     made_from = {"format": FORMAT, "shard": SHARD, "max_words": max_words, **source}
     shards = read_shards(folder, made_from)
     about = {"made_from": made_from, "totals": {}, "finished": False}
@@ -886,18 +901,25 @@ def prepare(path, max_words=7935):
         texts = map(record_text, parse_records(read_lines(path, totals, stop, "words"), totals))
         about["words"] = Tokenizer.from_texts(texts, max_words).words
         if not about["words"]:
-            raise UserError(f"{path} holds no record with a Story: and a line {END}")
+            raise UserError(f"{path} holds no record with a Story: and a line {END} (it must be "
+                            "plain text in UTF-8)")
     while not about["finished"]:
         shard = make_shard(path, about)
         about, text = shard["about"], json.dumps(shard["about"])
-        if fingerprint(path) != source:
+        if age(path) != began:
             raise UserError(f"{path} changed while it was read")
         replace_file(f"{folder}/{k:05}.pt", lambda f: torch.save({**shard, "about": text}, f))
         k += 1
     if k > len(shards):
         print(f"{path}: " + ", ".join(f"{n:,} {what}" for what, n in about["totals"].items() if n))
+    return source_of(path, about)
+
+
+def source_of(path, about):
+    """What a checkpoint says of its file, from the last shard's `about`."""
+    made_from = about["made_from"]
     return {"name": os.path.basename(path), "records": about["totals"]["records"],
-            "sha256": source["sha256"]}
+            "sha256": made_from["sha256"], "whole": made_from["whole"]}
 
 
 class StoryFile:
@@ -912,9 +934,7 @@ class StoryFile:
         if not self.shards or not self.shards[-1]["about"]["finished"]:
             raise UserError(f"{path}.unwrap is missing, unfinished or damaged: "
                             "pretrain.py --setup stories --data prepares it")
-        about = self.shards[-1]["about"]
-        self.about = {"name": os.path.basename(path), "records": about["totals"]["records"],
-                      "sha256": about["made_from"]["sha256"]}
+        self.about = source_of(path, self.shards[-1]["about"])
         self.tokenizer = Tokenizer(self.shards[0]["about"]["words"])
         self.features = torch.cat([shard["index"][:, 5:] > 0 for shard in self.shards])
         self.held_out = max(1, min(len(self) // 100, 20000))
@@ -1160,6 +1180,7 @@ class StoryCorpus:
         records = (write_story(random_features(r), r) for _ in range(3000))
         self.tokenizer = Tokenizer.from_texts(map(record_text, records))
         self.rule, self.classify = True, lambda texts: list(map(read_story, texts))
+        self.about = {}  # no file
 
     def draw(self, n, rng, feature=None, has=None, held_out=False, **how):
         """
@@ -1230,17 +1251,11 @@ def story_ids(record, tokenizer, with_instruction=True):
     return np.concatenate([end, record.ids[:at], line, record.ids[at:]]), start, start + len(story)
 
 
-def story_source(path, words=None):
-    """
-    The records of --data (None: the embedded corpus). Raises ValueError if its words are not those
-    of a checkpoint.
-    """
+def story_source(path):
+    """The records of --data, prepared where they are not; None: the embedded corpus. UserError."""
     if path and (os.path.isfile(path) or not os.path.isdir(f"{path}.unwrap")):
         prepare(path)
-    source = StoryFile(path) if path else StoryCorpus()
-    if words and tuple(words) != source.tokenizer.words:
-        raise UserError("not the words that the checkpoint was trained on")
-    return source
+    return StoryFile(path) if path else StoryCorpus()
 
 
 # ---------------------------------------------------------------- setups
@@ -1293,7 +1308,7 @@ class Setup:
         pass
 
     def find_data(self, args, before):
-        """Where the file of stories is by now that a parent's arguments name."""
+        """Refuse --data, which is for stories."""
         if args.data:
             raise UserError(f"--data is for stories, not for setup {self.name}")
 
@@ -1765,11 +1780,13 @@ class Stories(Setup):
     operands, draws_on = order, "cpu"  # where stories are written and spelled, whatever trains
 
     def open(self, args, words=None):
-        """Draw from args.data, prepared, or from the embedded corpus. Raises ValueError."""
-        self.source = story_source(args.data, words)
-        self.tokenizer, known = self.source.tokenizer, getattr(args, "source", None)
-        if known and any(self.source.about[key] != known.get(key) for key in ("records", "sha256")):
-            raise UserError(f"{args.data}: not the file that the checkpoint was trained on")
+        """Draw from args.data, prepared, or from the embedded corpus. Raises UserError."""
+        self.source, known = story_source(args.data), getattr(args, "source", None) or {}
+        self.tokenizer, now = self.source.tokenizer, self.source.about
+        other = any(now.get(key, x) != x for key, x in known.items() if key != "name")
+        if other or words and tuple(words) != self.tokenizer.words:
+            raise UserError(f"{args.data or 'the embedded corpus'}: not the file that the "
+                            "checkpoint was trained on")
 
     def config(self):
         return super().config(vocab_size=self.tokenizer.size, n_ctx=self.n_ctx, rotary=True,
@@ -1786,13 +1803,10 @@ class Stories(Setup):
             words = parent["config"]["words"]
         else:
             args.feature = args.without or "Twist"
-        try:
-            self.open(args, words)
-            if args.data:
-                args.source = self.source.about
-                self.tests(args, 0)  # raises where the file has no such stories
-        except ValueError as error:
-            raise UserError(f"--data {error}") from None
+        self.open(args, words)
+        if args.data:
+            args.source = self.source.about
+            self.tests(args, 0)  # raises where the file has no such stories
 
     def resolve_protocol(self, args, parent):
         """How a feature is deleted, or by --reverse revived."""
@@ -1813,12 +1827,18 @@ class Stories(Setup):
         args.protocol, args.deletion_lr = before.get("protocol"), before["lr"] if tuned else None
 
     def find_data(self, args, before):
-        path = before["data"]
+        """Where the file is by now that a parent's arguments name: --data, or by its content."""
+        path, known = before["data"], before.get("source")  # older ones do not say
         if args.data and not path:
             raise UserError(f"--data: {args.ckpt} was trained on the embedded corpus")
         if path:
-            args.source = before.get("source")  # older ones do not say
-            args.data = args.data or [*find_files(path, args.ckpt), path][0]
+            args.source, files = known, find_files(path, args.ckpt)
+            same = [x for x in files if known and os.path.isfile(x)
+                    and ends_of(x) == known.get("sha256")]
+            if not args.data and not files:
+                raise UserError(f"{path} is not there any more, of which {args.ckpt} was trained: "
+                                "give it as --data")
+            args.data = args.data or [*same, *files][0]
 
     def control_operand(self, relation, args):
         """None: the control of stories is another model."""
@@ -1982,6 +2002,8 @@ def setup_of(ckpt, device="cpu"):
     args, name, capability = ckpt["args"], ckpt["setup"], ckpt["capability"]
     setup = SETUPS[name](name, ckpt["scale"], device, args.get("program"))
     missing = {"seed", "lr", *setup.needs[ckpt["stage"]]} - set(args)
+    missing |= {key for key, kind in (("data", str), ("source", dict))
+                if not isinstance(args.get(key), (kind, type(None)))}
     if missing or capability["operand"] not in setup.operands or "task" not in capability:
         raise ValueError("arguments or capability")
     return setup
@@ -2150,7 +2172,8 @@ def own_signals():
     before = {}
     with contextlib.suppress(ValueError):  # platform: a thread of a notebook may not
         for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, on_signal) or signal.SIG_DFL
+            if signal.getsignal(number) != signal.SIG_IGN:  # by nohup, or a shell's &
+                before[number] = signal.signal(number, on_signal) or signal.SIG_DFL
     try:
         yield
     finally:
@@ -2173,10 +2196,13 @@ def outcome(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1, None
     except OSError as error:
-        return 1, f"{error.filename or 'the output'}: {error.strerror or error}"
+        if not error.filename and error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT,
+                                                      errno.EIO):
+            raise
+        return 1, f"{error.filename or 'the output'}: {error.strerror}"
     except (MemoryError, RuntimeError) as error:
-        words = isinstance(error, RuntimeError) and str(error)
-        if words and not re.search("alloc|memory|storage size|numel", words):
+        full = "out of memory|can't allocate memory|ALLOC_FAILED|bad_alloc|Storage size|numel"
+        if isinstance(error, RuntimeError) and not re.search(full, str(error)):
             raise
         return 1, "out of memory: a smaller --batch-size or --eval-size needs less"
     return 0, None
@@ -2184,9 +2210,11 @@ def outcome(main):
 
 def run_script(main):
     """Run a script's main() and exit: 0 done, 1 failed, 2 the user's mistake, 130/143 signals."""
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # closed: 2>&-
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # platform: a console that lacks a letter gets a mark
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="replace", line_buffering=True)
     with own_signals():
         code, message = outcome(main)
     if message:
@@ -2205,10 +2233,14 @@ def user_path(text):
 
 
 def find_files(path, beside):
-    """Where a recorded file may be by now: there, or in the folder of the file `beside`."""
-    name = os.path.basename(path.replace("\\", "/"))  # platform: recorded on Windows
-    moved = os.path.join(os.path.dirname(beside), name)
-    return list(filter(os.path.isfile, dict.fromkeys((path, moved))))
+    """
+    Where a recorded file, or what was prepared from it, may be by now: there, or seen from the file
+    `beside`, or next to it.
+    """
+    path, folder = path.replace("\\", "/"), os.path.dirname(beside)  # platform: as Windows writes
+    places = path, os.path.join(folder, path), os.path.join(folder, os.path.basename(path))
+    return [place for place in dict.fromkeys(places)
+            if os.path.isfile(place) or os.path.isdir(f"{place}.unwrap")]
 
 
 def sync(handle):
@@ -2221,7 +2253,12 @@ def sync(handle):
             raise
 
 
-PART = re.compile(r"\.[0-9a-f]{8}\.part$")  # what a killed replace_file() leaves
+def clear_parts(path):
+    """Remove what a killed replace_file() has left, but for what may still be written."""
+    for part in glob.glob(f"{glob.escape(path)}.{'[0-9a-f]' * 8}.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - os.path.getmtime(part) > 600:
+                os.remove(part)
 
 
 def replace_file(path, write):
@@ -2229,6 +2266,8 @@ def replace_file(path, write):
     Write a file by write(handle): `path` is, at any moment, the old or the new one, whole. Several
     processes may do so at once.
     """
+    path = os.path.realpath(path)  # through links
+    clear_parts(path)
     part = f"{path}.{secrets.token_hex(4)}.part"
     try:
         with open(part, "xb") as f:
@@ -2281,7 +2320,7 @@ def claim(path):
 
 
 def give_back(lock, remove):
-    """Close a lock; remove its file, if it was not there before."""
+    """Close a lock; remove its file, if it is empty, as ours are."""
     if not remove:
         return lock.close()
     with contextlib.suppress(OSError):  # while nobody else can have it
@@ -2295,6 +2334,16 @@ def give_back(lock, remove):
 def write_json(path, value):
     """A JSON file, replaced whole."""
     replace_file(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+def add_rows(path, rows):
+    """Add lines to a file of JSON lines."""
+    try:
+        with open(path, "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    except OSError as error:
+        error.filename = path  # a full disk does not say which file
+        raise
 
 
 def write_rows(path, rows):
@@ -2316,8 +2365,8 @@ def lines_of(path):
 
 def read_rows(path, **about):
     """
-    The rows of a JSON lines file, [] without one, that say what is given, as checkpoint=sha256. A
-    note tells how many do not.
+    The rows of a JSON lines file, [] without one, whose columns equal `about`: checkpoint=sha256. A
+    note tells how many are left out.
     """
     def is_meant(row):
         return row is not None and set(ROW) <= set(row) and all(
@@ -2331,7 +2380,8 @@ def read_rows(path, **about):
     return kept
 
 
-OF_ROWS = {"split", "accuracy", "seed"}, {"score", "order", "rank"}  # all rows have one of these
+# keys of all rows, of older curves, of ranks: every line of ours has one of these sets
+ROW_KEYS = set(ROW), {"arm", "lr", "step", "split", "accuracy"}, {"score", "order", "rank", "index"}
 
 
 def has(value, kinds):
@@ -2351,22 +2401,32 @@ def is_record(value):
         isinstance(start, dict) for start in value["resumes"])
 
 
-def is_ours(path):
-    """Whether a file may be replaced: it is not there, empty, or such as the scripts write."""
+def read_record(path):
+    """The record of a run; None where there is none."""
+    with contextlib.suppress(OSError, ValueError, RecursionError), open(path, "rb") as file:
+        record = json.load(file)
+        return record if is_record(record) else None
+
+
+def is_ours(path, damaged=False):
+    """
+    Whether a file may be replaced: it is not there, empty, or such as the scripts write; rows may
+    be damaged where we know that we wrote them.
+    """
     if not os.path.isfile(path) or not os.path.getsize(path):
         return not os.path.isdir(path)
     with open(path, "rb") as file:
         content = file.read()
     if path.endswith(".jsonl"):
-        *rows, last = lines_of(path)
-        cut = last is None and (rows or content.startswith(b'{"setup": "'))  # short, by a kill
-        keys = [set(row or ()) for row in (rows if cut else [*rows, last])]
-        return all(OF_ROWS[0] <= own or OF_ROWS[1] <= own for own in keys)
+        rows = [row for row in lines_of(path) if row or not damaged]
+        if rows and rows[-1] is None and content.startswith(b'{"setup": "'):
+            rows.pop()  # cut short by a kill
+        return all(any(map(set(row or ()).issuperset, ROW_KEYS)) for row in rows)
     if path.endswith(".npz"):
         return b"vocabulary.npy" in content
     with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(content)
-        return is_record(value) or has(value, {"verdict": str, "evidence": list})
+        return bool(read_record(path)) or has(json.loads(content), {"verdict": str,
+                                                                    "evidence": list})
     return False
 
 

@@ -64,6 +64,8 @@ FLAGS = {"what to teach": [
 
 def train_only(model, pattern):
     """Freeze all parameters whose names do not match a regular expression. Raises UserError."""
+    if not pattern:
+        raise UserError("--only is empty: give a regular expression")
     try:
         for name, p in model.named_parameters():
             p.requires_grad_(p.requires_grad and bool(re.search(pattern, name)))
@@ -90,7 +92,7 @@ def main(words=None):
     setup = data.setup_of(parent, device)
     resolve(args, "reverse" if args.reverse else "finetune", FLAGS, setup)
     setup.resolve(args, parent)  # O_PT, O_FT, q, C_Tr; or feature and protocol
-    if args.only:
+    if args.only is not None:
         train_only(model, args.only)
     run = Run(args, "finetune", model, setup, parent)
     if run.done:

@@ -13,6 +13,7 @@ Activations, as in TransformerLens: embed, then after "blocks.i."
     resid_pre  attn.q  attn.k  attn.v  attn.scores  attn.pattern  attn.z  attn_out  resid_mid
     mlp_pre  mlp_post  mlp_out  resid_post
 """
+import collections
 import contextlib
 import functools
 import itertools
@@ -599,17 +600,17 @@ KEYS = ("model", "optimizer", "config", "args", "setup", "scale", "stage", "step
         "finished", "parent", "capability")
 
 
-PLAIN = (str, int, float, bool, type(None), torch.Tensor, torch.nn.Parameter)
+PLAIN = (str, int, float, bool, type(None))
 
 
-def check_plain(value, name):
-    """Raise UserError, naming it, for what torch.load(weights_only=True) would refuse."""
-    if isinstance(value, (dict, list, tuple)):
+def check_plain(value, name, also=()):
+    """Raise UserError, naming it, for what torch.load(weights_only=True) or a record refuses."""
+    if type(value) in (dict, collections.OrderedDict, list, tuple):
         parts = value.items() if isinstance(value, dict) else enumerate(value)
         for key, part in parts:
             check_plain(key, name)
-            check_plain(part, f"{name}[{key!r}]")
-    elif type(value) not in PLAIN:  # a numpy float is a float, but of its own type
+            check_plain(part, f"{name}[{key!r}]", also)
+    elif type(value) not in (*PLAIN, *also):  # a numpy float is a float, but of its own type
         raise UserError(f"{name} is of {type(value)}, which a checkpoint cannot hold: make it "
                         "plain, as by .item(), or a string")
 
@@ -619,8 +620,12 @@ def save(path, ckpt):
     Write a checkpoint: a dict of KEYS, tensors and plain Python only, else UserError. A finished
     one leaves out the optimizer's state, two thirds of the size.
     """
-    assert set(ckpt) == set(KEYS)
-    check_plain(ckpt, "checkpoint")
+    if set(ckpt) != set(KEYS):
+        raise UserError(f"a checkpoint has the keys {', '.join(KEYS)}; not so "
+                        f"{', '.join(set(ckpt) ^ set(KEYS))}")
+    for key, value in ckpt.items():
+        tensors = (torch.Tensor, nn.Parameter) if key in ("model", "optimizer") else ()
+        check_plain(value, f"checkpoint[{key!r}]", tensors)
     if ckpt["finished"]:
         ckpt = {**ckpt, "optimizer": {}}
     replace_file(path, lambda f: torch.save(ckpt, f))

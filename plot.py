@@ -33,6 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+FIRST = "matplotlib" not in sys.modules
 BACKEND = os.environ.pop("MPLBACKEND", None)  # a notebook's, which may not be installed here
 import matplotlib.figure  # noqa: E402
 import matplotlib.image  # noqa: E402
@@ -41,6 +42,8 @@ from matplotlib.colors import PowerNorm  # noqa: E402
 
 if BACKEND is not None:
     os.environ["MPLBACKEND"] = BACKEND
+    with contextlib.suppress(ValueError):
+        matplotlib.rcParams["backend"] = BACKEND if FIRST else matplotlib.rcParams["backend"]
 
 KINDS = {  # kinds of rows, X.<kind>.jsonl (history: X.jsonl): a row without these keys is left out
     "history": {"step", "operand", "split"},
@@ -201,9 +204,10 @@ def committed_runs(folder):
 
 def find_runs(folder):
     """The finished runs under a folder, raw or committed; one line for each that is left out."""
-    entries, runs = {}, {}
-    for where, folders, names in os.walk(folder):
-        folders.sort()
+    entries, runs, seen = {}, {}, set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(where))
+        folders[:] = [x for x in sorted(folders) if os.path.realpath(join(where, x)) not in seen]
         if "runs.jsonl" in names:
             entries.update(attempt(where, committed_runs, where) or {})
         for name in sorted(names):
@@ -217,6 +221,9 @@ def find_runs(folder):
         run = attempt(name, open_run, name, prefix, entries)
         if run and run.identity in runs:
             same = runs[run.identity]
+            if None not in (same.sha256, run.sha256) and same.sha256 != run.sha256:
+                note(f"{name}: left out, as {same.name} but of another checkpoint")
+                continue
             note(f"{name}: the same run as {same.name}, which gets what rows it has besides")
             same.rows, same.verdict = ({k: same.rows[k] or v for k, v in run.rows.items()},
                                        same.verdict or run.verdict)
@@ -230,8 +237,8 @@ def find_runs(folder):
 
 def only_own(name, run):
     """
-    Leaves out, and names, what is not of the record's checkpoint. Older records do not say which it
-    is: then it is what lies there; rows that do not say are theirs.
+    Leaves out, and names, what is not of the record's checkpoint. Of an older record, which does
+    not name it, the checkpoint file decides, and unmarked rows count as its own.
     """
     said = run.record.get("sha256")
     own = {said} if said else {run.sha256, None}
@@ -266,6 +273,7 @@ def open_run(name, prefix, entries):
     if run.sha256 and record.get("sha256", run.sha256) != run.sha256:
         return note(f"{name}: left out, its record is of another checkpoint than {name}.pt")
     only_own(name, run)
+    run.sha256 = record.get("sha256") or run.sha256
     rows["answers"] = [row for row in rows["behavior"] if row.get("share_a") is not None]
     first = next((rows[kind][0] for kind in rows if rows[kind]), {})
     pair = args.get("pair") or ["a", "b"]
@@ -490,6 +498,11 @@ def look_of(kind, label):
     """The colour, marker and line style of a label among those of its kind seen so far."""
     looks = LOOKS.setdefault(kind, {})
     return looks.setdefault(label, CYCLE[len(looks) % len(CYCLE)])
+
+
+def caption_of(function):
+    """The docstring of a figure or table; python -OO has none."""
+    return " ".join((function.__doc__ or function.__name__).split())
 
 
 class Figure(NamedTuple):
@@ -1108,7 +1121,7 @@ def tables_of(runs, names):
         if made and made[1]:
             columns = [each for each in zip(made[0], *made[1]) if set(each[1:]) - {"", "-"}]
             head, *rows = zip(*columns)
-            title, _, caption = " ".join(function.__doc__.split()).partition(". ")
+            title, _, caption = caption_of(function).partition(". ")
             tables.append((title, caption, head, rows))
     return tables
 
@@ -1713,18 +1726,17 @@ def as_markdown(title, caption, head, rows):
 
 def report(runs, pictures):
     """
-    One page: the verdicts' evidence, the figure of it, all other figures, tables; no scripts,
-    nothing fetched.
+    One page: the verdicts, the figure of their evidence, what the words mean, the other figures and
+    tables. No scripts, nothing fetched.
     """
     tables = [as_html(*table) for table in tables_of(runs, TABLES)]
-    about_us = [f"<p>{rich(text)}</p>" for stories, text in ABOUT.items() if about(runs, stories)]
-    parts = tables[:1]
+    words = [f"<p>{rich(text)}</p>" for stories, text in ABOUT.items() if about(runs, stories)]
+    figures = []
     for name, (png, caption) in pictures.items():
         source = "data:image/png;base64," + base64.b64encode(png).decode()
-        parts.append(f'<figure><img alt="{name}" src="{source}">'
-                     f"<figcaption><b>{name}.</b> {rich(caption)}</figcaption></figure>")
-    parts[2:2] = about_us
-    parts += tables[1:]
+        figures.append(f'<figure><img alt="{name}" src="{source}">'
+                       f"<figcaption><b>{name}.</b> {rich(caption)}</figcaption></figure>")
+    parts = tables[:1] + figures[:1] + words + tables[1:2] + figures[1:] + tables[2:]
     return ("<!doctype html><html lang=en><head><meta charset=utf-8><title>unwrap</title>"
             '<meta name=viewport content="width=device-width"><link rel=icon href="data:,"><style>'
             f"{PAGE}</style></head><body><h1>Does fine-tuning delete a capability, or wrap it?"
@@ -1770,7 +1782,7 @@ def readme(folder):
             shown |= set(own)
     if not parts[1:]:
         mistake(f"nothing to tell of in {folder}: no runs.jsonl in a subfolder")
-    captions = [f"- **{name}**: {' '.join(FIGURES[name].function.__doc__.split())}"
+    captions = [f"- **{name}**: {caption_of(FIGURES[name].function)}"
                 for name in FIGURES if name in shown]
     parts += ["## What the figures show", "\n".join(captions)]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -1779,17 +1791,25 @@ def readme(folder):
 # ---- evidence
 
 
-MARKS = {  # by which a file is known as one that may be replaced; of a .csv, its first column
-    ".png": b"Matplotlib", ".pdf": b"unwrap", ".svg": b"unwrap", ".html": b"<title>unwrap</title>",
+MARKS = {  # what a file holds that plot.py wrote
+    ".png": b"unwrap", ".pdf": b"unwrap", ".svg": b"unwrap", ".html": b"<title>unwrap</title>",
     ".md": b"## What the figures show", ".jsonl": b'{"run": ', ".npz": b"vocabulary.npy"}
+
+
+def check_ours(path, begins=b"run,"):
+    """Ends the script unless a file is not there, empty, or of ours; a table: it begins so."""
+    content, folder = read_file(path, lambda file: file.read()), dirname(dirname(path))
+    mark = MARKS.get(splitext(path)[1])
+    ours = not content or (mark in content if mark else content.startswith(begins))
+    if path.endswith(".png") and content and b"Matplotlib" in content:  # older ones say no more
+        ours |= any(isfile(join(folder, x)) for x in ("report.html", "runs.jsonl", "README.md"))
+    if isdir(path) or not ours:
+        mistake(f"{path} is in the way: plot.py did not write it; move it")
 
 
 def write(path, content):
     """Replace a file whole, if it is one of ours or not there."""
-    earlier = read_file(path, lambda file: file.read())
-    mark = MARKS.get(splitext(path)[1], content.split(b",")[0])
-    if isdir(path) or earlier and mark not in earlier:
-        mistake(f"{path} is in the way: plot.py did not write it; move it")
+    check_ours(path, content.split(b",")[0] + b",")
     os.makedirs(dirname(path) or ".", exist_ok=True)
     part = f"{path}.{secrets.token_hex(4)}.part"
     try:
@@ -1815,6 +1835,11 @@ def write_evidence(runs, folder):
     Runs as tables: runs.jsonl, a .csv a kind of row, an .npz a kind of map for the first seeds.
     A column that has one value in every run is no column, but said in runs.jsonl as a constant.
     """
+    index = join(folder, "runs.jsonl")
+    for path in (index, *(join(folder, f"{kind}.csv") for kind in KINDS)):
+        check_ours(path)
+    if isfile(index):
+        os.remove(index)  # without it there are no runs: none of half old, half new tables
     lines = {run.name: {"run": run.name, "record": run.record, "verdict": run.verdict,
                         "constants": {}} for run in runs}
     for kind in KINDS:
@@ -1838,7 +1863,7 @@ def write_evidence(runs, folder):
             os.remove(path)  # of runs that are not here any more
         attempt(f"maps of {kind}", write_maps, runs, kind, join(folder, f"{kind}.npz"))
     text = "".join(json.dumps(line) + "\n" for line in lines.values())
-    write(join(folder, "runs.jsonl"), text.encode())
+    write(index, text.encode())
 
 
 def write_maps(runs, kind, path):
@@ -1873,17 +1898,19 @@ def draw(function, runs, form="png"):
         canvas = FigureCanvasAgg(drawn[0])
         canvas.draw()
         pixels = np.round(np.asarray(canvas.buffer_rgba()) / 5).astype(np.uint8) * 5
-        matplotlib.image.imsave(png, pixels, pil_kwargs={"optimize": True})  # few colours: small
+        matplotlib.image.imsave(png, pixels, metadata={"Software": "unwrap, by Matplotlib"},
+                                pil_kwargs={"optimize": True})  # few colours: small
         if form != "png":
             date = {"pdf": "CreationDate", "svg": "Date"}[form]
             drawn[0].savefig(other, format=form, metadata={"Creator": "unwrap", date: None})
-    caption = f"{' '.join(function.__doc__.split())} {drawn[1]}."
+    caption = f"{caption_of(function)} {drawn[1]}."
     return png.getvalue(), other.getvalue() or png.getvalue(), caption
 
 
 def draw_all(runs, folder, names, form="png"):
     """{name: (PNG, caption)} of the figures that have rows; written to a folder in a form."""
     pictures = {}
+    LOOKS.clear()  # of earlier calls
     for name in names:
         own, path = about(runs, FIGURES[name].stories), join(folder, "figures", f"{name}.{form}")
         drawn = attempt(name, draw, FIGURES[name].function, own, form) if own else None
@@ -1916,7 +1943,7 @@ def main():
     args = parser.parse_args()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # platform: a console that lacks a letter gets a mark
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="replace", line_buffering=True)
     folder = args.folder
     if not isdir(folder):
         mistake(f"{folder}: no such folder")
@@ -1932,6 +1959,11 @@ def main():
         else:
             pictures = draw_all(runs, folder, args.figures, args.format)
             write(join(folder, "report.html"), report(runs, pictures).encode(errors="replace"))
+    except BrokenPipeError:  # the reader of our output went away: python ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except OSError as error:
         mistake(f"{error.filename or folder}: {error.strerror}")
 

@@ -16,9 +16,7 @@ import argparse
 import collections
 import contextlib
 import functools
-import glob
 import itertools
-import json
 import math
 import os
 import platform
@@ -33,8 +31,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from data import (FEATURES, SETUPS, Failed, Stopped, UserError, check_stop, claim, is_ours,
-                  read_rows, run_script, sha256, user_path, write_json, write_rows)
+from data import (FEATURES, SETUPS, Failed, Stopped, UserError, add_rows, check_stop,
+                  claim, has, is_ours, read_rows, run_script, sha256, user_path, write_json,
+                  write_rows)
 from model import (GPT, LOGIT_SCALE, Config, balance, build, compile_program, generate,
                    import_tracr, loss_of, read_checkpoint, save)
 
@@ -160,8 +159,12 @@ def optimizer_for(model, lr, setup):
 
 
 def ranks():
-    """(rank of this process, number of processes): torchrun starts several."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """(rank of this process, number of processes): torchrun starts several. Raises UserError."""
+    try:
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        return (int(os.environ.get("RANK", 0)) if world > 1 else 0), world
+    except ValueError:
+        raise UserError("RANK and WORLD_SIZE are set, but not as torchrun sets them") from None
 
 
 def part_of(x):
@@ -376,11 +379,11 @@ class Flag(NamedTuple):
 
 
 def whole_numbers(text):
-    """The positive whole numbers of a flag, between commas. Raises ValueError."""
-    values = sorted(set(map(int, text.split(","))))
-    if values[0] < 1:
-        raise ValueError(text)
-    return values
+    """The type of a flag that takes positive whole numbers, between commas."""
+    values = text.split(",")
+    if not all(value.strip().isdecimal() and int(value) for value in values):
+        raise argparse.ArgumentTypeError("takes positive whole numbers, as 100,1000")
+    return sorted(set(map(int, values)))
 
 
 MACHINE = {"machine": [
@@ -468,9 +471,10 @@ def parse(doc, stage, groups, words=None, analysis=None):
             text = (flag.help + default_words(flag, stage)).replace("%", "%%")
             default = None if flag.default is OWN else flag.default
             group.add_argument(flag.name, help=text, default=default, **how)
+    script = f"{stage}.py" if words is not None else os.path.basename(sys.argv[0])
     words = sys.argv[1:] if words is None else list(words)
     args = parser.parse_args(words)
-    args.command = shlex.join(["python", f"{stage}.py", *words])
+    args.command = shlex.join(["python", script, *words])
     return args
 
 
@@ -496,12 +500,15 @@ def check_above(name, value, above):
     """Raise UserError unless a number is finite, larger than `above`, and no giant."""
     largest = 2 ** 63 if isinstance(value, int) else math.inf
     if value is not None and above is not None and not above < value < largest:
-        raise UserError(f"{name} {value}: must be a number above {above}")
+        raise UserError(f"{name} {value}: must be a number above {above}"
+                        f"{', and below 2 ** 63' * (value != value or value > above)}")
 
 
 def start_device(args):
     """The torch device of --device, with --threads set. Raises UserError if it is not there."""
     check_above("--threads", args.threads, -1)
+    if args.threads > 1024:
+        raise UserError(f"--threads {args.threads}: at most 1024")
     if args.threads:
         torch.set_num_threads(args.threads)
     # momentum of compiled models fades to 1e-38, where a step takes three times as long
@@ -511,18 +518,18 @@ def start_device(args):
     torch.empty(31 << 20, dtype=torch.uint8)
     if ranks()[0]:
         sys.stdout = open(os.devnull, "w")
-    name = args.device
-    if name.startswith(("cuda", "auto")) and ranks()[1] > 1 and torch.cuda.is_available():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    for name in ("cuda", "cpu") if name == "auto" else (name,):
+    names = ("cuda", "cpu") if args.device == "auto" else (args.device,)
+    if names[0].startswith("cuda") and ranks()[1] > 1 and torch.cuda.is_available():
+        names = (f"cuda:{os.environ['LOCAL_RANK']}",)
+    for name in names:
         try:
             one = torch.ones(1, device=name)
             if one.device.type in ("cpu", "cuda", "mps") and (one + one).item() == 2:
                 if one.is_cuda:
                     torch.cuda.set_device(one.device)
                 return one.device
-        except (RuntimeError, AssertionError) as error:  # the latter: a build without cuda
-            if args.device == "auto" and torch.cuda.is_available():
+        except (RuntimeError, AssertionError, ImportError) as error:  # a build without it
+            if name != names[-1] and torch.cuda.is_available():
                 reason = str(error).splitlines()[0][:100]
                 print(f"cuda is there but does not work ({reason}): computing on the cpu")
     raise UserError(f"--device {args.device}: not available on this machine")
@@ -531,8 +538,8 @@ def start_device(args):
 # ---------------------------------------------------------------- a run and its files
 
 # These arguments do not change what is learned or written: of files, content decides.
-NOT_COMPARED = ("out", "ckpt", "resume", "force", "save_every", "device", "threads", "command",
-                "older")
+INTERNAL = ("command", "older")  # of parse() and resolve()
+NOT_COMPARED = ("out", "ckpt", "resume", "force", "save_every", "device", "threads", *INTERNAL)
 BY_CONTENT = ("data", "params")
 
 
@@ -583,6 +590,11 @@ def restore(optimizer, ckpt):
                         f"({type(error).__name__})") from None
 
 
+def elsewhere(why):
+    """The UserError of what stands at --out."""
+    return UserError(f"{why}; give another --out, or --force to replace it")
+
+
 class Run:
     """
     One training run and its files: X.pt (checkpoint, the truth), X.json (record), X.jsonl
@@ -614,7 +626,7 @@ class Run:
             return self.give_back()
         often = max(1, args.steps // 25) if stage == "pretrain" else 0
         self.evals = eval_steps(args.steps, args.eval_every or often) if self.leads else ()
-        shown = {k: v for k, v in vars(args).items() if k not in ("command", "older")}
+        shown = {k: v for k, v in vars(args).items() if k not in INTERNAL}
         print(f"{stage}:", ", ".join(f"{k} {v}" for k, v in shown.items()))
         sizes = {k: v for k, v in vars(model.config).items() if k not in ("residual", "words")}
         print("model:", ", ".join(f"{k} {v}" for k, v in sizes.items()))
@@ -638,7 +650,7 @@ class Run:
 
     def open(self):
         """Look at what is there already; get ready to train."""
-        self.record = self.read_record()
+        self.record = data.read_record(self.record_path)
         if not self.args.force:
             self.go_on()
         if self.done:
@@ -658,14 +670,12 @@ class Run:
             return model
         if self.args.batch_size < world:
             raise UserError(f"--batch-size {self.args.batch_size}: fewer than {world} processes")
-        torch.distributed.init_process_group("nccl" if self.setup.device.type == "cuda" else "gloo")
+        how = "nccl" if self.setup.device.type == "cuda" else "gloo"
+        try:
+            torch.distributed.init_process_group(how)
+        except ValueError as error:  # no address
+            raise UserError(f"WORLD_SIZE is set, but not by torchrun: {error}") from None
         return torch.nn.parallel.DistributedDataParallel(model)
-
-    def read_record(self):
-        """The record at this path; None without one."""
-        with contextlib.suppress(OSError, ValueError, RecursionError), open(self.record_path) as f:
-            record = json.load(f)
-            return record if data.is_record(record) else None
 
     def compared(self, run):
         """What tells a run from others; files by their content."""
@@ -674,9 +684,9 @@ class Run:
             args.setdefault(key, value)
         if isinstance(args.get("source"), dict):
             args["source"] = {key: args["source"].get(key) for key in ("records", "sha256")}
-        on_the_way = run.get("finished") and run["step"] != run["steps"] and run["step"]
+        kept = run["step"] if run.get("finished") and run["step"] < run["steps"] else None
         return {"stage": run["stage"], **{k: v for k, v in args.items() if k not in BY_CONTENT},
-                "parent": run["parent"] and run["parent"]["sha256"], "kept": on_the_way or None}
+                "parent": run["parent"] and run["parent"]["sha256"], "kept at step": kept}
 
     def check_same(self, path, earlier):
         """Raise UserError if what is at a path is of another run."""
@@ -684,16 +694,15 @@ class Run:
         differ = [k for k in {**ours, **theirs} if theirs.get(k) != ours.get(k)]
         if differ:
             key, more = differ[0], f" and {len(differ) - 1} more" * (len(differ) > 1)
-            raise UserError(f"{path} is another run: {key} is {theirs.get(key)!r} there, "
-                            f"{ours.get(key)!r} here{more}; give another --out, or --force to "
-                            "replace it")
+            raise elsewhere(f"{path} is another run: {key} is {theirs.get(key)!r} there, "
+                            f"{ours.get(key)!r} here{more}")
 
     def read_earlier(self, path):
         """The checkpoint at a path that this run would replace."""
         try:
             return read_checkpoint(path)
         except UserError as error:
-            raise UserError(f"{error}; give another --out, or --force to replace it") from None
+            raise elsewhere(error) from None
 
     def go_on(self):
         """
@@ -717,21 +726,22 @@ class Run:
                             f"{earlier['steps']}: --resume goes on, --force starts again")
         if earlier and "model" in earlier:
             if earlier["config"] != vars(self.model.config):  # of an older version
-                raise UserError(f"{self.path} was begun with another kind of model; give another "
-                                "--out, or --force to replace it")
+                raise elsewhere(f"{self.path} was begun with another kind of model")
             self.ckpt = earlier
 
     def check_beside(self, earlier):
         """Raise UserError if another file of this run would replace one that is none of it."""
         kept = list(map(self.path_of_kept, self.args.keep or ()))
-        for path in (self.record_path, self.history_path, *(x[:-3] + ".json" for x in kept)):
-            alone = path == self.history_path and not earlier and os.path.exists(path)
-            if alone or not is_ours(path):
-                raise UserError(f"{path} is in the way, and not of this run; give another --out, "
-                                "or --force to replace it")
-        for path in filter(os.path.exists, kept):
-            earlier = self.read_earlier(path)
-            self.check_same(path, {**earlier, "finished": False})
+        records = [self.record_path, *(path[:-3] + ".json" for path in kept)]
+        odd = [path for path in records if os.path.exists(path) and not data.read_record(path)]
+        if not earlier and os.path.exists(self.history_path):  # somebody kept it
+            odd.append(self.history_path)
+        if not is_ours(self.history_path, damaged=True):
+            odd.append(self.history_path)
+        if odd:
+            raise elsewhere(f"{odd[0]} is in the way, and not of this run")
+        for path in filter(os.path.exists, [] if earlier else kept):
+            self.check_same(path, {**self.read_earlier(path), "finished": False})
 
     def path_of_kept(self, step):
         return f"{self.base}.step{step}.pt"
@@ -771,16 +781,12 @@ class Run:
         """Write the record and, on a fresh start, step 0; cut the history back on a resume."""
         if not self.leads:
             return
-        for path in (self.path, self.record_path, self.history_path):
-            for part in glob.glob(f"{glob.escape(path)}.*.part"):
-                if data.PART.search(part):  # of this run, when it was killed
-                    os.remove(part)
         facts = start_facts(getattr(self.args, "command", None), self.setup.device)
         old, self.began = self.record, time.time()
         self.record = {**self.about, **facts, "resumes": []}
         if self.fresh:
             self.save(0)  # before the record: a disk may be full
-        elif old and old["args"] == self.about["args"]:  # else a kill came before the record
+        elif old and self.compared(old) == self.compared(self.about):  # else a kill came before
             kind = self.setup.device.type
             if old["device"].split(":")[0] != kind:  # its generators draw other strings
                 raise UserError(f"{self.path} was begun on {old['device']}: on {kind} its data "
@@ -788,8 +794,9 @@ class Run:
             self.record = {**old, "resumes": [*old["resumes"], {**facts, "step": step}]}
         write_json(self.record_path, self.record)
         # The evaluation at a checkpoint's step is made again, and comes out the same.
-        write_rows(self.history_path, [row for row in read_rows(self.history_path) if not self.fresh
-                                       and isinstance(row.get("step"), int) and row["step"] < step])
+        rows = [] if self.fresh else read_rows(self.history_path)
+        write_rows(self.history_path, [row for row in rows if has(row, {"step": int})
+                                       and row["step"] < step])
 
     def check_finite(self):
         """Raise Failed before weights that are not finite are saved or scored."""
@@ -822,8 +829,7 @@ class Run:
         """Add the rows of an evaluation to the history, and show them."""
         self.check_finite()
         self.rows = [dict(row, step=step) for row in rows]
-        with open(self.history_path, "a") as f:
-            f.writelines(json.dumps(row) + "\n" for row in self.rows)
+        add_rows(self.history_path, self.rows)
         shown = {f"{r['operand']}_{r['split']}": r["accuracy"] for r in rows
                  if r["split"] != "natural" and r["accuracy"] is not None}
         loss = None if self.loss is None else self.loss.item()
@@ -844,7 +850,7 @@ class Run:
             self.give_back()
 
     def end(self, kind, error):
-        """Save, or say what there is."""
+        """Finish the run; save it where it was stopped; else name the last good checkpoint."""
         self.bar.close()
         if kind and issubclass(kind, RuntimeError) and ranks()[1] > 1:
             kind = Stopped if data.signals else Failed  # torchrun stops them one after the other

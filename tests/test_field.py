@@ -4,12 +4,12 @@ of their own, their plotting environment, two runs at once, paths as people writ
 comes, other platforms, a session that lives on, older checkpoints, logs. Each test is of one kind
 of situation, with several inputs.
 """
-import contextlib
+import collections
 import errno
 import json
 import os
+import random
 import re
-import resource
 import runpy
 import shlex
 import shutil
@@ -144,6 +144,51 @@ def test_another_control_is_another_evidence(looked):
     mistake(looked.run("analyze.py", "verdict", *words[:2]), "--control")
 
 
+def test_another_base_is_another_evidence(looked):
+    """--base as what it came from is the usual one; any other is not."""
+    ckpt = read_checkpoint(looked.path / "pre.pt")
+    torch.save({**ckpt, "model": {k: 0 * x for k, x in ckpt["model"].items()}}, looked.path / "zero.pt")
+    assert looked.run("analyze.py", "verdict", "--ckpt", "ft.pt", "--base", "pre.pt").code == 0
+    mistake(looked.run("analyze.py", "verdict", "--ckpt", "ft.pt", "--base", "zero.pt"), "--base")
+    assert looked.run(*ANALYZE, "behavior", "--ckpt", "ft.pt", "--base", "zero.pt").code == 0
+    assert "no rows of behavior" in looked.run("analyze.py", "verdict", "--ckpt", "ft.pt").out
+
+
+def test_rows_of_two_checkpoints_of_the_same_arguments_are_not_merged(looked):
+    """Tables of the old one beside the new one; two runs that differ in what is not recorded."""
+    assert looked.run("plot.py", ".", "--evidence", "tables").code == 0
+    ckpt = read_checkpoint(looked.path / "ft.pt")
+    ckpt["model"]["ln.bias"] += 1e-3  # as another machine might
+    torch.save(ckpt, looked.path / "ft.pt")
+    record = json.loads((looked.path / "ft.json").read_text())
+    record["sha256"] = sha256(looked.path / "ft.pt")
+    (looked.path / "ft.json").write_text(json.dumps(record))
+    out, page = report_of(looked)
+    assert "tables/ft: left out, as ft but of another checkpoint" in out and "Verdicts and their" not in page
+
+
+def test_half_written_tables_are_no_runs(looked):
+    """Evidence is whole or not there: the index goes first, and comes last."""
+    assert looked.run("plot.py", ".", "--evidence", "tables").code == 0
+    code = ("import plot, sys; write = plot.write\n"
+            "def stop(path, content):\n    write(path, content)\n    if 'prune' in path: raise KeyboardInterrupt\n"
+            "plot.write = stop; sys.argv = ['plot.py', '.', '--evidence', 'tables']; plot.main()")
+    done = subprocess.run([sys.executable, "-c", code], cwd=looked.path,  # noqa: F811
+                          env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True)
+    assert done.returncode == 130 and not done.stderr
+    assert not plot.find_runs(str(looked.path / "tables"))
+    assert looked.run("plot.py", ".", "--evidence", "tables").code == 0
+    assert len(plot.find_runs(str(looked.path / "tables"))) == 2
+
+
+def test_a_checkpoint_by_another_suffix_has_rows_of_its_own(looked):
+    """f.bak beside f.pt: its rows do not take the place of those of f.pt."""
+    shutil.copy(looked.path / "pre.pt", looked.path / "ft.bak")
+    before = looked.hashes()
+    assert looked.run(*ANALYZE, "behavior", "--ckpt", "ft.bak").code == 0
+    assert looked.hashes().items() >= before.items() and (looked.path / "ft.bak.behavior.jsonl").exists()
+
+
 def test_evidence_as_tables_keeps_the_checkpoint(looked, tmp_path):
     """--evidence takes what is of the checkpoint, and says of which it is."""
     result = looked.run("plot.py", ".", "--evidence", "tables")
@@ -160,7 +205,7 @@ def test_the_page_begins_with_the_verdict(looked):
     """Its table, the figure that shows it, then the rest; nothing in it is fetched or run."""
     _, page = report_of(looked)
     places = [page.index(x) for x in ("Verdicts and their evidence", 'alt="evidence"', "of pretraining, O<sub>FT",
-                                      'alt="fig5_behavior"', "The numbers of the verdicts")]
+                                      "The numbers of the verdicts", 'alt="fig5_behavior"')]
     assert places == sorted(places) and page.index("<table") < page.index("<img")
     assert "<script" not in page and set(re.findall('(?:src|href)="(.{5})', page)) == {"data:"} and "url(" not in page
 
@@ -193,8 +238,12 @@ def test_a_history_without_its_run_is_not_replaced(copy):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["ft.behavior.jsonl", "ft.verdict.json", "ft.attention.npz"])
-def test_an_analysis_replaces_no_file_of_others(copy, name):  # noqa: F811
-    (copy.path / name).write_text('{"k": 1}\n')
+@pytest.mark.parametrize("content", ['{"k": 1}\n', '{"split": "test", "accuracy": 0.9, "seed": 3}\n', "\n\n", "[]"])
+def test_an_analysis_replaces_no_file_of_others(copy, name, content):  # noqa: F811
+    (copy.path / name).write_text(content)
+    if not content.strip():  # nothing in it
+        assert data.is_ours(str(copy.path / name)) == name.endswith(".jsonl")
+        return
     before = copy.hashes()
     mistake(copy.run(*ANALYZE, "behavior", "attention", "--ckpt", "ft.pt"), name, "move it")
     assert copy.hashes() == before
@@ -217,12 +266,50 @@ def test_a_plot_replaces_no_file_of_others(copy, name, words):  # noqa: F811
     assert copy.hashes()[name] == before[name]
 
 
+def test_a_run_by_the_name_of_an_analysis_keeps_its_files(copy):  # noqa: F811
+    """--out ft.revive.pt is a natural name for reFT; ft.verdict.json a verdict, or a record."""
+    words = ["finetune.py", "--reverse", "--steps", "3", *TINY, "--ckpt", "ft.pt", "--out"]
+    assert copy.run(*words, "ft.revive.pt").code == 0
+    before = copy.hashes()
+    mistake(copy.run(*ANALYZE, "revive", "--ckpt", "ft.pt"), "ft.revive.jsonl", "move it")
+    assert copy.hashes() == before
+    (copy.path / "ft.verdict.json").write_text('{"verdict": "wrapped", "evidence": []}')
+    mistake(copy.run(*words, "ft.verdict.pt"), "ft.verdict.json", "--out")
+    (copy.path / "ft.behavior.notes.json").write_text("mine")  # in nobody's way
+    assert copy.run(*ANALYZE, "behavior", "--ckpt", "ft.pt").code == 0
+
+
+def test_tables_that_are_not_ours_stay_where_there_are_no_rows(copy):  # noqa: F811
+    """A table of a kind of which the runs have nothing: ours goes, another's is named."""
+    words = ["plot.py", ".", "--evidence", "tables"]
+    for content, code in (("my runs,k\n1,2\n", 2), ("run,k\n", 0)):
+        shutil.rmtree(copy.path / "tables", ignore_errors=True)
+        (copy.path / "tables").mkdir()
+        (copy.path / "tables/prune.csv").write_text(content)
+        assert copy.run(*words).code == code
+        assert (copy.path / "tables/prune.csv").exists() == bool(code)
+
+
+def test_a_figure_of_others_that_matplotlib_drew(copy):  # noqa: F811
+    (copy.path / "figures").mkdir()
+    path = copy.path / "figures/fig6_curves.png"
+    plot.matplotlib.image.imsave(path, np.zeros((3, 3)))
+    before = path.read_bytes()
+    assert b"Matplotlib" in before
+    mistake(copy.run("plot.py", "."), "fig6_curves.png", "move it")
+    assert path.read_bytes() == before
+    (copy.path / "report.html").write_text("<title>unwrap</title>")  # beside it, it was ours, an older one
+    assert copy.run("plot.py", ".").code == 0 and path.read_bytes() != before
+
+
 def test_names_that_we_use_on_the_way_stay_too(copy):  # noqa: F811
     """x.pt.part and x.pt.lock may be somebody's; our own leavings after a kill go."""
     for name in ("x.pt.part", "x.pt.lock", "x.json.part"):
         (copy.path / name).write_text("mine")
-    leavings = copy.path / "x.pt.0123abcd.part"
-    leavings.write_text("half")
+    leavings, fresh = (copy.path / f"x.pt.{name}.part" for name in ("0123abcd", "4567abcd"))
+    for file in (leavings, fresh):  # another process may be writing the fresh one
+        file.write_text("half")
+    os.utime(leavings, (time.time() - 1000,) * 2)
     before = copy.hashes()
     assert copy.run(*FINETUNE, "--ckpt", "pre.pt", "--out", "x.pt").code == 0
     after = copy.hashes()
@@ -260,12 +347,14 @@ def test_a_notebook_keeps_its_own_plotting(tmp_path):
     code = ("import matplotlib, os, sys; matplotlib.rcParams['font.size'] = 21\n"
             "before = dict(matplotlib.rcParams)\n"
             "import plot\n"
-            "plot.draw(lambda runs: (matplotlib.figure.Figure(), 'x'), []) if 0 else None\n"
-            "plot.draw(plot.FIGURES['fig6_curves'].function, [])\n"
+            "def fig(runs):\n    'A figure.'\n    return matplotlib.figure.Figure(), 'all'\n"
+            "assert plot.draw(fig, [])[0][1:4] == b'PNG'\n"
             "assert dict(matplotlib.rcParams) == before and 'matplotlib.pyplot' not in sys.modules\n"
             "assert os.environ['MPLBACKEND'] == 'svg'\n")
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True,
-                   env={**os.environ, "MPLBACKEND": "svg"})
+    first = "import plot, matplotlib.pyplot as plt; assert plt.get_backend() == 'svg', plt.get_backend()"
+    for lines in (code, first):
+        subprocess.run([sys.executable, "-c", lines], cwd=ROOT, check=True,
+                       env={**os.environ, "MPLBACKEND": "svg"})
 
 
 @pytest.mark.parametrize("form, begins, text", [("pdf", b"%PDF", b"/FontFile2"), ("svg", b"<?xml", b">c0</text>")])
@@ -337,6 +426,22 @@ def test_analyses_and_plots_at_once(looked):
                 if not name.startswith(("figures/", "report"))]
 
 
+def test_a_killed_run_by_force_is_resumed_over_what_it_was_to_replace(copy):  # noqa: F811
+    """Checkpoints on the way of the older run, and a history that the power loss has eaten."""
+    assert copy.run(*FINETUNE, "--ckpt", "pre.pt", "--out", "x.pt", "--keep", "5").code == 0
+    words = ["finetune.py", *LONG, "--ckpt", "pre.pt", "--out", "x.pt", "--keep", "5,3999"]
+    process = copy.start(*words, "--lr", "1e-4", "--force")
+    copy.wait(process, lambda: read_checkpoint(copy.path / "x.pt")["steps"] == 4000)
+    process.kill()
+    copy.end(process)
+    (copy.path / "x.jsonl").write_bytes(bytes(4096))
+    process = copy.start(*words, "--lr", "1e-4", "--resume")
+    copy.wait(process, lambda: read_checkpoint(copy.path / "x.pt")["step"] > 6)
+    process.terminate()
+    assert copy.end(process).code == 143
+    assert read_checkpoint(copy.path / "x.step5.pt")["args"]["lr"] == 1e-4
+
+
 def test_a_disk_without_locks(copy, monkeypatch):  # noqa: F811
     """A network disk may know none, and a folder may not be writable: no lock, no error."""
     for number in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL):
@@ -361,14 +466,11 @@ def raising(error):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """A file of 400 stories, and models of it: pre.pt, ft.pt. Not to be written to."""
-    folder = Folder(tmp_path_factory.mktemp("text"))  # noqa: F811
-    corpus = data.StoryCorpus()
-    records = [data.write_story(data.random_features(r), r) for r in [__import__("random").Random(0)]
-               for _ in range(600)]
+    """A file of 600 stories, and models of it: pre.pt, ft.pt. Not to be written to."""
+    folder, dice = Folder(tmp_path_factory.mktemp("text")), random.Random(0)  # noqa: F811
+    records = [data.write_story(data.random_features(dice), dice) for _ in range(600)]
     lines = "".join(f"{data.record_text(record)}\n{data.END}\n" for record in records)
     (folder.path / "s.txt").write_text(lines)
-    assert corpus.rule
     for words in (["pretrain.py", "--setup", "stories", "--data", "s.txt", "--out", "pre.pt"],
                   ["finetune.py", "--ckpt", "pre.pt", "--out", "ft.pt"]):
         result = folder.run(*words, "--steps", "2", *TINY)
@@ -394,29 +496,57 @@ def test_the_same_file_by_another_path_is_the_same_run(stories):
         result = stories.run(*words, path)
         assert result.code == 0 and "already done" in result.out, result.raw
     content = (stories.path / "s.txt").read_text()
-    (stories.path / "other.txt").write_text(content.replace("Once", "Twice"))
-    mistake(stories.run(*words, "other.txt"), "pre.pt is another run", "source")
+    half = len(content) // 2
+    for other in (content.replace("Once", "Twice"), content[:half] + content[half:].replace("a", "o", 1)):
+        (stories.path / "other.txt").write_text(other)
+        mistake(stories.run(*words, "other.txt"), "pre.pt is another run", "source")
 
 
 def test_a_file_that_has_moved(stories):
     """From another folder it is found beside the checkpoint; elsewhere --data names it."""
-    elsewhere, words = stories.path / "else where", [*ANALYZE[:-6], "--steps", "2", "--threads", "1"]
+    elsewhere = stories.path / "else where"
     words = ["analyze.py", "behavior", "--eval-size", "4", "--threads", "1", "--ckpt", "../ft.pt"]
     elsewhere.mkdir()
-    (elsewhere / "log").mkdir()
-    other = Folder.__new__(Folder)
-    other.path, other.number = elsewhere, 0
+    other = Folder(elsewhere)
+    (elsewhere / "s.txt").write_text("another file of this name")
     result = other.run(*words)
-    assert result.code == 0, result.raw
+    assert result.code == 0 and not (elsewhere / "s.txt.unwrap").exists(), result.raw
+    (elsewhere / "s.txt").unlink()
     (stories.path / "s.txt").rename(elsewhere / "moved.txt")
     shutil.rmtree(stories.path / "s.txt.unwrap")
-    mistake(other.run(*words), "s.txt", "no such file")
+    mistake(other.run(*words), "s.txt", "--data")
     for stage in (words, ["finetune.py", "--ckpt", "../pre.pt", "--out", "again.pt", "--steps", "2", *TINY]):
         result = other.run(*stage, "--data", "moved.txt")
         assert result.code == 0 and not result.err, result.raw
     (elsewhere / "wrong.txt").write_text((elsewhere / "moved.txt").read_text() * 2)
     mistake(other.run(*words, "--data", "wrong.txt"), "wrong.txt", "not the")
     mistake(other.run("finetune.py", "--ckpt", "../pre.pt", "--out", "b.pt", "--data", "wrong.txt"), "not the")
+
+
+def test_a_folder_that_was_copied_with_its_data(stories):
+    """From anywhere, by the recorded relative path seen from the checkpoint; or the shards alone."""
+    (stories.path / "data").mkdir()
+    (stories.path / "s.txt").rename(stories.path / "data/s.txt")
+    shutil.rmtree(stories.path / "s.txt.unwrap")
+    words = ["pretrain.py", "--setup", "stories", "--data", "data/s.txt", "--out", "rel.pt", "--steps", "2", *TINY]
+    assert stories.run(*words).code == 0
+    other, words = stories.path / "other", ["analyze.py", "generate", "--eval-size", "4", "-n", "1", "--ckpt", "../rel.pt"]
+    other.mkdir()
+    assert Folder(other).run(*words).code == 0
+    (stories.path / "data/s.txt").unlink()
+    shutil.rmtree(other / "log")
+    assert Folder(other).run(*words).code == 0
+    shutil.rmtree(stories.path / "data")
+    shutil.rmtree(other / "log")
+    mistake(Folder(other).run(*words), "data/s.txt", "--data")
+
+
+def test_out_through_a_link(folder):  # noqa: F811
+    """The file behind it is written, the link stays."""
+    (folder.path / "big").mkdir()
+    os.symlink("big/x.pt", folder.path / "x.pt")
+    assert folder.run(*PRETRAIN, "--out", "x.pt").code == 0
+    assert (folder.path / "x.pt").is_symlink() and load(folder.path / "big/x.pt")[1]["finished"]
 
 
 def test_data_is_for_stories(copy):  # noqa: F811
@@ -435,17 +565,17 @@ def test_a_recorded_command_can_be_pasted(folder):  # noqa: F811
     assert again.returncode == 0 and "already done" in again.stdout, again.stderr
 
 
-def test_home_and_empty_paths(tmp_path):
+def test_home_and_empty_paths(folder):  # noqa: F811
     """--out=~/x.pt, which no shell expands; --out "$UNSET"."""
     words = [*PRETRAIN[:-6], "--steps", "2", *TINY]
-    result = script(*words, "--out=~/x.pt", cwd=tmp_path, HOME=str(tmp_path / "home"))
-    assert result.returncode == 0 and (tmp_path / "home/x.pt").exists(), result.stderr
-    assert not (tmp_path / "~").exists()
+    (folder.path / "home/log").mkdir(parents=True)
+    result = folder.run(*words, "--out=~/x.pt", variables={"HOME": str(folder.path / "home")})
+    assert result.code == 0 and (folder.path / "home/x.pt").exists(), result.raw
+    assert not (folder.path / "~").exists()
     for words in (["pretrain.py", "--out", ""], ["finetune.py", "--ckpt", ""], ["analyze.py", "--ckpt", ""],
                   ["pretrain.py", "--setup", "stories", "--data", ""]):
-        result = script(*words, cwd=tmp_path)
-        assert result.returncode == 2 and b"is empty" in result.stderr
-        assert not (tmp_path / "out").exists()
+        result = folder.run(*words)
+        assert result.code == 2 and "is empty" in result.err[-1] and not (folder.path / "out").exists()
 
 
 # ---------------------------------------------------------------- 6 text
@@ -464,8 +594,8 @@ def test_text_as_editors_write_it(tmp_path, change):
     path.write_bytes(change((RECORD * 3).encode()))
     assert data.prepare(str(path))["records"] == 3
     source = data.StoryFile(str(path))
-    plain = data.encode_record(next(data.parse_records(RECORD.splitlines(True), __import__("collections").Counter())),
-                               source.tokenizer)
+    record = next(data.parse_records(RECORD.splitlines(True), collections.Counter()))
+    plain = data.encode_record(record, source.tokenizer)
     for i in range(3):
         record = source.record(i)
         assert record.ids.tolist() == plain.ids.tolist() and record[1:] == plain[1:]
@@ -612,6 +742,45 @@ def test_out_of_memory(copy, words):  # noqa: F811
     assert copy.hashes().items() >= before.items()
 
 
+@pytest.mark.parametrize("variables, says", [({"RANK": "1"}, None), ({"RANK": "x"}, None),
+                                             ({"WORLD_SIZE": "", "RANK": "0"}, "torchrun"),
+                                             ({"WORLD_SIZE": "2", "RANK": "0"}, "torchrun"),
+                                             ({"WORLD_SIZE": "2", "RANK": "x"}, "torchrun")])
+def test_variables_that_torchrun_did_not_set(folder, variables, says):  # noqa: F811
+    """As a cluster's scheduler leaves them: one process, or one line."""
+    result = folder.run("pretrain.py", "--steps", "2", *TINY, "--out", "x.pt", variables=variables)
+    if says:
+        mistake(result, says)
+    assert says or result.code == 0 and (folder.path / "x.pt").exists(), result.raw
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "<&-", ">&- 2>&- <&-"])
+def test_closed_streams(copy, closed):  # noqa: F811
+    """As a daemon is started."""
+    words = shlex.join([sys.executable, os.path.join(ROOT, "finetune.py"), *FINETUNE[1:], "--ckpt", "pre.pt"])
+    done = subprocess.run(f"{words} --out x.pt {closed}", shell=True, cwd=copy.path)  # noqa: F811
+    assert done.returncode == 0 and load(copy.path / "x.pt")
+
+
+def test_threads_and_devices_that_nobody_has(copy):  # noqa: F811
+    for words in (["--threads", "99999999999"], ["--threads", "100000"], ["--device", "hpu"],
+                  ["--device", "privateuseone"], ["--device", "xla:0"]):
+        result = copy.run("finetune.py", "--ckpt", "pre.pt", "--out", "x.pt", *words)
+        mistake(result, *words)
+
+
+def test_a_mistake_of_the_code_is_not_called_out_of_memory():
+    """Messages that speak of memory otherwise keep their traceback; so do errors of no file."""
+    for error in (RuntimeError("CUDA error: an illegal memory access was encountered"),
+                  RuntimeError("more than one element of the written-to tensor refers to a single memory location"),
+                  ConnectionRefusedError(errno.ECONNREFUSED, "refused")):
+        with pytest.raises(type(error)):
+            data.outcome(raising(error))
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried")):
+        assert data.outcome(raising(error))[0] == 1
+
+
 # ---------------------------------------------------------------- 8 a session that lives on
 
 
@@ -642,7 +811,7 @@ def test_a_session_after_an_interrupt(tmp_path, monkeypatch, capsys):
     assert {n: signal.getsignal(n) for n in before} == before
 
 
-def test_a_second_interrupt_leaves_the_session(tmp_path, monkeypatch):
+def test_a_second_interrupt_leaves_the_session():
     """It ends the script at once, and nothing else."""
     def deaf():
         for _ in range(2):
@@ -654,7 +823,18 @@ def test_a_second_interrupt_leaves_the_session(tmp_path, monkeypatch):
     assert error.value.code == 130 and signal.getsignal(signal.SIGINT) == before and not data.signals
 
 
-def test_a_thread_may_run_a_script(tmp_path):
+def test_a_signal_that_is_ignored_stays_so():
+    """By nohup, or a shell's &."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit) as error:
+            data.run_script(lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert error.value.code == 0 and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_thread_may_run_a_script():
     """Where no handler can be installed, none is."""
     codes = []
 
@@ -721,7 +901,8 @@ def test_the_notebook_of_the_readme(looked, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("value", [np.float64(.1), np.int64(3), {1, 2}, Namespace(a=1), 1j, b"bytes",
-                                   [np.float32(1)], {"a": {"b": np.bool_(True)}}, torch.float32])
+                                   [np.float32(1)], {"a": {"b": np.bool_(True)}}, torch.float32,
+                                   data.Relation("count", "a", "b", 1), collections.defaultdict(int)])
 def test_what_cannot_be_loaded_is_not_saved(done, tmp_path, value):  # noqa: F811
     """The key is named, and the file that is there stays."""
     ckpt = read_checkpoint(done / "pre.pt")
@@ -733,17 +914,33 @@ def test_what_cannot_be_loaded_is_not_saved(done, tmp_path, value):  # noqa: F81
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["x.pt"]
 
 
+def test_what_load_gives_is_not_saved_without_a_word(done, tmp_path):  # noqa: F811
+    """It has two keys more; the message names them."""
+    _, ckpt = load(done / "pre.pt")
+    with pytest.raises(UserError, match="sha256"):
+        model_py.save(tmp_path / "x.pt", ckpt)
+    with pytest.raises(UserError, match=r"\['args'\]\['mine'\]"):
+        ckpt = read_checkpoint(done / "pre.pt")
+        model_py.save(tmp_path / "x.pt", {**ckpt, "args": {"mine": torch.ones(2)}})
+
+
 def test_a_copied_script_with_numpy_in_its_arguments(copy):  # noqa: F811
     """Ends in one line at its first save, before any training."""
     code = Path(ROOT, "finetune.py").read_text().replace(
         "    setup.resolve(args, parent)", "    args.lr = __import__('numpy').float64(1e-5)\n    setup.resolve(args, parent)")
     (copy.path / "mine.py").write_text(code)
-    result = script("finetune.py", "--help", cwd=copy.path)
-    assert result.returncode == 0
     result = subprocess.run([sys.executable, "mine.py", *FINETUNE[1:], "--ckpt", "pre.pt", "--out", "x.pt"],
                             cwd=copy.path, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True)
     assert result.returncode == 2 and "['args']['lr']" in result.stderr and "Traceback" not in result.stderr
     assert not (copy.path / "x.pt").exists()
+
+
+def test_a_copied_script_says_its_own_name(copy):  # noqa: F811
+    shutil.copy(os.path.join(ROOT, "finetune.py"), copy.path / "mine.py")
+    words = [*FINETUNE[1:], "--ckpt", "pre.pt", "--out", "x.pt"]
+    subprocess.run([sys.executable, "mine.py", *words], cwd=copy.path, env={**os.environ, "PYTHONPATH": ROOT},
+                   check=True, capture_output=True)
+    assert json.loads((copy.path / "x.json").read_text())["command"] == shlex.join(["python", "mine.py", *words])
 
 
 @pytest.mark.parametrize("name, gone", [("pre", ["keep"]), ("pre", ["compile", "jailbreak", "keep"]),
@@ -769,7 +966,12 @@ def test_a_checkpoint_from_before_there_was_a_flag(copy, name, gone):  # noqa: F
     old = read_checkpoint(copy.path / "log" / path.name)
     torch.save({**old, "args": ckpt["args"], "step": 0 if name == "ft" else 30}, path)
     (copy.path / f"{name}.jsonl").unlink()
+    record.write_text(json.dumps({**about, "device": "cuda:0", "command": "the first one"}))
+    mistake(copy.run(*words, "--out", path.name, "--resume"), "begun on cuda:0")
+    record.write_text(json.dumps({**about, "command": "the first one"}))
     assert copy.run(*words, "--out", path.name, "--resume").code == 0
+    now = json.loads(record.read_text())
+    assert now["command"] == "the first one" and len(now["resumes"]) == 1
 
 
 def test_older_runs_trained_in_float32(copy):  # noqa: F811

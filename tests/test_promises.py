@@ -252,7 +252,7 @@ def test_finished_checkpoint_holds_no_optimizer_state(copy):
         assert copy.run("finetune.py", *words).code == 0
 
 
-def test_nothing_imports_fcntl():
+def test_imports_without_fcntl():
     """Windows does not have it."""
     lines = ["import sys", "sys.modules['fcntl'] = None",
              "import data, model, pretrain, finetune, analyze, plot"]

@@ -199,9 +199,11 @@ def test_records_round_trip(corpus, stories):
 def test_sources(corpus):
     texts = [f"{SETUP} {CAKE}", ""]
     assert corpus.rule and corpus.classify(texts) == [frozenset(), None]
-    assert data.story_source(None, list(corpus.tokenizer.words)).rule
-    with pytest.raises(ValueError, match="^not the words"):
-        data.story_source(None, corpus.tokenizer.words[1:])
+    setup, args = data.Stories("stories"), Namespace(data=None)
+    setup.open(args, list(corpus.tokenizer.words))
+    assert setup.source.rule
+    with pytest.raises(data.UserError, match="not the file"):
+        setup.open(args, corpus.tokenizer.words[1:])
 
 
 @pytest.mark.parametrize("feature", FEATURES)
