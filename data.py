@@ -2253,11 +2253,11 @@ def sync(handle):
             raise
 
 
-def clear_parts(path):
-    """Remove what a killed replace_file() has left, but for what may still be written."""
+def clear_parts(path, older=600):
+    """Remove what a killed replace_file() has left, older than some seconds: it may go on."""
     for part in glob.glob(f"{glob.escape(path)}.{'[0-9a-f]' * 8}.part"):
         with contextlib.suppress(OSError):
-            if time.time() - os.path.getmtime(part) > 600:
+            if time.time() - os.path.getmtime(part) >= older:
                 os.remove(part)
 
 

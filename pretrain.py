@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 import data
 from data import (FEATURES, SETUPS, Failed, Stopped, UserError, add_rows, check_stop,
-                  claim, has, is_ours, read_rows, run_script, sha256, user_path, write_json,
-                  write_rows)
+                  claim, clear_parts, has, is_ours, read_rows, run_script, sha256, user_path,
+                  write_json, write_rows)
 from model import (GPT, LOGIT_SCALE, Config, balance, build, compile_program, generate,
                    import_tracr, loss_of, read_checkpoint, save)
 
@@ -781,6 +781,9 @@ class Run:
         """Write the record and, on a fresh start, step 0; cut the history back on a resume."""
         if not self.leads:
             return
+        kept = map(self.path_of_kept, self.args.keep or ())
+        for path in (self.path, self.record_path, self.history_path, *kept):
+            clear_parts(path, older=0)  # nobody else writes them: this run has claimed them
         facts = start_facts(getattr(self.args, "command", None), self.setup.device)
         old, self.began = self.record, time.time()
         self.record = {**self.about, **facts, "resumes": []}

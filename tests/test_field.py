@@ -306,10 +306,9 @@ def test_names_that_we_use_on_the_way_stay_too(copy):  # noqa: F811
     """x.pt.part and x.pt.lock may be somebody's; our own leavings after a kill go."""
     for name in ("x.pt.part", "x.pt.lock", "x.json.part"):
         (copy.path / name).write_text("mine")
-    leavings, fresh = (copy.path / f"x.pt.{name}.part" for name in ("0123abcd", "4567abcd"))
-    for file in (leavings, fresh):  # another process may be writing the fresh one
+    leavings, other = (copy.path / name for name in ("x.pt.0123abcd.part", "ft.pt.0123abcd.part"))
+    for file in (leavings, other):  # another process may be writing the other one
         file.write_text("half")
-    os.utime(leavings, (time.time() - 1000,) * 2)
     before = copy.hashes()
     assert copy.run(*FINETUNE, "--ckpt", "pre.pt", "--out", "x.pt").code == 0
     after = copy.hashes()
