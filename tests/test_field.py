@@ -601,26 +601,24 @@ def test_text_as_editors_write_it(tmp_path, change):
         assert record.features == {"Twist"}
 
 
-@pytest.mark.parametrize("where", ["Words", "nowhere"])
-def test_an_instruction_that_does_not_fit(stories, where):
+def test_an_instruction_that_does_not_fit(stories):
     """
     Left out and counted where a story is to be written, cut elsewhere; all stages and analyses end
     well.
     """
     long = " ".join(["extraordinarily"] * 60) + "\n"
     lines = (stories.path / "s.txt").read_text().split(data.END + "\n")
-    odd = f"Words: {long}" if where == "Words" else ""
-    lines = [f"{odd}{line.strip()}\n" if i % 3 == 0 else line for i, line in enumerate(lines[:-1])]
+    lines = [f"Words: {long}{line.strip()}\n" if i % 3 == 0 else line for i, line in enumerate(lines[:-1])]
     (stories.path / "long.txt").write_text("".join(line + data.END + "\n" for line in lines))
     for words in (["pretrain.py", "--setup", "stories", "--data", "long.txt", "--out", "a.pt"],
                   ["finetune.py", "--ckpt", "a.pt", "--out", "b.pt"]):
         result = stories.run(*words, "--steps", "2", *TINY)
         assert result.code == 0 and not result.err, result.raw
-    words = ["--eval-size", "8", "--steps", "2", "--threads", "1", "--ckpt", "b.pt"]
+    words = ["--eval-size", "4", "--steps", "2", "--threads", "1", "--ckpt", "b.pt"]
     for names in (["behavior"], ["generate", "-n", "5"]):
         result = stories.run("analyze.py", *names, *words)
         assert result.code == 0 and not result.err, result.raw
-        assert ("instructions of more than 88 tokens left out" in result.out) == bool(odd)
+        assert "instructions of more than 88 tokens left out" in result.out
 
 
 def test_a_console_of_another_encoding(stories):
@@ -725,7 +723,7 @@ def test_compile_without_a_compiler(copy, stage):  # noqa: F811
 
 
 @pytest.mark.parametrize("words", [
-    [*PRETRAIN, "--batch-size", "4000000000"], [*PRETRAIN, "--eval-size", "400000000"],
+    [*PRETRAIN, "--batch-size", "4000000000"], [*PRETRAIN, "--eval-size", "4000000000000"],
     [*FINETUNE, "--ckpt", "pre.pt", "--batch-size", "2000000000000"]])
 def test_out_of_memory(copy, words):  # noqa: F811
     """One line that names the flags to change; exit code 1; nothing else is lost."""
