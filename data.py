@@ -2237,8 +2237,8 @@ def find_files(path, beside):
     Where a recorded file, or what was prepared from it, may be by now: there, or seen from the file
     `beside`, or next to it.
     """
-    path, folder = path.replace("\\", "/"), os.path.dirname(beside)  # platform: as Windows writes
-    places = path, os.path.join(folder, path), os.path.join(folder, os.path.basename(path))
+    folder, name = os.path.dirname(beside), re.split(r"[/\\]", path)[-1]  # platform: of Windows
+    places = path, os.path.join(folder, path), os.path.join(folder, name)
     return [place for place in dict.fromkeys(places)
             if os.path.isfile(place) or os.path.isdir(f"{place}.unwrap")]
 
@@ -2297,7 +2297,7 @@ def claim(path):
     Claim the files of a run for this process: a lock, which ends with it, however it ends. Returns
     a function that gives it back. Raises UserError if another process has it.
     """
-    name = f"{path}.lock"
+    name = f"{os.path.realpath(path)}.lock"
     try:
         lock = open(name, "ab")
     except OSError:  # a folder that nobody can write to

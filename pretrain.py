@@ -682,8 +682,9 @@ class Run:
         args = {**run["args"]}
         for key, value in getattr(self.args, "older", {}).items():
             args.setdefault(key, value)
-        if isinstance(args.get("source"), dict):
-            args["source"] = {key: args["source"].get(key) for key in ("records", "sha256")}
+        if args.get("source"):  # whatever its name; what an older one does not say is the same
+            own = self.about["args"].get("source") or {}
+            args["source"] = {**own, **args["source"], "name": None}
         kept = run["step"] if run.get("finished") and run["step"] < run["steps"] else None
         return {"stage": run["stage"], **{k: v for k, v in args.items() if k not in BY_CONTENT},
                 "parent": run["parent"] and run["parent"]["sha256"], "kept at step": kept}

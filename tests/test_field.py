@@ -386,6 +386,8 @@ def test_two_at_once(copy, stage):  # noqa: F811
     copy.wait(first, lambda: (copy.path / "x.jsonl").exists())
     for more in ([], ["--resume"], ["--force"], ["--lr", "1e-4"]):
         mistake(copy.run(*words, *more), "x.pt", "a run is under way")
+    os.symlink("x.pt", copy.path / "link.pt")
+    mistake(copy.run(*[word.replace("x.pt", "link.pt") for word in words]), "a run is under way")
     other = copy.start(*[word.replace("x.pt", "y.pt") for word in words])  # elsewhere it may run
     copy.wait(other, lambda: (copy.path / "y.jsonl").exists())
     other.terminate()
@@ -499,6 +501,24 @@ def test_the_same_file_by_another_path_is_the_same_run(stories):
     for other in (content.replace("Once", "Twice"), content[:half] + content[half:].replace("a", "o", 1)):
         (stories.path / "other.txt").write_text(other)
         mistake(stories.run(*words, "other.txt"), "pre.pt is another run", "source")
+
+
+def test_a_large_file_is_another_if_its_middle_is(stories):
+    """Equal in size, and in their first and last MB; a checkpoint of last month knows these alone."""
+    content = (stories.path / "s.txt").read_text() * 10
+    half = len(content) // 2
+    assert half > 1.2e6
+    for name, text in (("big", content), ("odd", content[:half] + content[half:].replace("a", "o", 1))):
+        (stories.path / f"{name}.txt").write_text(text)
+    words = ["pretrain.py", "--setup", "stories", "--steps", "1", *TINY, "--out", "big.pt", "--data"]
+    assert stories.run(*words, "big.txt").code == 0
+    mistake(stories.run(*words, "odd.txt"), "big.pt is another run", "source")
+    more = ["finetune.py", "--ckpt", "big.pt", "--steps", "1", *TINY, "--out", "y.pt", "--data", "odd.txt"]
+    mistake(stories.run(*more), "odd.txt", "not the file")
+    ckpt = read_checkpoint(stories.path / "big.pt")
+    del ckpt["args"]["source"]["whole"]
+    torch.save(ckpt, stories.path / "big.pt")
+    assert "already done" in stories.run(*words, "big.txt").out
 
 
 def test_a_file_that_has_moved(stories):
