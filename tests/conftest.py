@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 # stays the same on every machine. Processes that tests start inherit it.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # of a shell's & it is ignored, and would stay so
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # what they compare are the numbers of a CPU
 
 
