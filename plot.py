@@ -67,7 +67,7 @@ OBSERVING = {"seed", "taught", "eval_every", "eval_size", "save_every", "keep", 
 #                                                   `source` and `program` say what they are
 INHERITED = {"prior", "task", "pair", "operand", "q", "reverse", "feature", "without", "source",
              "protocol", "probability"}  # said once, by the last stage
-DETAIL = re.compile("^(task|feature|text|base_.._c.|ft_c0_cross.*)$|follows|"
+DETAIL = re.compile("^(task|feature|text|.*checkpoint|base_.._c.|ft_c0_cross.*)$|follows|"
                     "_(draws|block|parsed|reached)$")  # of a verdict, not in its table
 RULES = {"share_a": "a", "share_b": "b", "share_a_plus_q": "a+q", "share_blend": "blend",
          "share_constant": "constant"}
@@ -1736,7 +1736,7 @@ def report(runs, pictures):
         source = "data:image/png;base64," + base64.b64encode(png).decode()
         figures.append(f'<figure><img alt="{name}" src="{source}">'
                        f"<figcaption><b>{name}.</b> {rich(caption)}</figcaption></figure>")
-    parts = tables[:1] + figures[:1] + words + tables[1:2] + figures[1:] + tables[2:]
+    parts = tables[:1] + figures[:1] + words + figures[1:] + tables[1:]
     return ("<!doctype html><html lang=en><head><meta charset=utf-8><title>unwrap</title>"
             '<meta name=viewport content="width=device-width"><link rel=icon href="data:,"><style>'
             f"{PAGE}</style></head><body><h1>Does fine-tuning delete a capability, or wrap it?"

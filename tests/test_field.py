@@ -205,7 +205,8 @@ def test_the_page_begins_with_the_verdict(looked):
     """Its table, the figure that shows it, then the rest; nothing in it is fetched or run."""
     _, page = report_of(looked)
     places = [page.index(x) for x in ("Verdicts and their evidence", 'alt="evidence"', "of pretraining, O<sub>FT",
-                                      "The numbers of the verdicts", 'alt="fig5_behavior"')]
+                                      'alt="fig5_behavior"', "The numbers of the verdicts")]
+    assert sha256(looked.path / "ft.pt") not in page
     assert places == sorted(places) and page.index("<table") < page.index("<img")
     assert "<script" not in page and set(re.findall('(?:src|href)="(.{5})', page)) == {"data:"} and "url(" not in page
 
