@@ -180,8 +180,12 @@ class Study:
         return rows
 
     def read(self, name):
-        """The rows that an analysis has written about this very checkpoint, and this control."""
-        return read_rows(f"{self.prefix}.{name}.jsonl", **self.about)
+        """
+        The rows that an analysis has written about this very checkpoint, base and control. Of a run
+        that is older than such marks also those without.
+        """
+        older = "sha256" not in (data.read_record(f"{self.prefix}.json") or {"sha256": None})
+        return read_rows(f"{self.prefix}.{name}.jsonl", older, **self.about)
 
     def check_files(self, names):
         """Raise UserError if the file of an analysis would replace one that is not ours."""

@@ -2363,15 +2363,15 @@ def lines_of(path):
             yield row if isinstance(row, dict) else None
 
 
-def read_rows(path, **about):
+def read_rows(path, older=False, **about):
     """
-    The rows of a JSON lines file, [] without one, whose columns equal `about`: checkpoint=sha256. A
-    note tells how many are left out.
+    The rows of a JSON lines file, [] without one, whose columns equal `about`: checkpoint=sha256;
+    older: or are not there. A note tells how many are left out.
     """
     def is_meant(row):
         return row is not None and set(ROW) <= set(row) and all(
             isinstance(row[key], (int, float, type(None))) for key in NUMBERS) and all(
-            row.get(key) == value for key, value in about.items())
+            row.get(key, value if older else None) == value for key, value in about.items())
     rows = list(lines_of(path)) if os.path.isfile(path) else []
     kept = list(filter(is_meant, rows))
     if len(kept) < len(rows):

@@ -109,6 +109,20 @@ def test_rows_of_a_run_that_was_made_again_are_left_out_and_named(looked):
     assert said.code == 2 or "no rows of behavior, probe, revive" in said.out
 
 
+def test_rows_from_before_they_were_marked(looked):
+    """Record and rows of last month: shown and judged as ever; beside a newer record they are not."""
+    record = json.loads((looked.path / "ft.json").read_text())
+    for file in looked.path.glob("ft.*.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        data.write_rows(str(file), [{k: v for k, v in row.items() if k != "checkpoint"} for row in rows])
+    mistake(looked.run("analyze.py", "verdict", "--ckpt", "ft.pt"), "run them first")
+    (looked.path / "ft.json").write_text(json.dumps({k: v for k, v in record.items() if k != "sha256"}))
+    said = looked.run("analyze.py", "verdict", "--ckpt", "ft.pt")
+    assert said.code == 0 and "left out" not in said.out
+    out, page = report_of(looked)
+    assert "left out" not in out and "Verdicts and their evidence" in page
+
+
 def test_another_checkpoint_under_the_same_name(looked):
     """Copied over the old one: neither its record nor any rows are about it."""
     assert looked.run(*FINETUNE, "--ckpt", "pre.pt", "--out", "other.pt", "--seed", "1").code == 0
