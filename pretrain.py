@@ -850,6 +850,8 @@ class Run:
         try:
             if self.step is not None:  # something was begun
                 self.end(kind, error)
+            if ranks()[1] > 1 and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()  # else its threads may abort at exit
         finally:
             self.give_back()
 
