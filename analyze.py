@@ -64,7 +64,7 @@ def analysis(needs_base=False, applies=lambda setup: True):
 
 def find_parent(path, parent):
     """The file that `path` was made from: as recorded or beside it, verified by sha256."""
-    files = find_files(parent["path"], path)
+    files = list(filter(os.path.isfile, find_files(parent["path"], path)))
     for file in files:
         if sha256(file) == parent["sha256"]:
             return file
@@ -99,13 +99,14 @@ class Study:
         self.unit = args.unit or self.setup.unit  # of pruning; program: where it is known by weight
         self.program = self.base if self.setup.compiled and self.unit == "weight" else None
         self.control_operand = self.setup.control_operand(self.relation, trained)
+        self.control_ckpt = None  # of --control
         self.never_trained, self.control_note = self.find_control()
         self.control = {"control": self.never_trained[0]} if args.control else {}
         # of whom its rows speak; and beside whom, where that is not its parent, or in itself
         base = self.base_ckpt["sha256"] if args.base else None
         usual = base and base == self.ckpt["parent"]["sha256"]
         self.about = {"checkpoint": self.ckpt["sha256"], "base_checkpoint": None if usual else base,
-                      "control_checkpoint": sha256(args.control) if args.control else None}
+                      "control_checkpoint": self.control_ckpt and self.control_ckpt["sha256"]}
 
     def load(self, path, flag):
         """(model, checkpoint) of another file. Raises UserError unless its shape is the same."""
@@ -140,7 +141,7 @@ class Study:
         operand = operand or self.relation.pt
         if not path:
             return None, f"none: {operand} was trained; a checkpoint without it: --control"
-        model, _ = self.stranger(path, "--control", operand)
+        model, self.control_ckpt = self.stranger(path, "--control", operand)
         return (model, None, operand), f"{operand}, never trained, in {path}"
 
     def stranger(self, path, flag, operand):

@@ -2425,8 +2425,8 @@ def is_ours(path, damaged=False):
     if path.endswith(".npz"):
         return b"vocabulary.npy" in content
     with contextlib.suppress(ValueError, RecursionError):
-        return bool(read_record(path)) or has(json.loads(content), {"verdict": str,
-                                                                    "evidence": list})
+        value = json.loads(content)
+        return is_record(value) or has(value, {"verdict": str, "evidence": list})
     return False
 
 

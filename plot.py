@@ -42,8 +42,9 @@ from matplotlib.colors import PowerNorm  # noqa: E402
 
 if BACKEND is not None:
     os.environ["MPLBACKEND"] = BACKEND
+if BACKEND and FIRST:  # else who imported matplotlib has chosen
     with contextlib.suppress(ValueError):
-        matplotlib.rcParams["backend"] = BACKEND if FIRST else matplotlib.rcParams["backend"]
+        matplotlib.rcParams["backend"] = BACKEND
 
 KINDS = {  # kinds of rows, X.<kind>.jsonl (history: X.jsonl): a row without these keys is left out
     "history": {"step", "operand", "split"},
@@ -172,7 +173,8 @@ def paper_rows(name):
     return read_file(path, lambda file: list(csv.DictReader(io.TextIOWrapper(file)))) or []
 
 
-def sha256(file):
+def digest(file):
+    """sha256 of an open file."""
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -184,7 +186,7 @@ def raw_run(prefix):
     return SimpleNamespace(record=read_file(prefix + ".json", json.load), rows=rows,
                            verdict=read_file(prefix + ".verdict.json", json.load),
                            maps=partial(read_maps, prefix + ".", ""),
-                           sha256=read_file(prefix + ".pt", sha256))
+                           sha256=read_file(prefix + ".pt", digest))
 
 
 def committed_runs(folder):

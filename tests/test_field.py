@@ -53,13 +53,17 @@ def looked_at(tmp_path_factory, done):  # noqa: F811
     return folder.path
 
 
+def put_all(source, folder):  # noqa: F811
+    """Copy the files of a folder, of the same age. Returns the one that now has them."""
+    for file in filter(Path.is_file, source.iterdir()):
+        shutil.copy2(file, folder.path)
+    return folder
+
+
 @pytest.fixture
 def looked(looked_at, folder):  # noqa: F811
     """A folder with copies of the same."""
-    for file in looked_at.iterdir():
-        if file.is_file():
-            shutil.copy(file, folder.path)
-    return folder
+    return put_all(looked_at, folder)
 
 
 def script(*words, cwd, **variables):
@@ -496,11 +500,8 @@ def text(tmp_path_factory):
 
 @pytest.fixture
 def stories(text, folder):  # noqa: F811
-    for file in text.iterdir():
-        if file.is_file():
-            shutil.copy2(file, folder.path)
     shutil.copytree(text / "s.txt.unwrap", folder.path / "s.txt.unwrap")
-    return folder
+    return put_all(text, folder)
 
 
 def test_the_same_file_by_another_path_is_the_same_run(stories):
