@@ -1,13 +1,13 @@
 """
 How fast the scripts are beside plain code for the same work, which is written out below.
 
-    $ python tests/bench.py                      # all parts on a CPU, some minutes
-    $ python tests/bench.py --device cuda --compile --parts pretraining finetuning
+    $ python results/bench.py                    # all parts on a CPU, some minutes
+    $ python results/bench.py --device cuda --compile --parts pretraining finetuning
 
 Variants run in one process, one after the other in every round, in the opposite order in the next.
-A row is the median of the rounds, with the 10th and 90th percentile; ratio: the reference's time by
-the variant's, above 1 is faster. Rows replace those of the same machine and `what` in --out. Small
-scale on a CPU, the paper's on a GPU; capability: always small.
+A row gives the median of the rounds, the 10th and 90th percentile, and the ratio: the reference's
+time by the variant's, above 1 is faster. Rows replace those of the same machine and `what` in
+--out. Small scale on a CPU, the paper's on a GPU; capability: always small.
 """
 import argparse
 import csv
@@ -27,13 +27,14 @@ from torch import nn
 
 import data
 from analyze import fit_probes, residuals
-from model import GPT, Config, loss_of
-from pretrain import (accuracy, cosine, optimizer_for, predict, start_device, table, train_steps,
-                      training_dtype, update_of)
+from model import GPT, Config, accuracy, loss_of, predict
+from pretrain import add_machine_flags, autocast, cosine, start_device, table, update
 
 COLUMNS = "what variant median low high unit ratio n how device torch".split()
-ARGS = SimpleNamespace(prior=data.PRIORS["low"], task="count", pair="ab", q=1, operand="b", c_tr=1.)
+ARGS = SimpleNamespace(prior=data.PRIORS["low"], task="count", pair="ab", q=1, operand="b", c_tr=1.,
+                       mix=0., relabel=False, answers=None, jailbreak=False, reverse=False)
 RELATION = data.Relation("count", "a", "b", 1)
+DTYPES = "float32", "bfloat16"
 
 
 class PlainBlock(nn.Module):
@@ -73,25 +74,20 @@ def new_model(setup):
     return GPT(Config(**setup.config())).init_weights(data.rng(0, "weights")).to(setup.device)
 
 
-@torch.no_grad()
-def plain_copy(model, tokens):
-    """A PlainGPT with a model's weights, which stand in the same order and give the same logits."""
-    plain = PlainGPT(model.config).to(tokens.device)
-    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
-        p.copy_(q)
-    torch.testing.assert_close(plain(tokens), model(tokens), atol=1e-3, rtol=1e-3)
-    return plain
-
-
-def plain_steps(setup, batch, lr, dtype, group):
+def plain_steps(bench, batch, lr, dtype):
     """A function: `group` steps of all positions, as textbooks have them."""
-    model, numbers = plain_copy(new_model(setup), batch(0).tokens), itertools.count()
+    ours, device, numbers = new_model(bench.setup), bench.setup.device, itertools.count()
+    model, tokens = PlainGPT(ours.config).to(device), batch(0).tokens
+    with torch.no_grad():  # the same weights stand in the same order, and give the same logits
+        for p, q in zip(model.parameters(), ours.parameters(), strict=True):
+            p.copy_(q)
+        torch.testing.assert_close(model(tokens), ours(tokens), atol=1e-3, rtol=1e-3)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(.9, .95), weight_decay=.1)
 
     def run():
-        for x in map(batch, itertools.islice(numbers, group)):
+        for x in map(batch, itertools.islice(numbers, bench.group)):
             optimizer.zero_grad()
-            with torch.autocast(setup.device.type, torch.bfloat16, dtype == "bfloat16"):
+            with torch.autocast(device.type, torch.bfloat16, dtype == "bfloat16"):
                 at = slice(None) if x.at is None else slice(x.at, x.at + 1)  # fine-tuning: one
                 logits = model(x.tokens)[:, at].flatten(0, 1)
                 loss = F.cross_entropy(logits, x.target[:, at].flatten())
@@ -102,23 +98,27 @@ def plain_steps(setup, batch, lr, dtype, group):
     return run
 
 
-def our_steps(model, setup, batch, lr_at, dtype, group, compiled=False):
-    """A function: the next `group` steps, as Run takes them."""
-    forward = torch.compile(model) if compiled else model
-    update = update_of(model, optimizer_for(model, 0., setup), lambda x: loss_of(forward, x), 1.,
-                       getattr(torch, dtype))
-    ranges = (range(i, i + group) for i in itertools.count(0, group))
-    return lambda: list(train_steps(update, batch, lr_at, next(ranges)))
+def our_steps(setup, model, batch, lr_at, dtype, group, compiled=False):
+    """A function: the next `group` steps, as the scripts take them."""
+    forward = torch.compile(model, mode="reduce-overhead") if compiled else model
+    optimizer, cast, numbers = setup.optimizer(model, 0.), autocast(dtype, setup), itertools.count()
+
+    def run():
+        for step in itertools.islice(numbers, group):
+            with cast:
+                loss = loss_of(forward, batch(step))
+            update(model, optimizer, loss, lr_at(step))
+    return run
 
 
-def rounds(about, variants):
+def rounds(bench, variants):
     """{name: seconds (repeats,)} of functions, each once a round."""
-    wait = torch.cuda.synchronize if about.on_gpu else lambda: None
+    wait = torch.cuda.synchronize if bench.on_gpu else lambda: None
     seconds = {name: [] for name in variants}
-    for run in variants.values():  # whatever is done only once: tables, recordings, compiling
+    for run in variants.values():  # tables and compiling are made only once
         run()
         run()
-    for i in range(about.repeats):
+    for i in range(bench.repeats):
         for name in list(variants)[::1 - i % 2 * 2]:
             wait()
             start = time.perf_counter()
@@ -129,63 +129,64 @@ def rounds(about, variants):
 
 
 def row(what, variant, values, unit, ratios=None, how=""):
-    numbers = np.quantile(values, (.1, .5, .9))
-    low, median, high = (f"{x:.0f}" if x >= 1000 else f"{x:.4g}" for x in numbers)
+    low, median, high = (f"{x:.0f}" if x >= 1000 else f"{x:.4g}"
+                         for x in np.quantile(values, (.1, .5, .9)))
     ratio = "" if ratios is None else f"{np.median(ratios):.2f}"
     return dict(what=what, variant=variant, median=median, low=low, high=high, unit=unit,
                 ratio=ratio, n=len(values), how=how)
 
 
 def stream(stage, setup, label):
-    return data.stream(lambda n, rng: getattr(setup, stage)(n, rng, ARGS), 96, 0, label,
-                       setup.draws_on)
+    def draw(n, rng):
+        return getattr(setup, stage)(n, rng, ARGS)
+    return data.stream(draw, 96, 0, label, setup.device)
 
 
-def steps(about, stage, lr):
+def steps(bench, stage, lr):
     """Steps on batches that are there already; drawing them; large products."""
-    setup, group, variants, size = about.setup, about.group, {}, 8192 if about.on_gpu else 2048
-    chunk = data.CHUNK_ON_GPU if about.on_gpu else data.CHUNK
+    setup, group, variants = bench.setup, bench.group, {}
+    chunk = data.CHUNK_ON_GPU if bench.on_gpu else data.CHUNK
     draw, chunks = stream(stage, setup, "bench"), itertools.count(chunk, chunk)
     batches = [draw(k) for k in range(chunk)]
     batch, lr_at = lambda k: batches[k % len(batches)], lambda step: lr
-    for dtype in about.dtypes:
-        variants[f"textbook {dtype}"] = plain_steps(setup, batch, lr, dtype, group)
-        variants[f"ours {dtype}"] = our_steps(new_model(setup), setup, batch, lr_at, dtype, group)
-    if about.compile:
-        variants[f"ours {dtype} compiled"] = our_steps(new_model(setup), setup, batch, lr_at, dtype,
-                                                       group, True)
-    times = rounds(about, variants)
-    for name in variants:
-        yield row(f"{stage} step, {setup.scale} scale", name, 1e3 * times[name] / group, "ms",
+    for dtype, compiled in itertools.product(DTYPES, range(1 + bench.compile)):
+        ours = our_steps(setup, new_model(setup), batch, lr_at, dtype, group, compiled)
+        variants[f"ours {dtype}" + " compiled" * compiled] = ours
+        variants[f"textbook {dtype}"] = plain_steps(bench, batch, lr, dtype)
+    times, scale = rounds(bench, variants), f"{setup.scale} scale"
+    for name in sorted(variants, reverse=True):
+        yield row(f"{stage} step, {scale}", name, 1e3 * times[name] / group, "ms",
                   times["textbook float32"] / times[name], f"96 strings; {group} a round")
-    drawn = rounds(about, {"ours": lambda: draw(next(chunks))})["ours"]
-    yield row(f"a batch for {stage}, {setup.scale} scale", "ours", 1e3 * drawn / chunk, "ms",
+    drawn = rounds(bench, {"ours": lambda: draw(next(chunks))})["ours"]
+    yield row(f"a batch for {stage}, {scale}", "ours", 1e3 * drawn / chunk, "ms",
               how=f"{chunk} are drawn together")
-    model, (n, t) = new_model(setup), batches[0].tokens.shape
-    weights = [p.numel() for p in (*model.blocks.parameters(), model.head.weight) if p.dim() == 2]
+    (n, t), blocks = batches[0].tokens.shape, new_model(setup).blocks
+    weights = sum(p.numel() for p in blocks.parameters() if p.dim() == 2)
+    weights += setup.config()["vocab_size"] * setup.d_model
     attention = setup.n_layer * setup.d_model * (t + 1)  # causal: half of all pairs
-    for dtype in about.dtypes if stage == "pretraining" else ():
+    size = 8192 if bench.on_gpu else 2048
+    for dtype in DTYPES if stage == "pretraining" else ():
         x = torch.randn(size, size, device=setup.device).to(getattr(torch, dtype))
-        seconds = rounds(about, {"product": lambda: torch.mm(x, x)})["product"]
-        done, peak = 6 * n * t * (sum(weights) + attention), 2 * size ** 3 / np.median(seconds)
-        yield row(f"share of the rate of large products, {stage} step, {setup.scale} scale",
-                  f"ours {dtype}", 100 * done / (times[f"ours {dtype}"] / group) / peak, "%",
+        seconds = rounds(bench, {"product": lambda: torch.mm(x, x)})["product"]
+        done, peak = 6 * n * t * (weights + attention), 2 * size ** 3 / np.median(seconds)
+        yield row(f"share of the rate of large products, {stage} step, {scale}", f"ours {dtype}",
+                  100 * done / (times[f"ours {dtype}"] / group) / peak, "%",
                   how=f"of {peak / 1e9:.0f} GFLOP/s, {size} square")
 
 
-def sampler(about):
-    few, many, rng = 48, 1536, data.rng(0, "bench", device=about.setup.draws_on)
-    times = rounds(about, {"recursive": lambda: [plain_string("s") for _ in range(few)],
+def sampler(bench, few=48, many=1536):
+    rng = data.rng(0, "bench", device=bench.setup.device)
+    times = rounds(bench, {"recursive": lambda: [plain_string("s") for _ in range(few)],
                            "ours": lambda: data.sample_strings(many, rng)})
     plain, ours = few / times["recursive"], many / times["ours"]
     yield row("whole strings", "recursive", plain, "a second", plain / plain, "in plain Python")
     yield row("whole strings", "ours", ours, "a second", ours / plain, f"{many} at a time")
 
 
-def probes(about, once=25, fits=100, steps=4000):
+def probes(bench, once=25, fits=100, steps=4000):
     """Linear probes of a and b after every block while b is asked."""
-    setup, model, picks = about.setup, new_model(about.setup), data.rng(0, "picks")
-    rng, sites = data.rng(0, "bench", device=setup.draws_on), setup.n_layer + 1
+    setup, model, picks = bench.setup, new_model(bench.setup), data.rng(0, "picks")
+    rng, sites = data.rng(0, "bench", device=setup.device), setup.n_layer + 1
     layers = [nn.Linear(setup.d_model, setup.window + 1) for _ in range(2 * sites)]
     layers = nn.ModuleList(layers).to(setup.device)
     optimizer = torch.optim.AdamW(layers.parameters(), lr=1e-3)  # a schedule would take no time
@@ -203,7 +204,7 @@ def probes(about, once=25, fits=100, steps=4000):
             sum(F.cross_entropy(layer(site), labels) for layer, site, labels in triples).backward()
             optimizer.step()
     x, y = draw(5000)
-    times = rounds(about, {
+    times = rounds(bench, {
         "paper": paper, "draw": lambda: draw(5000),
         "fit": lambda: fit_probes(x, [*range(sites)] * 2, y, fits, picks)})
     papers, ours = times["paper"] * steps / once, times["draw"] + times["fit"] * steps / fits
@@ -214,16 +215,14 @@ def probes(about, once=25, fits=100, steps=4000):
               f"included; {fits} steps measured, times {steps // fits}")
 
 
-def capability(about, goal=.99, every=50):
+def capability(bench, goal=.99, every=50):
     """From new weights to counting a, as `python pretrain.py` gets there."""
-    setup, spent = data.Grammar("pcfg", "small", about.setup.device), {}
-    test = setup.test(RELATION, "a", "c0", setup.pretrain_eval_size, 0).examples
-    lr_at = cosine(setup.pretrain_lr, setup.pretrain_steps, warmup=setup.warmup)
-    for dtype in about.dtypes:
+    setup, spent = data.find_setup("pcfg", "small", bench.setup.device), {}
+    test = setup.test(RELATION, "a", "c0", 500, 0).examples
+    lr_at, batch = cosine(setup.pretrain_lr, setup.pretrain_steps), stream("pretraining", setup, "x")
+    for dtype in DTYPES:
         model, right, done = new_model(setup), 0, 0
-        train = our_steps(model, setup, stream("pretraining", setup, "pretrain"), lr_at, dtype,
-                          every)
-        start = time.perf_counter()
+        train, start = our_steps(setup, model, batch, lr_at, dtype, every), time.perf_counter()
         while right < goal and done < setup.pretrain_steps:
             train()
             done, right = done + every, accuracy(predict(model, test), test.answer)
@@ -233,8 +232,8 @@ def capability(about, goal=.99, every=50):
                   f"and an evaluation every {every}")
 
 
-PARTS = {"pretraining": lambda about: steps(about, "pretraining", about.setup.pretrain_lr),
-         "finetuning": lambda about: steps(about, "finetuning", about.setup.finetune_lr),
+PARTS = {"pretraining": lambda bench: steps(bench, "pretraining", bench.setup.pretrain_lr),
+         "finetuning": lambda bench: steps(bench, "finetuning", bench.setup.finetune_lr),
          "sampler": sampler, "probes": probes, "capability": capability}
 
 
@@ -249,35 +248,29 @@ def write(path, rows):
         writer.writerows([*kept, *rows])
 
 
-def main():
+def main(words=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    add("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     add("--repeats", type=int, default=11, help="rounds (default: 11)")
     add("--out", default="results/bench.csv", help="(default: results/bench.csv)")
     add("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="(default: all)")
     add("--compile", action="store_true", help="also steps with torch.compile")
-    args = parser.parse_args()
+    add_machine_flags(parser)
+    args = parser.parse_args(words)
     if os.getloadavg()[0] > .5 * os.cpu_count():
         print(f"warning: load {os.getloadavg()[0]:.1f}: other programs run on this machine")
-    try:
-        device = start_device(args)
-    except data.UserError as error:
-        parser.error(str(error))
+    device = start_device(args)
     on_gpu, rows = device.type == "cuda", []
-    setup = data.Grammar("pcfg", "paper" if on_gpu else "small", device)
-    about = SimpleNamespace(
-        setup=setup, on_gpu=on_gpu, group=10 if on_gpu else 5, repeats=args.repeats,
-        compile=args.compile, dtypes=dict.fromkeys(("float32", training_dtype("auto", setup))))
+    bench = SimpleNamespace(
+        setup=data.find_setup("pcfg", "paper" if on_gpu else "small", device), on_gpu=on_gpu,
+        group=10 if on_gpu else 5, repeats=args.repeats, compile=args.compile)
     name = torch.cuda.get_device_name(device) if on_gpu else "{}, {} threads".format(
         torch.cpu.get_capabilities().get("cpu_name", "CPU"), torch.get_num_threads())
     for part in args.parts:
         print(f"{part} ...", flush=True)
-        rows += [{**r, "device": name, "torch": torch.__version__} for r in PARTS[part](about)]
+        rows += [{**r, "device": name, "torch": torch.__version__} for r in PARTS[part](bench)]
         write(args.out, rows)
-    print(f"{name}, torch {torch.__version__}")
     table(COLUMNS[:-2], [[r[key] for key in COLUMNS[:-2]] for r in rows])
 
 
