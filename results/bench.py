@@ -2,12 +2,12 @@
 How fast the scripts are beside plain code for the same work, which is written out below.
 
     $ python results/bench.py                    # all parts on a CPU, some minutes
-    $ python results/bench.py --device cuda --compile --parts pretraining finetuning
+    $ python results/bench.py --device cuda --bfloat16 --compile --parts pretraining finetuning
 
 Variants run in one process, one after the other in every round, in the opposite order in the next.
-A row gives the median of the rounds, the 10th and 90th percentile, and the ratio: the reference's
-time by the variant's, above 1 is faster. Rows replace those of the same machine and `what` in
---out. Small scale on a CPU, the paper's on a GPU; capability: always small.
+A row: the median of the rounds, the 10th and 90th percentile, and the ratio, the reference's time
+by the variant's (above 1 is faster). Rows replace those of the same machine and `what` in --out.
+Small scale on a CPU, the paper's on a GPU.
 """
 import argparse
 import csv
@@ -16,6 +16,7 @@ import os
 import random
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # no bars: fit_probes() is called many times
@@ -27,14 +28,13 @@ from torch import nn
 
 import data
 from analyze import fit_probes, residuals
-from model import GPT, Config, accuracy, loss_of, predict
-from pretrain import add_machine_flags, autocast, cosine, start_device, table, update
+from model import GPT, Config, loss_of
+from pretrain import add_machine_flags, autocast, start_device, table, update
 
 COLUMNS = "what variant median low high unit ratio n how device torch".split()
 ARGS = SimpleNamespace(prior=data.PRIORS["low"], task="count", pair="ab", q=1, operand="b", c_tr=1.,
                        mix=0., relabel=False, answers=None, jailbreak=False, reverse=False)
 RELATION = data.Relation("count", "a", "b", 1)
-DTYPES = "float32", "bfloat16"
 
 
 class PlainBlock(nn.Module):
@@ -74,58 +74,56 @@ def new_model(setup):
     return GPT(Config(**setup.config())).init_weights(data.rng(0, "weights")).to(setup.device)
 
 
-def plain_steps(bench, batch, lr, dtype):
-    """A function: `group` steps of all positions, as textbooks have them."""
-    ours, device, numbers = new_model(bench.setup), bench.setup.device, itertools.count()
-    model, tokens = PlainGPT(ours.config).to(device), batch(0).tokens
+def plain_step(setup, batch, lr, dtype):
+    """A function of k: a step on batch k, all positions, as textbooks have it."""
+    ours, tokens = new_model(setup), batch(0).tokens
+    model = PlainGPT(ours.config).to(setup.device)
     with torch.no_grad():  # the same weights stand in the same order, and give the same logits
         for p, q in zip(model.parameters(), ours.parameters(), strict=True):
             p.copy_(q)
         torch.testing.assert_close(model(tokens), ours(tokens), atol=1e-3, rtol=1e-3)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(.9, .95), weight_decay=.1)
 
-    def run():
-        for x in map(batch, itertools.islice(numbers, bench.group)):
-            optimizer.zero_grad()
-            with torch.autocast(device.type, torch.bfloat16, dtype == "bfloat16"):
-                at = slice(None) if x.at is None else slice(x.at, x.at + 1)  # fine-tuning: one
-                logits = model(x.tokens)[:, at].flatten(0, 1)
-                loss = F.cross_entropy(logits, x.target[:, at].flatten())
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.)
-            optimizer.step()
-            loss.item()
-    return run
+    def step(k):
+        x = batch(k)
+        at = slice(None) if x.at is None else slice(x.at, x.at + 1)  # fine-tuning: the answer
+        optimizer.zero_grad()
+        with torch.autocast(setup.device.type, torch.bfloat16, dtype == "bfloat16"):
+            logits = model(x.tokens)[:, at].flatten(0, 1)
+            loss = F.cross_entropy(logits, x.target[:, at].flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        optimizer.step()
+        loss.item()
+    return step
 
 
-def our_steps(setup, model, batch, lr_at, dtype, group, compiled=False):
-    """A function: the next `group` steps, as the scripts take them."""
+def our_step(setup, batch, lr, dtype, compiled=False):
+    """The same as the scripts take it."""
+    model = new_model(setup)
     forward = torch.compile(model, mode="reduce-overhead") if compiled else model
-    optimizer, cast, numbers = setup.optimizer(model, 0.), autocast(dtype, setup), itertools.count()
+    optimizer, cast = setup.optimizer(model, 0.), autocast(dtype, setup)
 
-    def run():
-        for step in itertools.islice(numbers, group):
-            with cast:
-                loss = loss_of(forward, batch(step))
-            update(model, optimizer, loss, lr_at(step))
-    return run
+    def step(k):
+        with cast:
+            loss = loss_of(forward, batch(k))
+        update(model, optimizer, loss, lr)
+    return step
 
 
-def rounds(bench, variants):
-    """{name: seconds (repeats,)} of functions, each once a round."""
+def rounds(bench, variants, group=1):
+    """{name: seconds (repeats,)} of functions of a step, `group` steps a round."""
     wait = torch.cuda.synchronize if bench.on_gpu else lambda: None
     seconds = {name: [] for name in variants}
-    for run in variants.values():  # tables and compiling are made only once
-        run()
-        run()
-    for i in range(bench.repeats):
+    for i in range(bench.repeats + 2):
         for name in list(variants)[::1 - i % 2 * 2]:
             wait()
             start = time.perf_counter()
-            variants[name]()
+            for k in range(i * group, (i + 1) * group):
+                variants[name](k)
             wait()
             seconds[name].append(time.perf_counter() - start)
-    return {name: np.array(times) for name, times in seconds.items()}
+    return {name: np.array(times[2:]) for name, times in seconds.items()}  # 2: tables, compiling
 
 
 def row(what, variant, values, unit, ratios=None, how=""):
@@ -136,57 +134,40 @@ def row(what, variant, values, unit, ratios=None, how=""):
                 ratio=ratio, n=len(values), how=how)
 
 
-def stream(stage, setup, label):
-    def draw(n, rng):
-        return getattr(setup, stage)(n, rng, ARGS)
-    return data.stream(draw, 96, 0, label, setup.device)
-
-
 def steps(bench, stage, lr):
-    """Steps on batches that are there already; drawing them; large products."""
-    setup, group, variants = bench.setup, bench.group, {}
-    chunk = data.CHUNK_ON_GPU if bench.on_gpu else data.CHUNK
-    draw, chunks = stream(stage, setup, "bench"), itertools.count(chunk, chunk)
-    batches = [draw(k) for k in range(chunk)]
-    batch, lr_at = lambda k: batches[k % len(batches)], lambda step: lr
-    for dtype, compiled in itertools.product(DTYPES, range(1 + bench.compile)):
-        ours = our_steps(setup, new_model(setup), batch, lr_at, dtype, group, compiled)
-        variants[f"ours {dtype}" + " compiled" * compiled] = ours
-        variants[f"textbook {dtype}"] = plain_steps(bench, batch, lr, dtype)
-    times, scale = rounds(bench, variants), f"{setup.scale} scale"
-    for name in sorted(variants, reverse=True):
+    """Steps on batches that are there already; drawing them."""
+    setup, group, variants, scale = bench.setup, bench.group, {}, f"{bench.setup.scale} scale"
+    draw = data.stream(partial(getattr(setup, stage), args=ARGS), 96, 0, "bench", setup.draws_on)
+    together = data.CHUNK_ON_GPU if bench.on_gpu else data.CHUNK
+    batches = [draw(k) for k in range(together)]
+    batch = lambda k: batches[k % together]
+    for dtype in bench.dtypes:
+        variants[f"textbook {dtype}"] = plain_step(setup, batch, lr, dtype)
+        variants[f"ours {dtype}"] = our_step(setup, batch, lr, dtype)
+        if bench.compile:
+            variants[f"ours {dtype} compiled"] = our_step(setup, batch, lr, dtype, True)
+    times = rounds(bench, variants, group)
+    for name in variants:
         yield row(f"{stage} step, {scale}", name, 1e3 * times[name] / group, "ms",
                   times["textbook float32"] / times[name], f"96 strings; {group} a round")
-    drawn = rounds(bench, {"ours": lambda: draw(next(chunks))})["ours"]
-    yield row(f"a batch for {stage}, {scale}", "ours", 1e3 * drawn / chunk, "ms",
-              how=f"{chunk} are drawn together")
-    (n, t), blocks = batches[0].tokens.shape, new_model(setup).blocks
-    weights = sum(p.numel() for p in blocks.parameters() if p.dim() == 2)
-    weights += setup.config()["vocab_size"] * setup.d_model
-    attention = setup.n_layer * setup.d_model * (t + 1)  # causal: half of all pairs
-    size = 8192 if bench.on_gpu else 2048
-    for dtype in DTYPES if stage == "pretraining" else ():
-        x = torch.randn(size, size, device=setup.device).to(getattr(torch, dtype))
-        seconds = rounds(bench, {"product": lambda: torch.mm(x, x)})["product"]
-        done, peak = 6 * n * t * (weights + attention), 2 * size ** 3 / np.median(seconds)
-        yield row(f"share of the rate of large products, {stage} step, {scale}", f"ours {dtype}",
-                  100 * done / (times[f"ours {dtype}"] / group) / peak, "%",
-                  how=f"of {peak / 1e9:.0f} GFLOP/s, {size} square")
+    drawn = rounds(bench, {"ours": lambda i: draw((i + 1) * together)})["ours"]
+    yield row(f"a batch for {stage}, {scale}", "ours", 1e3 * drawn / together, "ms",
+              how=f"{together} are drawn together")
 
 
 def sampler(bench, few=48, many=1536):
-    rng = data.rng(0, "bench", device=bench.setup.device)
-    times = rounds(bench, {"recursive": lambda: [plain_string("s") for _ in range(few)],
-                           "ours": lambda: data.sample_strings(many, rng)})
+    rng = data.rng(0, "bench", device=bench.setup.draws_on)
+    times = rounds(bench, {"recursive": lambda i: [plain_string("s") for _ in range(few)],
+                           "ours": lambda i: data.sample_strings(many, rng)})
     plain, ours = few / times["recursive"], many / times["ours"]
     yield row("whole strings", "recursive", plain, "a second", plain / plain, "in plain Python")
     yield row("whole strings", "ours", ours, "a second", ours / plain, f"{many} at a time")
 
 
-def probes(bench, once=25, fits=100, steps=4000):
+def probes(bench, once=25, fits=100, count=4000):
     """Linear probes of a and b after every block while b is asked."""
     setup, model, picks = bench.setup, new_model(bench.setup), data.rng(0, "picks")
-    rng, sites = data.rng(0, "bench", device=setup.device), setup.n_layer + 1
+    rng, sites = data.rng(0, "bench", device=setup.draws_on), setup.n_layer + 1
     layers = [nn.Linear(setup.d_model, setup.window + 1) for _ in range(2 * sites)]
     layers = nn.ModuleList(layers).to(setup.device)
     optimizer = torch.optim.AdamW(layers.parameters(), lr=1e-3)  # a schedule would take no time
@@ -197,74 +178,57 @@ def probes(bench, once=25, fits=100, steps=4000):
         x = setup.ask(text, "count", "b")
         return residuals(model, x, setup.site(x)), x.labels[:, :2].T.repeat_interleave(sites, 0)
 
-    def paper():
-        for x, y in map(draw, [96] * once):
-            optimizer.zero_grad()
-            triples = zip(layers, itertools.cycle(x), y)
-            sum(F.cross_entropy(layer(site), labels) for layer, site, labels in triples).backward()
-            optimizer.step()
+    def paper(i):
+        x, y = draw(96)
+        optimizer.zero_grad()
+        triples = zip(layers, itertools.cycle(x), y)
+        sum(F.cross_entropy(layer(site), labels) for layer, site, labels in triples).backward()
+        optimizer.step()
     x, y = draw(5000)
-    times = rounds(bench, {
-        "paper": paper, "draw": lambda: draw(5000),
-        "fit": lambda: fit_probes(x, [*range(sites)] * 2, y, fits, picks)})
-    papers, ours = times["paper"] * steps / once, times["draw"] + times["fit"] * steps / fits
-    what = f"{2 * sites} probes, {steps} steps, {setup.scale} scale"
+    papers = rounds(bench, {"paper": paper}, once)["paper"] * count / once
+    times = rounds(bench, {"draw": lambda i: draw(5000), "fit": lambda i: fit_probes(
+        x, [*range(sites)] * 2, y, fits, picks)})
+    ours = times["draw"] + times["fit"] * count / fits
+    what = f"{2 * sites} probes, {count} steps, {setup.scale} scale"
     yield row(what, "the paper's protocol", papers, "s", papers / papers, "new strings every step, "
-              f"read by one pass for all probes; {once} steps measured, times {steps // once}")
+              f"read by one pass for all probes; {once} steps measured, times {count // once}")
     yield row(what, "ours", ours, "s", papers / ours, "activations of 5,000 strings, drawing "
-              f"included; {fits} steps measured, times {steps // fits}")
-
-
-def capability(bench, goal=.99, every=50):
-    """From new weights to counting a, as `python pretrain.py` gets there."""
-    setup, spent = data.find_setup("pcfg", "small", bench.setup.device), {}
-    test = setup.test(RELATION, "a", "c0", 500, 0).examples
-    lr_at, batch = cosine(setup.pretrain_lr, setup.pretrain_steps), stream("pretraining", setup, "x")
-    for dtype in DTYPES:
-        model, right, done = new_model(setup), 0, 0
-        train, start = our_steps(setup, model, batch, lr_at, dtype, every), time.perf_counter()
-        while right < goal and done < setup.pretrain_steps:
-            train()
-            done, right = done + every, accuracy(predict(model, test), test.answer)
-        spent[dtype] = np.array([time.perf_counter() - start])
-        yield row(f"{goal:.0%} on count a, c0, small scale", f"ours {dtype}", spent[dtype], "s",
-                  spent["float32"] / spent[dtype], f"{right:.1%} after {done} steps, with drawing "
-                  f"and an evaluation every {every}")
+              f"included; {fits} steps measured, times {count // fits}")
 
 
 PARTS = {"pretraining": lambda bench: steps(bench, "pretraining", bench.setup.pretrain_lr),
          "finetuning": lambda bench: steps(bench, "finetuning", bench.setup.finetune_lr),
-         "sampler": sampler, "probes": probes, "capability": capability}
+         "sampler": sampler, "probes": probes}
 
 
 def write(path, rows):
-    kept, new = [], {(r["what"], r["device"]) for r in rows}
+    new, old = {(r["what"], r["device"]) for r in rows}, []
     if os.path.isfile(path):
         with open(path, newline="") as file:
-            kept = [r for r in csv.DictReader(file) if (r["what"], r["device"]) not in new]
+            old = list(csv.DictReader(file))
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows([*kept, *rows])
+        writer.writerows([r for r in old if (r["what"], r["device"]) not in new] + rows)
 
 
-def main(words=None):
+def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--repeats", type=int, default=11, help="rounds (default: 11)")
     add("--out", default="results/bench.csv", help="(default: results/bench.csv)")
     add("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="(default: all)")
+    add("--bfloat16", action="store_true", help="also steps in bfloat16")
     add("--compile", action="store_true", help="also steps with torch.compile")
     add_machine_flags(parser)
-    args = parser.parse_args(words)
-    if os.getloadavg()[0] > .5 * os.cpu_count():
-        print(f"warning: load {os.getloadavg()[0]:.1f}: other programs run on this machine")
-    device = start_device(args)
-    on_gpu, rows = device.type == "cuda", []
+    args = parser.parse_args()
+    device, rows = start_device(args), []
+    on_gpu = device.type == "cuda"
     bench = SimpleNamespace(
         setup=data.find_setup("pcfg", "paper" if on_gpu else "small", device), on_gpu=on_gpu,
-        group=10 if on_gpu else 5, repeats=args.repeats, compile=args.compile)
+        group=10 if on_gpu else 5, repeats=args.repeats, compile=args.compile,
+        dtypes=["float32"] + ["bfloat16"] * args.bfloat16)
     name = torch.cuda.get_device_name(device) if on_gpu else "{}, {} threads".format(
         torch.cpu.get_capabilities().get("cpu_name", "CPU"), torch.get_num_threads())
     for part in args.parts:
