@@ -2,7 +2,7 @@
 #
 #     DRY=1 bash results/pcfg.sh      # prints the commands, one a line, each below what it needs
 #     LANES=8 PYTHON=path/to/python OUT=/elsewhere bash results/pcfg.sh
-#     FLAGS="--steps 20 --eval-size 16 --batch-size 8" OUT=/tmp/x bash results/pcfg.sh  # a rehearsal
+#     FLAGS="--steps 20 --eval-size 16" OUT=/tmp/x RESULTS=/tmp/y bash results/pcfg.sh  # rehearsal
 #
 # Restartable: training goes on where it was; an analysis is passed over if its file is younger than
 # its checkpoint. Raw runs stand under OUT, tables and figures under RESULTS.
@@ -19,7 +19,8 @@ train() {  # run, script and flags
 }
 see() {  # run, one analysis and flags
     local file=$OUT/$1.$2.jsonl; [ "$2" != verdict ] || file=$OUT/$1.verdict.json
-    [ "$file" -nt "$OUT/$1.pt" ] || run analyze.py "${@:2}" --ckpt "$OUT/$1.pt" --threads $THREADS $FLAGS
+    [ "$file" -nt "$OUT/$1.pt" ] ||
+        run analyze.py "${@:2}" --ckpt "$OUT/$1.pt" --threads $THREADS $FLAGS
 }
 look() {  # run, analyses that end in a verdict (none: all) and flags
     [ "$OUT/$1.verdict.json" -nt "$OUT/$1.pt" ] ||
@@ -28,9 +29,9 @@ look() {  # run, analyses that end in a verdict (none: all) and flags
 export -f run train see look
 
 stages() {  # names of functions that print a line of shell a job: their jobs, a stage at a time
-    local stage
+    local stage lanes=$LANES; [ ! "$DRY" ] || lanes=1
     for stage; do
-        "jobs_$stage" | tr '\n' '\0' | xargs -0 -n 1 -P "$([ "$DRY" ] && echo 1 || echo "$LANES")" bash -ec
+        "jobs_$stage" | tr '\n' '\0' | xargs -0 -n 1 -P "$lanes" bash -ec
     done
 }
 evidence() {  # set, its figures

@@ -4,7 +4,7 @@
 # other fine-tunings, then the high prior. A command starts only if the time left is as long as the
 # last one of its script took; one that time cuts short is saved, and goes on in the next call.
 #
-#     bash results/paper.sh                    # MINUTES=14; how to print or move it: results/lanes.sh
+#     bash results/paper.sh   # MINUTES=14; how to print or move it: results/lanes.sh
 #     SCALE=small MINUTES=2 OUT=/tmp/x RESULTS=/tmp/y \
 #         FLAGS="--steps 40 --save-every 30 --eval-size 16" bash results/paper.sh  # on a CPU
 export THREADS=${THREADS:-0} SCALE=${SCALE:-paper}

@@ -57,9 +57,9 @@ look known/$1-$seed behavior prune probe revive relearn verdict"
 jobs_jailbreak() {  # two tokens that never ask for b
     for seed in $TWO; do
         for prior in low high; do
-            run=conditions/jailbreak-$prior-$seed
-            echo "train pre/jailbreak-$prior-$seed pretrain.py --prior $prior --jailbreak --seed $seed && \
-tune $run jailbreak-$prior-$seed $seed && see $run behavior && see $run probe"
+            base=jailbreak-$prior-$seed run=conditions/jailbreak-$prior-$seed
+            echo "train pre/$base pretrain.py --prior $prior --jailbreak --seed $seed && \
+tune $run $base $seed && see $run behavior && see $run probe"
         done
     done
     for seed in $TWO; do  # at the usual rate a is hardly harmed there

@@ -16,8 +16,9 @@ jobs_pre() {
     done
 }
 counter() {  # name, noise seed, C_Tr, rate
-    echo "train $R/counter-$1-$2 finetune.py --ckpt $OUT/$R/compiled.pt --c-tr $3 --lr $4 --seed $2 \
---save-every 2500 && see $R/counter-$1-$2 relearn"
+    local run=$R/counter-$1-$2
+    echo "train $run finetune.py --ckpt $OUT/$R/compiled.pt --c-tr $3 --lr $4 --seed $2 \
+--save-every 2500 && see $run relearn"
 }
 jobs_counter() {
     for seed in 0 1 2 3 4; do counter wrapped $seed 1 1e-3; done

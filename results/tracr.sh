@@ -23,7 +23,8 @@ look() {  # run, analyses: commands in one line
     echo "$line"
 }
 variant() {  # folder, C_Tr, rate, noise seed
-    echo "$(tune variants/$1 variants/$1 $2 $3 $4) && $(look variants/$1/ctr$2-lr$3-seed$4 behavior)"
+    local run=variants/$1/ctr$2-lr$3-seed$4
+    echo "$(tune variants/$1 variants/$1 $2 $3 $4) && $(look $run behavior)"
 }
 
 jobs_bases() {  # outputs not multiplied by 10 (scale1), and weights as compiled besides (literal)

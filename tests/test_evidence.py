@@ -21,6 +21,7 @@ import pretrain
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RESULTS = os.path.join(HERE, "results")
 sys.path.insert(0, RESULTS)
+import claims  # noqa: E402
 import evidence  # noqa: E402
 
 
@@ -79,9 +80,9 @@ def test_collected_runs_are_read_back_as_they_were(tmp_path):
 
 
 def test_auroc_by_hand():
-    assert evidence.auroc([3, 2], [1, 2]) == (1 + 1 + 1 + .5) / 4
-    assert evidence.auroc([1, 1], [1]) == .5
-    assert evidence.auroc([0, 5], [1, 2, 3]) == .5
+    assert claims.auroc([3, 2], [1, 2]) == (1 + 1 + 1 + .5) / 4
+    assert claims.auroc([1, 1], [1]) == .5
+    assert claims.auroc([0, 5], [1, 2, 3]) == .5
 
 
 def model(seed, lr, **verdict):
@@ -100,15 +101,15 @@ def test_effects_by_hand():
     runs = [model(1, 1e-5, found=.9, floor=.2, other=.5, reft=10, control=40),
             model(2, 1e-5, found=.6, floor=.5, other=.1, reft=0, control=30),
             model(1, 1e-3, found=.3)]
-    claim = evidence.Claim("", "", "count low 1 1e-5", "found", "the larger", "floor other", .25)
-    assert evidence.effects(claim, runs) == [(pytest.approx(.4), .5), (pytest.approx(.1), .5)]
-    assert evidence.outcome(claim, [.4, .1]) == "undecided"
-    assert evidence.outcome(claim, [.4, .25]) == "holds"
-    assert evidence.outcome(claim._replace(below=True), [.4, .3]) == "does not hold"
+    claim = claims.Claim("", "", "count low 1 1e-5", "found", "the larger", "floor other", .25)
+    assert claims.effects(claim, runs) == [(pytest.approx(.4), .5), (pytest.approx(.1), .5)]
+    assert claims.outcome(claim, [.4, .1]) == "undecided"
+    assert claims.outcome(claim, [.4, .25]) == "holds"
+    assert claims.outcome(claim._replace(below=True), [.4, .3]) == "does not hold"
     ratio = claim._replace(measured="control", control="reft", margin=3.)
-    assert evidence.effects(ratio, runs) == [(4., 10), (30., 0)]
+    assert claims.effects(ratio, runs) == [(4., 10), (30., 0)]
     paired = claim._replace(control=("count low 1 1e-3", "found"))
-    assert evidence.effects(paired, runs) == [(pytest.approx(.6), .3)]  # seed 2 has no partner
+    assert claims.effects(paired, runs) == [(pytest.approx(.6), .3)]  # seed 2 has no partner
 
 
 def commands(script, out):
