@@ -9,7 +9,7 @@
 R=relearn SEEDS=${SEEDS:-0 1}
 
 jobs_pre() {
-    echo "train $R/compiled pretrain.py --setup tracr-count"
+    echo "FLAGS= train $R/compiled pretrain.py --setup tracr-count"
     for seed in $SEEDS; do
         echo "train $R/stories-$seed pretrain.py --setup stories --seed $seed"
         echo "train $R/never-$seed pretrain.py --setup stories --seed $seed --without Twist"
