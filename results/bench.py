@@ -126,7 +126,7 @@ def rounds(bench, variants, group=1):
     return {name: np.array(times[2:]) for name, times in seconds.items()}  # 2: tables, compiling
 
 
-def row(what, variant, values, unit, ratios=None, how=""):
+def row_of(what, variant, values, unit, ratios=None, how=""):
     low, median, high = (f"{x:.0f}" if x >= 1000 else f"{x:.4g}"
                          for x in np.quantile(values, (.1, .5, .9)))
     ratio = "" if ratios is None else f"{np.median(ratios):.2f}"
@@ -148,11 +148,11 @@ def steps(bench, stage, lr):
             variants[f"ours {dtype} compiled"] = our_step(setup, batch, lr, dtype, True)
     times = rounds(bench, variants, group)
     for name in variants:
-        yield row(f"{stage} step, {scale}", name, 1e3 * times[name] / group, "ms",
-                  times["textbook float32"] / times[name], f"96 strings; {group} a round")
+        yield row_of(f"{stage} step, {scale}", name, 1e3 * times[name] / group, "ms",
+                     times["textbook float32"] / times[name], f"96 strings; {group} a round")
     drawn = rounds(bench, {"ours": lambda i: draw((i + 1) * together)})["ours"]
-    yield row(f"a batch for {stage}, {scale}", "ours", 1e3 * drawn / together, "ms",
-              how=f"{together} are drawn together")
+    yield row_of(f"a batch for {stage}, {scale}", "ours", 1e3 * drawn / together, "ms",
+                 how=f"{together} are drawn together")
 
 
 def sampler(bench, few=48, many=1536):
@@ -160,17 +160,16 @@ def sampler(bench, few=48, many=1536):
     times = rounds(bench, {"recursive": lambda i: [plain_string("s") for _ in range(few)],
                            "ours": lambda i: data.sample_strings(many, rng)})
     plain, ours = few / times["recursive"], many / times["ours"]
-    yield row("whole strings", "recursive", plain, "a second", plain / plain, "in plain Python")
-    yield row("whole strings", "ours", ours, "a second", ours / plain, f"{many} at a time")
+    yield row_of("whole strings", "recursive", plain, "a second", plain / plain, "in plain Python")
+    yield row_of("whole strings", "ours", ours, "a second", ours / plain, f"{many} at a time")
 
 
 def probes(bench, once=25, fits=100, count=4000):
     """Linear probes of a and b after every block while b is asked."""
     setup, model, picks = bench.setup, new_model(bench.setup), data.rng(0, "picks")
     rng, sites = data.rng(0, "bench", device=setup.draws_on), setup.n_layer + 1
-    layers = [nn.Linear(setup.d_model, setup.window + 1) for _ in range(2 * sites)]
-    layers = nn.ModuleList(layers).to(setup.device)
-    optimizer = torch.optim.AdamW(layers.parameters(), lr=1e-3)  # a schedule would take no time
+    layers = nn.ModuleList(nn.Linear(setup.d_model, setup.window + 1) for _ in range(2 * sites))
+    optimizer = torch.optim.AdamW(layers.to(setup.device).parameters(), lr=1e-3)
 
     def draw(n):
         """Residuals (sites, n, d) and labels (2 sites, n) of new strings, half natural, half c0."""
@@ -190,26 +189,16 @@ def probes(bench, once=25, fits=100, count=4000):
         x, [*range(sites)] * 2, y, fits, picks)})
     ours = times["draw"] + times["fit"] * count / fits
     what = f"{2 * sites} probes, {count} steps, {setup.scale} scale"
-    yield row(what, "the paper's protocol", papers, "s", papers / papers, "new strings every step, "
-              f"read by one pass for all probes; {once} steps measured, times {count // once}")
-    yield row(what, "ours", ours, "s", papers / ours, "activations of 5,000 strings, drawing "
-              f"included; {fits} steps measured, times {count // fits}")
+    yield row_of(what, "the paper's protocol", papers, "s", papers / papers, "new strings every "
+                 f"step, read by one pass for all probes; {once} steps measured, times "
+                 f"{count // once}")
+    yield row_of(what, "ours", ours, "s", papers / ours, "activations of 5,000 strings, drawing "
+                 f"included; {fits} steps measured, times {count // fits}")
 
 
 PARTS = {"pretraining": lambda bench: steps(bench, "pretraining", bench.setup.pretrain_lr),
          "finetuning": lambda bench: steps(bench, "finetuning", bench.setup.finetune_lr),
          "sampler": sampler, "probes": probes}
-
-
-def write(path, rows):
-    new, old = {(r["what"], r["device"]) for r in rows}, []
-    if os.path.isfile(path):
-        with open(path, newline="") as file:
-            old = list(csv.DictReader(file))
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([r for r in old if (r["what"], r["device"]) not in new] + rows)
 
 
 def main():
@@ -223,19 +212,25 @@ def main():
     add("--compile", action="store_true", help="also steps with torch.compile")
     add_machine_flags(parser)
     args = parser.parse_args()
-    device, rows = start_device(args), []
-    on_gpu = device.type == "cuda"
+    device = start_device(args)
+    on_gpu, threads = device.type == "cuda", torch.get_num_threads()
     bench = SimpleNamespace(
         setup=data.find_setup("pcfg", "paper" if on_gpu else "small", device), on_gpu=on_gpu,
         group=10 if on_gpu else 5, repeats=args.repeats, compile=args.compile,
         dtypes=["float32"] + ["bfloat16"] * args.bfloat16)
-    name = torch.cuda.get_device_name(device) if on_gpu else "{}, {} threads".format(
-        torch.cpu.get_capabilities().get("cpu_name", "CPU"), torch.get_num_threads())
-    for part in args.parts:
-        print(f"{part} ...", flush=True)
-        rows += [{**r, "device": name, "torch": torch.__version__} for r in PARTS[part](bench)]
-        write(args.out, rows)
-    table(COLUMNS[:-2], [[r[key] for key in COLUMNS[:-2]] for r in rows])
+    name = torch.cuda.get_device_name(device) if on_gpu else (
+        f"{torch.cpu.get_capabilities().get('cpu_name', 'CPU')}, {threads} threads")
+    rows = [{**row, "device": name, "torch": torch.__version__}
+            for part in args.parts for row in PARTS[part](bench)]
+    new, old = {(row["what"], row["device"]) for row in rows}, []
+    if os.path.isfile(args.out):
+        with open(args.out, newline="") as file:
+            old = [row for row in csv.DictReader(file) if (row["what"], row["device"]) not in new]
+    with open(args.out, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(old + rows)
+    table(COLUMNS[:-2], [[row[key] for key in COLUMNS[:-2]] for row in rows])
 
 
 if __name__ == "__main__":
