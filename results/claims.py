@@ -94,7 +94,7 @@ class Claim(NamedTuple):
 
 def effects(claim, runs):
     """[(effect, its control's number)] of a claim, a seed each."""
-    by_seed, found = {(condition(run), run.args["seed"]): run for run in runs}, {}
+    by_seed, pairs = {(condition(run), run.args["seed"]): run for run in runs}, {}
     for run in runs:
         if condition(run) != claim.condition:
             continue
@@ -104,8 +104,8 @@ def effects(claim, runs):
         first, second = number(run, claim.measured), partner and number(partner, control)
         if first is not None and second is not None:
             effect = first / max(1, second) if claim.margin >= 1 else first - second
-            found[run.args["seed"]] = effect, second
-    return list(found.values())
+            pairs[run.args["seed"]] = effect, second
+    return list(pairs.values())
 
 
 def span(values, times):
@@ -141,9 +141,9 @@ def scores(runs, truth, instrument):
     return [effect for effect, _ in effects(claim, runs)]
 
 
-def auroc(found, not_found):
+def auroc(positive, negative):
     """How often the first of two numbers is larger, of all pairs; ties count half."""
-    return .5 + np.sign(np.subtract.outer(found, not_found)).mean() / 2
+    return .5 + np.sign(np.subtract.outer(positive, negative)).mean() / 2
 
 
 def known_truth(runs):
