@@ -212,7 +212,7 @@ def test_texts_are_windows_that_lie_everywhere_in_a_string(scale):
     place = np.array([(s.index(w) + .5) / (len(s) - length + 1)
                       for s, w in pairs if s.count(w) == 1])
     assert len(place) > .95 * len(strings) and len(strings) > n / 2
-    assert chi_square_excess((12 * place).astype(int), np.repeat(range(12), 10 ** 6)) < 1
+    assert chi_square_excess((12 * place).astype(int), np.repeat(range(12), 10 ** 4)) < 1
     assert any(s.startswith(w) for s, w in pairs)  # 12 of either expected, or more
     assert any(s.endswith(w) for s, w in pairs)
 
