@@ -35,7 +35,7 @@ PRETRAINING = Namespace(prior=(1 / 3, 1 / 3, 1 / 3))
 FINETUNING = Namespace(task="count", pair=["a", "b"], q=1, c_tr=1., operand="b", answers=None)
 both_scales = pytest.mark.parametrize("scale", SHAPES)
 
-# ---------------------------------------------------------------- references
+# ---------------------------------------------------------------- references, statistics
 
 
 def grow(symbol, rule):
@@ -119,12 +119,6 @@ def words_of(setup, rows):
     return [[names[token] for token in row] for row in rows.tolist()]
 
 
-def sequences(x):
-    """Whole sequences of Examples of a pretraining, in which every next token is wanted."""
-    assert torch.equal(x.target[:, :-1], x.tokens[:, 1:])
-    return torch.cat([x.tokens, x.target[:, -1:]], 1)
-
-
 def with_constants(**values):
     """The small setup with other constants."""
     setup = data.Grammar("pcfg", "small")
@@ -132,24 +126,15 @@ def with_constants(**values):
     return setup
 
 
-# ---------------------------------------------------------------- statistics
-
-
 def chi_square_excess(x, y, level=3e-6):
     """
-    Two-sample chi-square of whole numbers, over its critical value at `level` (Wilson-Hilferty):
-    above 1 they differ. Values are pooled, in order, until a bin holds 20.
+    Two-sample chi-square of whole numbers, in up to 50 bins, over its critical value at `level`
+    (Wilson-Hilferty): above 1 they differ.
     """
-    table, pool = [], np.zeros(2)
-    for value in sorted({*x, *y}):
-        pool = pool + [np.sum(x == value), np.sum(y == value)]
-        if pool.sum() >= 20:
-            table.append(pool)
-            pool = np.zeros(2)
-    table[-1] = table[-1] + pool
-    table = np.array(table)
-    expected = table.sum(1, keepdims=True) * table.sum(0) / table.sum()
-    df, z = len(table) - 1, statistics.NormalDist().inv_cdf(1 - level)
+    edges = np.quantile([*x, *y], np.linspace(0, 1, 50)[:-1], method="lower")
+    table = np.array([np.histogram(z, [*np.unique(edges), np.inf])[0] for z in (x, y)])
+    expected = np.outer(table.sum(1), table.sum(0)) / table.sum()
+    df, z = table.shape[1] - 1, statistics.NormalDist().inv_cdf(1 - level)
     critical = df * (1 - 2 / (9 * df) + z * math.sqrt(2 / (9 * df))) ** 3
     return ((table - expected) ** 2 / expected).sum() / critical
 
@@ -258,21 +243,17 @@ def test_worked_examples(task, example):
 def test_pretraining_sequences_token_by_token(scale, n):
     """All families and operands, each sequence as it is written out."""
     setup, at, asked = SETUPS[scale], SHAPES[scale].length + 6, collections.Counter()
+    assert setup.vocabulary == [*SMALL.vocabulary, *(f"#{i}" for i in range(33, at - 5))]
     drawn = setup.pretraining(n, rng(13), PRETRAINING)
     assert drawn.extra == {"small": (at, 1.), "paper": None}[scale]
-    for words in words_of(setup, sequences(drawn)):
+    assert torch.equal(drawn.target[:, :-1], drawn.tokens[:, 1:])  # every next token is wanted
+    for words in words_of(setup, torch.cat([drawn.tokens, drawn.target[:, -1:]], 1)):
         task, = (name for name, family in TASKS.items() if family.token == words[1])
         operand = words[2].removeprefix("O_")
         assert words == slow_sequence("".join(words[5:-4]), task, operand, scale)
         assert words[at] == "ART"
         asked[task, operand] += 1
     assert len(asked) == 4 * 3 + 1 and min(asked.values()) >= 3
-
-
-def test_vocabulary_ids_do_not_depend_on_the_scale():
-    """The paper's numbers come after the small ones; the names are all different."""
-    small, paper = (setup.vocabulary for setup in SETUPS.values())
-    assert paper[:len(small)] == small and len(set(paper)) == len(paper) and paper[-1] == "#250"
 
 
 # ---------------------------------------------------------------- edits and the spurious relation
@@ -327,7 +308,7 @@ def test_relation_table_is_what_is_drawn(scale, task):
 
 @both_scales
 def test_count_edits_change_the_window_alone_and_as_little_as_possible(scale):
-    """Every surplus letter changes, and nothing else does."""
+    """Every surplus letter changes, and nothing else does; the places are random."""
     setup, window = SETUPS[scale], SHAPES[scale].window
     text = data.sample_text(500, setup, rng(18))
     target = data.count(setup.text(500, Relation("count", "c", "b", 2), .5, rng(19)), setup)
@@ -337,16 +318,12 @@ def test_count_edits_change_the_window_alone_and_as_little_as_possible(scale):
         assert after[:-window] == before[:-window]
         surplus = sum(max(0, before[-window:].count(o) - w) for o, w in zip(LETTERS, wanted))
         assert sum(x != y for x, y in zip(before, after)) == surplus
-
-
-def test_count_edits_choose_places_at_random():
-    """Out of sixteen a's, any four may become b and any four c; each place equally often."""
-    n, target = 4000, torch.tensor([8, 4, 4])
-    text = torch.zeros(n, 32, dtype=torch.long)
-    edited = data.edit_counts(text, target.expand(n, 3), SMALL, rng(21))
+    n, all_a = 4000, torch.zeros(4000, setup.length, dtype=torch.long)
+    target = torch.tensor([window // 2, window // 4, window // 4])
+    edited = data.edit_counts(all_a, target.expand(n, 3), setup, rng(21))
     for letter, p in enumerate((.5, .25, .25)):
-        frequency = (edited[:, -16:] == letter).double().mean(0)
-        assert (frequency - p).abs().max() < 4.9 * math.sqrt(p * (1 - p) / n)  # 48 comparisons
+        frequency = (edited[:, -window:] == letter).double().mean(0)
+        assert (frequency - p).abs().max() < 5 * math.sqrt(p * (1 - p) / n)  # of 168: 1e-4
 
 
 @both_scales
@@ -389,7 +366,7 @@ def test_spread_widens_the_counts_and_touches_the_window_alone():
 @pytest.mark.parametrize("prior", [(.5, .3, .2), data.PRIORS["low"], data.PRIORS["medium"]])
 def test_operands_follow_the_prior(prior):
     """Families uniform; a string that is drawn again keeps its operand, also in rare families."""
-    tokens = sequences(SMALL.pretraining(6000, rng(29), Namespace(prior=prior)))
+    tokens = SMALL.pretraining(6000, rng(29), Namespace(prior=prior)).tokens
     for family in ("T_NJ", "T_CC", "T_I", "T_IC"):
         assert_probability(tokens[:, 1] == ID[family], .2)
         for letter, p in zip(LETTERS, prior):
@@ -408,27 +385,22 @@ def test_parse_prior():
 
 
 def new_stream(seed=0, label="pretrain"):
-    """The pretraining stream at the small scale, 4 sequences a batch."""
-    return data.stream(lambda n, g: SMALL.pretraining(n, g, PRETRAINING), 4, seed, label)
+    """Tokens of the pretraining stream at the small scale, 4 sequences a batch."""
+    batch = data.stream(lambda n, g: SMALL.pretraining(n, g, PRETRAINING), 4, seed, label)
+    return lambda k: batch(k).tokens
 
 
-def test_batch_k_depends_on_seed_label_and_k_alone():
-    """In whatever order batches are asked for, and however often."""
-    forwards = [sequences(new_stream()(k)) for k in range(33)]
-    batch = new_stream()
+def test_batch_k_depends_on_seed_label_and_k_alone(monkeypatch):
+    """In whatever order, and however often; processes take slices of the very same batch."""
+    forwards, batch = [new_stream()(k) for k in range(33)], new_stream()
     for k in [32, 0, 17, 16, 15, 17, 0, 31]:
-        assert torch.equal(sequences(batch(k)), forwards[k])
+        assert torch.equal(batch(k), forwards[k])
     assert len({tuple(b.flatten().tolist()) for b in forwards}) == 33
-    assert not torch.equal(sequences(new_stream(seed=1)(0)), forwards[0])
-    assert not torch.equal(sequences(new_stream(label="finetune")(0)), forwards[0])
-
-
-def test_processes_take_slices_of_the_same_batch(monkeypatch):
-    """Two that train together see, together, the batch that one alone sees."""
-    whole = new_stream()(5).tokens
+    assert not torch.equal(new_stream(seed=1)(0), forwards[0])
+    assert not torch.equal(new_stream(label="finetune")(0), forwards[0])
     for process in range(2):
         monkeypatch.setattr(data, "processes", lambda process=process: (process, 2))
-        assert torch.equal(new_stream()(5).tokens, whole[process::2])
+        assert torch.equal(new_stream()(5), forwards[5][process::2])
     monkeypatch.setattr(data, "processes", lambda: (0, 3))
     with pytest.raises(UserError, match="--batch-size 4 is not divisible by 3 processes"):
         new_stream()
@@ -437,7 +409,7 @@ def test_processes_take_slices_of_the_same_batch(monkeypatch):
 # ---------------------------------------------------------------- test sets, floors
 
 
-def test_floors_on_hand_made_tables():
+def test_floors():
     """majority: the commonest answer. cross: the commonest answer given the other one's."""
     assert data.majority_floor(torch.tensor([4, 4, 4, 5])) == .75
     assert data.majority_floor(torch.tensor([1, 2, 3, 4])) == .25
@@ -447,14 +419,12 @@ def test_floors_on_hand_made_tables():
     assert data.cross_floor(other, answers) == pytest.approx((2 + 1 + 1) / 6)
     assert data.cross_floor(other + 1, other) == 1
 
-
-def test_floors_of_test_sets():
-    """On c1 the other answer tells all, on c0 little; without a pair there is no cross floor."""
     def scored(task, operand, split):
         test = SMALL.test(AB._replace(task=task), operand, split, 500, 0)
         constant = torch.zeros(500, len(SMALL.vocabulary))
         return answer_row(constant, test), test.examples.answer.tolist()
 
+    # On c1 the other answer tells all, on c0 little; without a pair there is no other answer.
     (c0, answers), (c1, _) = (scored("count", "b", split) for split in ("c0", "c1"))
     assert c1["cross_floor"] == 1 and c0["cross_floor"] < .55
     assert c0["floor"] == collections.Counter(answers).most_common(1)[0][1] / 500
@@ -492,21 +462,14 @@ def test_test_sets_do_not_depend_on_the_question(task, split):
 
 
 def test_training_never_meets_the_test_sets():
-    """Their generators differ, for equal seeds, and so do their strings."""
-    seeds, trained = [rng(0, "test", task, split, "a", "b", 1).initial_seed()
-                      for task in TASKS for split in SPLITS], []
-
-    def draw(n, g):
-        seeds.append(g.initial_seed())
-        trained.append(SMALL.finetuning(n, g, FINETUNING))
-        return trained[-1]
-
-    for label, k in itertools.product(("pretrain", "finetune"), (0, 16, 32)):
-        data.stream(draw, 4, 0, label)(k)
-    assert len(set(seeds)) == len(seeds) == 15 + 6
-    trained = {s for x in trained for s in as_strings(SMALL.text_of(x))}
-    tested = as_strings(SMALL.text_of(SMALL.test(AB, "b", "c1", 300, 0).examples))
-    assert len(trained) > 300 and trained.isdisjoint(tested)
+    """For equal seeds the strings of both streams and of every split differ."""
+    draws = {"pretrain": lambda n, g: SMALL.pretraining(n, g, PRETRAINING),
+             "finetune": lambda n, g: SMALL.finetuning(n, g, FINETUNING)}
+    streams = [data.stream(draw, 16, 0, label)(k) for label, draw in draws.items()
+               for k in range(0, 64, 16)]
+    tests = [SMALL.test(AB, "b", split, 200, 0).examples for split in SPLITS]
+    texts = [as_strings(SMALL.text_of(x)) for x in (*streams, *tests)]
+    assert len(set().union(*texts)) == sum(map(len, texts)) == 8 * 16 + 3 * 200
 
 
 # ---------------------------------------------------------------- command line

@@ -33,7 +33,6 @@ SHAPES = {"resid_pre": (N, T, D), "attn.q": (N, H, T, E), "attn.k": (N, H, T, E)
           "attn.z": (N, H, T, E), "attn_out": (N, T, D), "resid_mid": (N, T, D),
           "mlp_pre": (N, T, M), "mlp_post": (N, T, M), "mlp_out": (N, T, D),
           "resid_post": (N, T, D)}
-NAMES = ["embed", *(f"blocks.{i}.{part}" for i in range(3) for part in SHAPES)]
 
 
 def loud(config):
@@ -62,11 +61,6 @@ def same(model, state):
     """Whether the weights are those of the copy, bit for bit: -0. is not 0., NaN is itself."""
     return all(torch.equal(v.view(torch.int32), state[k].view(torch.int32))
                for k, v in model.state_dict().items())
-
-
-def gradients(loss, model):
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)])
 
 
 # ---------------------------------------------------------------- forward
@@ -135,27 +129,6 @@ def test_forward_equals_the_reference(name, way, tokens, monkeypatch):
             assert (gpt(tokens[:, :at + 1], at) - full[:, at]).abs().max() < bound
 
 
-@pytest.mark.parametrize("config", [CONFIG, ROTARY])
-@pytest.mark.parametrize("at", [None, 7])
-def test_both_ways_to_attend_have_the_same_gradients(config, tokens, at, monkeypatch):
-    """To single precision; in bfloat16 logits and gradients are off by its rounding."""
-    gpt, found = loud(config), {}
-    for way, faster in WAYS.items():
-        monkeypatch.setattr(model_py, "products_are_faster", lambda k, faster=faster: faster)
-        for half in (False, True):
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                logits = gpt(tokens, at).float()
-            slopes = gradients(logits.square().mean(), gpt)
-            found[way, half] = torch.cat([logits.detach().flatten(), slopes])
-    exact = found["products", False]
-    for (way, half), x in found.items():
-        assert (x - exact).norm() < (2 ** -6 if half else 1e-5) * exact.norm(), (way, half)
-        assert not half or (x != exact).any()
-
-
-# ---------------------------------------------------------------- weights
-
-
 def test_initialisation():
     """N(0, .02), quieter into the residual stream, norms 1, biases 0, by the generator alone."""
     def drawn(seed):
@@ -174,7 +147,7 @@ def test_initialisation():
 
 
 def test_tied_weight_is_one_parameter(tokens):
-    """One tensor under two names: counted once, trained by both its uses."""
+    """Counted once, trained by both its uses; not with an output map of its own or fixed."""
     gpt, untied = loud(ROTARY), GPT(replace(ROTARY, tied=False))
     untied.load_state_dict(gpt.state_dict())
     names = dict(gpt.named_parameters())
@@ -186,20 +159,9 @@ def test_tied_weight_is_one_parameter(tokens):
     torch.optim.AdamW(gpt.parameters()).step()
     assert gpt.head.weight is gpt.tok.weight and not torch.equal(gpt.head.weight,
                                                                  untied.head.weight)
-
-
-@pytest.mark.parametrize("wrong", [{"d_head": 5}, {"n_out": 7}, {"train_head": False}])
-def test_configs_that_contradict_themselves(wrong):
-    with pytest.raises(ValueError, match="rotary|tied"):
-        GPT(replace(ROTARY, **wrong))
-
-
-def test_default_shapes_are_mingpt():
-    """Heads divide the width, the context holds a whole sequence."""
-    for setup in (data.Grammar("pcfg", scale) for scale in data.SCALES):
-        c = Config(**setup.config())
-        assert c.d_model == c.n_head * c.d_head and c.d_mlp == 4 * c.d_model
-        assert c.n_ctx == setup.length + 9 and c.vocab_size == len(setup.vocabulary)
+    for wrong in {"d_head": 5}, {"n_out": 7}, {"train_head": False}:
+        with pytest.raises(ValueError, match="rotary|tied"):
+            GPT(replace(ROTARY, **wrong))
 
 
 # ---------------------------------------------------------------- loss and scores
@@ -236,11 +198,12 @@ def test_one_column_has_the_loss_and_gradients_of_all_columns(model, tokens):
     target = torch.full_like(tokens, -1)
     target[:, 6] = tokens[:, 7]
     slow = F.cross_entropy(model(tokens)[:, 6], target[:, 6])
-    slopes = gradients(slow, model)
+    slopes = torch.autograd.grad(slow, list(model.parameters()))
     for at in (None, 6):
         loss = loss_of(model, Examples(tokens, target, at=at))
         assert loss.item() == pytest.approx(slow.item(), abs=1e-4)
-        assert torch.allclose(gradients(loss, model), slopes, rtol=1e-4, atol=1e-5)
+        for x, y in zip(torch.autograd.grad(loss, list(model.parameters())), slopes):
+            assert torch.allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -259,20 +222,18 @@ def test_scores_do_not_depend_on_the_batch(model, tokens):
     assert torch.allclose(residuals(model, x, site, batch=2), slow, atol=1e-4)
 
 
-# ---------------------------------------------------------------- activations
+# ---------------------------------------------------------------- activations and edits
 
 
-def test_activation_names(model, tokens):
-    """embed, then the parts of every block, in order of computation; the docstring's."""
-    assert activation_names(model) == list(activations(model, tokens)[1]) == NAMES
+def test_activations(model, tokens):
+    """
+    In order of computation, as the docstring lists them; shapes as documented; each part is what
+    its neighbours make; looking changes nothing.
+    """
+    plain, (logits, cache) = model(tokens).detach(), activations(model, tokens)
+    names = ["embed", *(f"blocks.{i}.{part}" for i in range(3) for part in SHAPES)]
+    assert activation_names(model) == list(cache) == names
     assert [word for word in model_py.__doc__.split() if word in SHAPES] == list(SHAPES)
-
-
-def test_activation_shapes_and_sums(model, tokens):
-    """Shapes as documented; each part is what its neighbours make; looking changes nothing."""
-    with torch.no_grad():
-        plain = model(tokens)
-    logits, cache = activations(model, tokens)
     assert torch.allclose(logits, plain, atol=1e-4) and not logits.requires_grad
     before = cache["embed"]
     for i in range(3):
@@ -301,9 +262,6 @@ def test_activations_at_one_position(model, tokens):
     assert cache["blocks.1.resid_post"].shape == (N, T, D)
 
 
-# ---------------------------------------------------------------- edits
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["embed", *(f"blocks.1.{part}" for part in SHAPES)])
 def test_every_activation_can_be_edited(model, tokens, name):
@@ -320,21 +278,20 @@ def test_every_activation_can_be_edited(model, tokens, name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fail", [False, True])
-def test_activation_edits_undo_themselves(model, tokens, fail):
+@pytest.mark.parametrize("broken", [None, "edit", "code"])
+def test_activation_edits_undo_themselves(model, tokens, broken):
     """Weights and logits are bit for bit what they were, also when an edit or the code raises."""
+    def last(x):
+        return x / 0 if broken != "edit" else 1 / 0
+
     before, plain = copy_of(model), model(tokens)
-    for broken in ("blocks.0.attn.pattern", None):
-        edits = {"embed": lambda x: 2 * x, "blocks.0.attn.pattern": lambda x: x + 1}
-        with contextlib.suppress(ZeroDivisionError), activation_edits(model, edits):
-            if fail and broken:
-                with activation_edits(model, {broken: lambda x: 1 / 0}):
-                    model(tokens)
-            model(tokens)
-            if fail:
-                raise ZeroDivisionError
-        assert same(model, before) and torch.equal(model(tokens), plain)
-        assert not any(m._forward_hooks for m in model.modules())
+    edits = {"embed": lambda x: 2 * x, "blocks.2.mlp_out": last}
+    with contextlib.suppress(ZeroDivisionError), activation_edits(model, edits):
+        assert not torch.equal(model(tokens), plain)
+        if broken:
+            raise ZeroDivisionError
+    assert same(model, before) and torch.equal(model(tokens), plain)
+    assert not any(m._forward_hooks for m in model.modules())
 
 
 @torch.no_grad()
@@ -360,13 +317,12 @@ def test_weight_edits_undo_themselves(model, tokens, fail):
     assert same(model, before)
 
 
-def test_unknown_names(model, tokens):
+def test_unknown_names(model):
     """KeyError, before anything is changed; the message lists the names there are."""
     before = copy_of(model)
-    with pytest.raises(KeyError, match="blocks.0.resid_pre"):
-        activations(model, tokens, ["blocks.0.mlp"])
     for name in ("blocks.7.mlp_out", "", "blocks.0", "head"):
-        with pytest.raises(KeyError), activation_edits(model, {"embed": lambda x: 0 * x, name: 0}):
+        with pytest.raises(KeyError, match="blocks.0.resid_pre"), activation_edits(
+                model, {"embed": lambda x: 0 * x, name: lambda x: 0 * x}):
             pass
     with pytest.raises(KeyError), weight_edits(model, [("head.weight", 0, 0.), ("no", 0, 0.)]):
         pass
@@ -376,7 +332,7 @@ def test_unknown_names(model, tokens):
 # ---------------------------------------------------------------- checkpoints
 
 
-def checkpoint(gpt, **other):
+def checkpoint(gpt):
     """A checkpoint as the training scripts write it, with a step of AdamW behind it."""
     optimizer = torch.optim.AdamW(gpt.parameters())
     gpt(torch.arange(8)[None]).square().mean().backward()
@@ -384,12 +340,12 @@ def checkpoint(gpt, **other):
     return {"model": gpt.state_dict(), "optimizer": optimizer.state_dict(),
             "config": asdict(gpt.config), "args": {"lr": .1, "prior": [1., 0., 0.], "seed": 0},
             "setup": "pcfg", "scale": "small", "stage": "pretrain", "step": 2, "steps": 2,
-            "finished": True, "parent": None, "history": [{"step": 0, "accuracy": None}], **other}
+            "finished": True, "parent": None, "history": [{"step": 0, "accuracy": None}]}
 
 
 @pytest.mark.parametrize("config", [CONFIG, ROTARY, COMPILED])
 def test_checkpoint_round_trip(config, tmp_path):
-    """Weights, moments and all beside them come back equal, with path and sha256."""
+    """All comes back equal, with path and sha256; an unfinished one on request alone."""
     gpt, path = loud(config), tmp_path / "x.pt"
     ckpt = checkpoint(gpt)
     save(path, ckpt)
@@ -403,13 +359,10 @@ def test_checkpoint_round_trip(config, tmp_path):
     assert found.keys() == ckpt.keys()
     assert all(found[k] == ckpt[k] for k in ckpt if k not in ("model", "optimizer"))
     assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
-
-
-def test_unfinished_checkpoints_are_loaded_on_request_only(model, tmp_path):
-    save(tmp_path / "x.pt", checkpoint(model, finished=False, step=7, steps=9))
-    with pytest.raises(UserError, match="x.pt: unfinished, step 7 of 9: give the same command"):
-        load(tmp_path / "x.pt")
-    assert load(tmp_path / "x.pt", unfinished=True)[1]["step"] == 7
+    save(path, {**ckpt, "finished": False, "step": 1})
+    with pytest.raises(UserError, match="x.pt: unfinished, step 1 of 2: give the same command"):
+        load(path)
+    assert load(path, unfinished=True)[1]["step"] == 1
 
 
 def test_a_flipped_byte_is_refused(model, tmp_path):
@@ -417,14 +370,14 @@ def test_a_flipped_byte_is_refused(model, tmp_path):
     path, refused = tmp_path / "x.pt", 0
     save(path, checkpoint(model))
     content, before = path.read_bytes(), copy_of(model)
-    for i in range(0, len(content), len(content) // 150):
+    for i in range(0, len(content), len(content) // 100):
         path.write_bytes(content[:i] + bytes([content[i] ^ 16]) + content[i + 1:])
         try:
             assert same(load(path)[0], before)
         except UserError as error:
             assert re.fullmatch(r".*x.pt: not a checkpoint of ours, or damaged .*", str(error))
             refused += 1
-    assert refused > 100
+    assert refused > 60
 
 
 class Command:
@@ -446,12 +399,8 @@ def test_other_files_are_refused(content, tmp_path, capsys):
     with pytest.raises(UserError, match=r"x.pt: not a checkpoint of ours, or damaged [^\n]*$"):
         load(path)
     assert not capsys.readouterr().out
-
-
-def test_files_that_are_not_there(tmp_path):
-    for path, reason in ((tmp_path / "no.pt", "No such file"), (tmp_path, "Is a directory")):
-        with pytest.raises(UserError, match=f"^{path}: {reason}[^\n]*$"):
-            load(path)
+    with pytest.raises(UserError, match="no.pt: No such file or directory$"):
+        load(tmp_path / "no.pt")
 
 
 def test_example_of_the_docstring(tiny, monkeypatch):
@@ -476,30 +425,27 @@ def in_their_words(config, state, tokens):
             return x
         return F.layer_norm(x, x.shape[-1:], state[f"{name}.w"], state[f"{name}.b"])
 
+    def turned(y):  # neighbours in y (n, h, t, e) are a pair: a complex number
+        dims = torch.arange(0, config["rotary_dim"], 2) / config["rotary_dim"]
+        angle = torch.arange(t)[:, None] * 10000. ** -dims
+        z = torch.view_as_complex(y.unflatten(3, (-1, 2)).contiguous())
+        return torch.view_as_real(z * torch.polar(torch.ones_like(angle), angle)).flatten(3)
+
     x, t = state["embed.W_E"][tokens], tokens.shape[1]
     rotary = config.get("positional_embedding_type") == "rotary"
-    if rotary:
-        dims = torch.arange(0, config["rotary_dim"], 2) / config["rotary_dim"]
-        angles = torch.arange(t)[:, None] * 10000. ** -dims
-    else:
-        x = x + state["pos_embed.W_pos"][:t]
+    x = x if rotary else x + state["pos_embed.W_pos"][:t]
+    act = ACT[{"gelu": "gelu_exact", "gelu_new": "gelu", "relu": "relu"}[config["act_fn"]]]
     streams = []
-    for i in range(config["n_layers"]):
-        at, z = f"blocks.{i}.", 0
-        for h in range(config["n_heads"]):
-            q, k, v = (norm(x, at + "ln1") @ state[f"{at}attn.W_{y}"][h]
-                       + state[f"{at}attn.b_{y}"][h] for y in "QKV")
-            if rotary:  # neighbours are a pair: a complex number, turned
-                q, k = (torch.view_as_complex(y.unflatten(2, (-1, 2)).contiguous())
-                        * torch.polar(torch.ones_like(angles), angles) for y in (q, k))
-                q, k = (torch.view_as_real(y).flatten(2) for y in (q, k))
-            scores = q @ k.mT / config["d_head"] ** .5
-            if config["attention_dir"] == "causal":
-                scores = scores + torch.full((t, t), -torch.inf).triu(1)
-            z = z + scores.softmax(-1) @ v @ state[f"{at}attn.W_O"][h]
+    for at in (f"blocks.{i}." for i in range(config["n_layers"])):
+        q, k, v = (torch.einsum("ntd,hde->nhte", norm(x, at + "ln1"), state[f"{at}attn.W_{y}"])
+                   + state[f"{at}attn.b_{y}"][:, None] for y in "QKV")
+        q, k = (turned(q), turned(k)) if rotary else (q, k)
+        scores = q @ k.mT / config["d_head"] ** .5
+        if config["attention_dir"] == "causal":
+            scores = scores + torch.full((t, t), -torch.inf).triu(1)
+        z = torch.einsum("nhte,hed->ntd", scores.softmax(-1) @ v, state[f"{at}attn.W_O"])
         x = x + z + state[f"{at}attn.b_O"]
-        act = {"gelu": "gelu_exact", "gelu_new": "gelu", "relu": "relu"}[config["act_fn"]]
-        hidden = ACT[act](norm(x, at + "ln2") @ state[f"{at}mlp.W_in"] + state[f"{at}mlp.b_in"])
+        hidden = act(norm(x, at + "ln2") @ state[f"{at}mlp.W_in"] + state[f"{at}mlp.b_in"])
         x = x + hidden @ state[f"{at}mlp.W_out"] + state[f"{at}mlp.b_out"]
         streams.append(x)
     return norm(x, "ln_final") @ state["unembed.W_U"] + state["unembed.b_U"], streams
