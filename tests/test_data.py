@@ -390,20 +390,14 @@ def new_stream(seed=0, label="pretrain"):
     return lambda k: batch(k).tokens
 
 
-def test_batch_k_depends_on_seed_label_and_k_alone(monkeypatch):
-    """In whatever order, and however often; processes take slices of the very same batch."""
+def test_batch_k_depends_on_seed_label_and_k_alone():
+    """In whatever order batches are asked for, and however often."""
     forwards, batch = [new_stream()(k) for k in range(33)], new_stream()
     for k in [32, 0, 17, 16, 15, 17, 0, 31]:
         assert torch.equal(batch(k), forwards[k])
     assert len({tuple(b.flatten().tolist()) for b in forwards}) == 33
     assert not torch.equal(new_stream(seed=1)(0), forwards[0])
     assert not torch.equal(new_stream(label="finetune")(0), forwards[0])
-    for process in range(2):
-        monkeypatch.setattr(data, "processes", lambda process=process: (process, 2))
-        assert torch.equal(new_stream()(5), forwards[5][process::2])
-    monkeypatch.setattr(data, "processes", lambda: (0, 3))
-    with pytest.raises(UserError, match="--batch-size 4 is not divisible by 3 processes"):
-        new_stream()
 
 
 # ---------------------------------------------------------------- test sets, floors

@@ -132,7 +132,7 @@ def test_halves_of_held_out_relearning():
         assert len(x.tokens[:, 2].unique()) == 4
 
 
-# ---------------------------------------------------------------- a part of the model, rates
+# ---------------------------------------------------------------- a part of the model
 
 
 def test_all_but_the_named_part_is_frozen():
@@ -144,17 +144,6 @@ def test_all_but_the_named_part_is_frozen():
     for wrong in ("blocks.9", "(", "head", ""):  # a fixed output map is never trained
         with pytest.raises(UserError, match="--only " + re.escape(wrong)):
             finetune.train_only(fixed, wrong)
-
-
-def test_rates():
-    """A fifth rises, then a cosine to a hundredth; reFT stays at its rate after 20 steps."""
-    args = Namespace(reverse=False, lr=1e-3, steps=100)
-    lr_at = finetune.finetune_rate(args, GRAMMAR)
-    expected = {0: 1 / 20, 9: .5, 19: 1, 20: 1, 60: .505, 100: .01}
-    assert {step: lr_at(step) / 1e-3 for step in expected} == pytest.approx(expected)
-    args.reverse = True
-    assert [finetune.finetune_rate(args, GRAMMAR)(step) / 1e-3 for step in (0, 19, 99)] == \
-        pytest.approx([.05, 1, 1])
 
 
 # ---------------------------------------------------------------- runs
@@ -213,16 +202,6 @@ def test_conditions_are_not_inherited_by_reft(folder):
     assert args["pair"] == ["a", "c"] and args["q"] == 2 and args["taught"] == ["c", "a"]
 
 
-def test_kept_steps(folder):
-    """Checkpoints of single steps are whole, as if the run ended there; the run is as without."""
-    words = "--steps 20 --eval-every 10 --keep 10,20 --out out/kept.pt".split()
-    finetune.main([*FEW, *words])
-    whole, kept, last = (load(f"out/{x}.pt")[1] for x in ("ft", "kept.step10", "kept.step20"))
-    assert not moved(load("out/kept.pt")[1], whole) and not moved(last, whole)
-    assert kept["step"] == 10 and kept["finished"] and moved(kept, whole)
-    assert {row["step"] for row in kept["history"]} == {0, 10}
-
-
 def test_the_relation_may_be_with_an_operand_that_was_never_there(folder):
     """--pt; the capability of the pretraining stays what it was."""
     pretrain.main([*FEW, "--prior", "0,.001,.999", "--out", "out/c.pt"])
@@ -241,23 +220,20 @@ def test_a_jailbroken_model_is_scored_by_every_token(folder):
 
 
 @pytest.mark.parametrize("words, message", [
-    ("--only nothing", "--only nothing"), ("--only (", "--only ("), ("--pt d", "--pt d: there are"),
-    ("--operand a", "to teach it again: --reverse"), ("--operand d", "--operand d: there are a"),
-    ("--pt b --operand b", "--operand b is"), ("--q 99", "--q 99: offset q = 99 leaves no count strings"),
-    ("--reverse --ckpt out/pre.pt", "out/pre.pt was not fine-tuned"),
-    ("--reverse --pt b", "leave out --task, --operand and --pt"),
-    ("--ckpt out/no.pt", "out/no.pt: No such file")])
+    ("--pt d", "--pt d: there are a, b, c"), ("--pt b --operand b", "--operand b is what"),
+    ("--q 99", "offset q = 99 leaves no count strings"),
+    ("--task index --q 17", "offset q = 17 leaves no index strings")])
 def test_mistakes(words, message, folder):
     """One line that names the flag, before anything is written."""
     before = sorted(folder.rglob("*"))
-    with pytest.raises(UserError, match=re.escape(message)):
-        run(*shlex.split(words))
+    with pytest.raises(UserError, match=message):
+        run(*words.split())
     assert sorted(folder.rglob("*")) == before
 
 
 @pytest.mark.parametrize("words", ["--mix 1.5", "--answers none", "--c-tr -1", "--task token",
-                                   "--keep 0", "--lr 0", "--prior low"])
+                                   "--reverse --pt b"])
 def test_mistakes_that_argparse_finds(words, folder, capsys):
     with pytest.raises(SystemExit, match="2"):
-        run(*shlex.split(words))
-    assert words.split()[0] in capsys.readouterr().err.splitlines()[-1]
+        run(*words.split())
+    assert words.split()[-2] in capsys.readouterr().err.splitlines()[-1]
