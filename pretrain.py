@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from data import UserError, number_above, processes, run_script, sha256, user_path, write_json
-from model import GPT, Config, accuracy, load, loss_of, predict, save
+from data import UserError, number_above, processes, run_script, user_path, write_json
+from model import GPT, Config, accuracy, load, loss_of, predict, read_checkpoint, save
 
 # ---------------------------------------------------------------- training
 
@@ -260,23 +260,19 @@ def start_facts(args, device):
 
 @contextlib.contextmanager
 def noted_signals():
-    """Within the `with`, SIGINT or SIGTERM goes on a list, for the loop to heed; a second one acts."""
-    noted, before = [], {}
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    """Within the `with`, a first SIGINT or SIGTERM only goes on a list; a second one interrupts."""
+    noted = []
 
     def note(number, frame):
         noted.append(number)
-        restore()
+        signal.signal(number, signal.default_int_handler)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield noted
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Run:
@@ -329,10 +325,10 @@ class Run:
         args, before = self.facts["args"], earlier["args"]
         words = [f"--{key.replace('_', '-')} {before.get(key)}" for key in {**before, **args}
                  if before.get(key) != args.get(key)]
-        words += [f"{key} {earlier[key]}" for key in ("stage", "setup", "scale")
+        words += [f"another {key}" for key in ("stage", "setup", "scale", "config")
                   if earlier[key] != self.facts[key]]
-        parents = [(x["parent"] or {}).get("sha256") for x in (earlier, self.facts)]
-        return words + ["another parent"] * (parents[0] != parents[1])
+        parents = {(x["parent"] or {}).get("sha256") for x in (earlier, self.facts)}
+        return words + ["another parent"] * (len(parents) - 1)
 
     def steps(self):
         """
@@ -341,8 +337,9 @@ class Run:
         """
         args = self.args
         if self.finished:
-            self.print(f"{args.out}: already done ({args.steps} steps, same arguments)")
-            return
+            if self.leads:
+                write_record(args.out)  # a kill may have come between the two files
+            return self.print(f"{args.out}: already done ({args.steps} steps, same arguments)")
         fresh = self.first == 0
         given = {k: v for k, v in vars(args).items() if k != "command"}
         self.print(f"{self.facts['stage']}:", ", ".join(f"{k} {v}" for k, v in given.items()))
@@ -353,7 +350,7 @@ class Run:
                 if step in self.evals and (step > self.first or fresh):
                     self.evaluate(step, bar)
                 if step in (args.keep or ()):
-                    self.save(step, f"{args.out[:-3]}.step{step}.pt")
+                    self.save(step, f"{args.out.removesuffix('.pt')}.step{step}.pt")
                 due = step % args.save_every == 0 and step > self.first
                 if step == args.steps or due or signals:
                     self.save(step)
@@ -378,7 +375,7 @@ class Run:
         rows = evaluate(self.model, self.setup, self.setup.tests(self.args, step))
         self.history = [*self.history, *(dict(row, step=step) for row in rows)]
         shown = {f"{r['operand']}_{r['split']}": percent(r["accuracy"]) for r in rows[:6]}
-        bar.set_postfix(shown)
+        bar.set_postfix({**shown, "loss": rows[0]["loss"]})
         if bar.disable:
             self.print(f"step {step}", shown)
 
@@ -395,17 +392,23 @@ class Run:
         self.check_finite(step)
         finished, path = bool(path) or step == self.args.steps, path or self.args.out
         self.starts[-1]["seconds"] = round(time.time() - self.began, 1)
-        record = {**self.facts, "step": step, "finished": finished, "history": self.history,
-                  "starts": self.starts}
         moments = {} if finished else self.optimizer.state_dict()
-        save(path, {**record, "model": self.model.state_dict(), "optimizer": moments})
-        shape = {k: v for k, v in record["config"].items() if not isinstance(v, tuple)}  # no words
-        write_json(json_path(path), {**record, "config": shape, "sha256": sha256(path)})
+        save(path, {**self.facts, "step": step, "finished": finished, "history": self.history,
+                    "starts": self.starts, "model": self.model.state_dict(), "optimizer": moments})
+        write_record(path)
 
 
 def json_path(path):
     """X.json of X.pt."""
     return f"{path.removesuffix('.pt')}.json"
+
+
+def write_record(path):
+    """Write X.json of X.pt: all of it but tensors and vocabularies, and its sha256."""
+    ckpt = read_checkpoint(path)
+    shape = {k: v for k, v in vars(ckpt["config"]).items() if not isinstance(v, tuple)}
+    record = {k: v for k, v in ckpt.items() if k not in ("model", "optimizer", "path")}
+    write_json(json_path(path), {**record, "config": shape})
 
 
 # ---------------------------------------------------------------- the stage

@@ -124,7 +124,7 @@ def divergence(folder, name):
 def test_a_penalty_in_the_loss(tmp_path, original):
     """A KL to the base on natural strings: finetune.py alone, 12 lines, and correct in two processes."""
     fork = forked(tmp_path, original, KL)
-    assert list(fork.added) == ["finetune.py"] and fork.added["finetune.py"] <= 12 + 1  # a blank one
+    assert list(fork.added) == ["finetune.py"] and fork.added["finetune.py"] <= 12
     fork.run(*TUNE, "--out", "out/kl.pt")
     assert divergence(fork.folder, "kl") < .5 * divergence(fork.folder, "ft")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
