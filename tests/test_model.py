@@ -17,7 +17,7 @@ import data
 import model as model_py
 from data import Examples, UserError
 from model import (GPT, Config, accuracy, activation_edits, activation_names, activations, load,
-                   loss_of, loss_row, predict, residuals, save, to_transformer_lens, weight_edits)
+                   loss_of, predict, residuals, save, to_transformer_lens, weight_edits)
 
 # Every size differs, so that a mixed-up dimension shows; d_head is not d_model / n_head.
 N, T, D, H, E, M, V = 5, 13, 20, 2, 6, 28, 29
@@ -208,14 +208,11 @@ def test_one_column_has_the_loss_and_gradients_of_all_columns(model, tokens):
 
 @torch.no_grad()
 def test_scores_do_not_depend_on_the_batch(model, tokens):
-    """predict, loss_row and residuals, in parts, against one pass over all; accuracy by hand."""
+    """predict and residuals, in parts, against one pass over all; accuracy by hand."""
     x = Examples(tokens, tokens.roll(-1, 1).masked_fill(torch.arange(T) < 9, -1), at=9)
     logits, cache = activations(model, tokens)
     assert torch.allclose(predict(model, x, batch=2), logits[:, 9], atol=1e-5)
     assert accuracy(torch.tensor([[0., 1], [2, 1], [0, 3]]), torch.tensor([1, 1, 1])) == 2 / 3
-    row = loss_row(model, data.Test({"task": "count"}, x), batch=2)
-    loss = loss_of(model, x._replace(at=None)).item()
-    assert row == {"task": "count", "n": N, "loss": pytest.approx(loss, abs=1e-5)}
     site = torch.rand(N, T, generator=torch.Generator().manual_seed(2))
     streams = [cache["embed"], *(cache[f"blocks.{i}.resid_post"] for i in range(3))]
     slow = torch.stack([(stream * site[..., None]).sum(1) for stream in streams])
