@@ -2,7 +2,7 @@
 What data.py promises: the grammar's distribution, right answers, strings with exactly the relation
 asked for, streams that depend on their arguments alone, and its command line. The references are
 slow and share nothing with the fast code but the table of rules. Statistical tests have fixed seeds
-and a level of about 1e-4 over all that they compare.
+and bounds that chance passes less than once in ten thousand.
 """
 import collections
 import contextlib
@@ -116,13 +116,6 @@ def words_of(setup, rows):
     return [[names[token] for token in row] for row in rows.tolist()]
 
 
-def with_constants(**values):
-    """The small setup with other constants."""
-    setup = data.Grammar("pcfg", "small")
-    vars(setup).update(values)
-    return setup
-
-
 def chi_square_excess(x, y, level=3e-6):
     """
     Two-sample chi-square of whole numbers, in up to 50 bins, over its critical value at `level`
@@ -231,7 +224,8 @@ def test_worked_examples(task, example):
     pattern = r"((?:[abc] )+)\| O = ([abc]), (\w+) (\d+) -> (-?\d+)"
     letters, operand, name, number, answer = re.search(pattern, example).groups()
     text = torch.tensor([[*map(LETTERS.index, letters.split())]])
-    answers = TASKS[task].answers(text, with_constants(**{name: int(number)}))
+    setup = Namespace(operands=LETTERS, **{name: int(number)})
+    answers = TASKS[task].answers(text, setup)
     assert answers[0, LETTERS.index(operand)] == int(answer) and name == TASKS[task].operand2
 
 
@@ -345,7 +339,9 @@ def test_spread_widens_the_counts_and_touches_the_window_alone():
     text = data.sample_text(4000, SMALL, rng(25))
     wide = data.spread_text(text, SMALL, rng(26))
     assert torch.equal(wide[:, :16], text[:, :16])
-    always = data.spread_text(text, with_constants(spread=1.), rng(26))
+    every = data.Grammar("pcfg")
+    every.spread = 1.
+    always = data.spread_text(text, every, rng(26))
     counts, natural = (data.count(x, SMALL).double() for x in (always, text))
     for letter in range(2):
         assert 1.5 < counts[:, letter].std() < 2. and natural[:, letter].std() < 1.3
@@ -462,7 +458,7 @@ def test_training_never_meets_the_test_sets():
     assert len(set().union(*texts)) == sum(map(len, texts)) == 8 * 16 + 3 * 200
 
 
-# ---------------------------------------------------------------- command line
+# ---------------------------------------------------------------- command line, files
 
 
 @both_scales
@@ -545,9 +541,6 @@ def test_a_mistake_ends_the_script_with_code_2():
     for words in (["-n", "0"], ["-n", "1.5"], ["--seed", "-1"], ["--scale", "big"]):
         with pytest.raises(SystemExit, match="2"):
             data.main(words)
-
-
-# ---------------------------------------------------------------- files
 
 
 def test_files(tmp_path, capsys):

@@ -124,7 +124,8 @@ def test_forward_equals_the_reference(name, way, tokens, monkeypatch):
     assert (activations(gpt, tokens)[0] - full).abs().max() < bound
     for at in (0, 4, T - 1):
         assert (gpt(tokens, at) - full[:, at]).abs().max() < bound
-        assert (activations(gpt, tokens, at=at)[0] - full[:, at]).abs().max() < bound
+        logits, cache = activations(gpt, tokens, at=at)
+        assert (logits - full[:, at]).abs().max() < bound and list(cache) == activation_names(gpt)
         if gpt.config.causal:
             assert (gpt(tokens[:, :at + 1], at) - full[:, at]).abs().max() < bound
 
@@ -249,16 +250,6 @@ def test_activations(model, tokens):
     assert torch.allclose(few["blocks.1.attn.v"], cache["blocks.1.attn.v"], atol=1e-5)
 
 
-def test_activations_at_one_position(model, tokens):
-    """With `at`, the last block has one query; the blocks below are whole."""
-    (_, cache), (_, whole) = activations(model, tokens, at=7), activations(model, tokens)
-    pattern, stream = (cache[f"blocks.2.{part}"] for part in ("attn.pattern", "resid_post"))
-    assert pattern.shape == (N, H, 1, 8) and stream.shape == (N, 1, D)
-    assert torch.allclose(pattern[:, :, 0], whole["blocks.2.attn.pattern"][:, :, 7, :8], atol=1e-5)
-    assert torch.allclose(stream[:, 0], whole["blocks.2.resid_post"][:, 7], atol=1e-4)
-    assert cache["blocks.1.resid_post"].shape == (N, T, D)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["embed", *(f"blocks.1.{part}" for part in SHAPES)])
 def test_every_activation_can_be_edited(model, tokens, name):
@@ -267,6 +258,7 @@ def test_every_activation_can_be_edited(model, tokens, name):
     edit = {name: lambda x: x * (1 + torch.rand(x.shape, generator=noise))}
     with activation_edits(model, edit) as edited:
         assert edited is model and not torch.allclose(model(tokens), plain, atol=1e-3)
+        assert not torch.allclose(model(tokens, 7), plain[:, 7], atol=1e-3)
     for identity in (lambda x: x.clone(), lambda x: None):
         with activation_edits(model, {name: identity}):
             assert torch.allclose(model(tokens), plain, atol=1e-4)
