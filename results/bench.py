@@ -230,7 +230,7 @@ def main():
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(old + rows)
-    table(COLUMNS[:-2], [[row[key] for key in COLUMNS[:-2]] for row in rows])
+    table(COLUMNS[:-2], [map(row.get, COLUMNS[:-2]) for row in rows])
 
 
 if __name__ == "__main__":
