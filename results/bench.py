@@ -101,7 +101,8 @@ def plain_step(setup, batch, lr, dtype):
 def our_step(setup, batch, lr, dtype, compiled=False):
     """The same as the scripts take it."""
     model = new_model(setup)
-    forward = torch.compile(model, mode="reduce-overhead") if compiled else model
+    mode = "reduce-overhead" if setup.device.type == "cuda" else None  # as Run's
+    forward = torch.compile(model, mode=mode) if compiled else model
     optimizer, cast = setup.optimizer(model, 0.), autocast(dtype, setup)
 
     def step(k):
