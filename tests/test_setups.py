@@ -1,6 +1,6 @@
 """
-Things are added in one place: a setup is one file in a folder setups/ of the user's own; a program, a
-task family, a prior, a protocol and a pruning score are one entry of a table. Everything follows.
+Things are added in one place: a setup is one file in a folder setups/ of your own; a task family, a
+prior, a protocol and a pruning score are one entry of a table each. Everything follows.
 """
 import json
 import sys
@@ -177,7 +177,7 @@ analyze.main(["behavior", "--eval-size", "8", "--threads", "1"])
 
 def test_a_task(tmp_path):
     """
-    Sampled, pretrained on, fine-tuned with its relation, analysed. As text in a copy: the vocabulary
+    Sampled, pretrained, fine-tuned with its relation, analysed. As text in a copy: the vocabulary
     is made of TASKS when data.py is imported.
     """
     place = "# Further tokens for counting"
