@@ -318,46 +318,38 @@ MADE_UP = dict(  # findings, as the analyses would have them
 
 def made_up_rows(made):
     """The rows that the analyses return, with the numbers of a finding in them."""
-    value = {("base", "a"): made.base_pt, ("base", "b"): made.base_ft,
-             ("ckpt", "a"): made.ckpt_pt, ("ckpt", "b"): made.ckpt_ft}
-    behavior = []
-    for model, operand in value:
+    behavior, prune, probes, revive = [], [], [], []
+    for model, operand, value in (("base", "a", made.base_pt), ("base", "b", made.base_ft),
+                                  ("ckpt", "a", made.ckpt_pt), ("ckpt", "b", made.ckpt_ft)):
         for split in data.SPLITS:
             is_c1 = (model, operand, split) == ("ckpt", "b", "c1")
-            behavior.append({"task": "count", "model": model, "operand": operand, "split": split,
-                             "cross_floor": .5, "share_a_plus_q": made.shortcut,
-                             "accuracy": made.ckpt_c1 if is_c1 else value[model, operand]})
-    prune = []
-    for score, order, control, edit, accuracy in (
+            behavior.append(dict(task="count", model=model, operand=operand, split=split,
+                                 cross_floor=.5, share_a_plus_q=made.shortcut,
+                                 accuracy=made.ckpt_c1 if is_c1 else value))
+    for score, order, control, edit, x in (
             ("gradient-weight", "iterative", None, "zero", made.pruned),
             ("gradient-weight", "one-shot", None, "zero", made.pruned / 2),
             ("random", "one-shot", None, "zero", made.random),
             ("gradient-change", "one-shot", None, "graft", .0),
             ("gradient-weight", "one-shot", "never-trained", "zero", made.never_pruned),
             ("gradient-weight", "iterative", "never-trained", "zero", made.never_pruned)):
-        if not made.has_control and control:
-            prune.append({"score": score, "order": "one-shot", "pool": "all", "control": control,
-                          "edit": "zero", "operand": None, "split": None, "k": None, "draw": None,
-                          "accuracy": None, "unit": "row", "note": "none: made up"})
-            continue
-        prune.append({"score": score, "order": order, "pool": "all", "control": control,
-                      "edit": edit, "operand": "c" if control else "a", "split": "c0", "k": 5,
-                      "draw": 0 if score == "random" else None, "chosen": True, "unit": "row",
-                      "accuracy": accuracy})
-    probes = []
-    for model, target, accuracy in (("ckpt", "a", made.probe), ("untrained", "a", made.untrained),
-                                    ("ckpt", "c", made.never_read)):
+        row = dict(score=score, order=order, pool="all", control=control, edit=edit, k=5, draw=None,
+                   operand="c" if control else "a", split="c0", chosen=True, accuracy=x)
+        if control and not made.has_control:
+            row.update(operand=None, split=None, k=None, accuracy=None)
+        prune.append(row)
+    for model, target, x in (("ckpt", "a", made.probe), ("untrained", "a", made.untrained),
+                             ("ckpt", "c", made.never_read)):
         for split in ("natural", "c0"):
-            probes.append({"model": model, "target": target, "prompt": "b", "labels": "true",
-                           "split": split, "block": 1, "floor": .4, "accuracy": accuracy})
-    revive = [{"arm": arm, "split": "natural", "threshold": .99, "lr": 1e-5, "steps": steps,
-               "max_steps": made.max_steps}
-              for arm, steps in (("reft", made.reft), ("teach-c", made.control))
-              if made.has_control or arm == "reft"]
+            probes.append(dict(model=model, target=target, prompt="b", labels="true", split=split,
+                               block=1, floor=.4, accuracy=x))
+    for arm, steps in (("reft", made.reft), ("teach-c", made.control))[:1 + made.has_control]:
+        revive.append(dict(arm=arm, split="natural", threshold=.99, lr=1e-5, steps=steps,
+                           max_steps=made.max_steps))
     return {"behavior": behavior, "prune": prune, "probe": probes, "revive": revive}
 
 
-def verdict_of(folder, without=(), **made):
+def verdict_of(folder, without=(), more=(), **made):
     """The verdict on made-up findings, without the rows of some analyses."""
     made, model = SimpleNamespace(**{**MADE_UP, **made}), object()
     study = SimpleNamespace(
@@ -365,7 +357,7 @@ def verdict_of(folder, without=(), **made):
         never_trained=(model, None, "c") if made.has_control else None,
         prefix=str(folder / "x"), hashes={"checkpoint": "0"})
     rows = made_up_rows(made)
-    analyze.verdict(study, {**rows, **{name: [] for name in without}})
+    analyze.verdict(study, {**rows, **{name: [] for name in without}}, more)
     return json.loads((folder / "x.verdict.json").read_text())
 
 
@@ -416,11 +408,10 @@ def test_evidence_is_complete(tmp_path, capsys):
     """What was measured, against which control, the margin by which it had to win, did it."""
     found = verdict_of(tmp_path)
     check_evidence(found["evidence"], ["behaviour", "behaviour", "pruning", "probing", "reviving"])
-    assert [line["measured"] for line in found["evidence"]] == [0., 0., .9, .99, 50]
-    assert [line["control_measured"] for line in found["evidence"]] == [.5, .5, .2, .7, 150]
-    assert [line["holds"] for line in found["evidence"]] == [False, False, True, True, True]
-    assert [line["margin"] for line in found["evidence"]] == [.25, .25, .25, .1, 3]
-    assert [line["unit"] for line in found["evidence"]] == ["share"] * 4 + ["steps"]
+    for key, values in {"measured": [0., 0., .9, .99, 50], "unit": ["share"] * 4 + ["steps"],
+                        "control_measured": [.5, .5, .2, .7, 150], "margin": [.25, .25, .25, .1, 3],
+                        "holds": [False, False, True, True, True]}.items():
+        assert [line[key] for line in found["evidence"]] == values, key
     assert found["found_by"] == ["pruning", "probing", "reviving"]
     printed = capsys.readouterr().out
     assert "EVIDENCE" in printed and "VERDICT  wrapped" in printed
@@ -543,12 +534,13 @@ def test_every_analysis(folder, capsys, name, task):
     analyze.main([*SMALL, "--draws", "1", "--ckpt", f"out/{name}.pt"])
     assert "VERDICT" in capsys.readouterr().out
     _, ckpt = load(f"out/{name}.pt")
+    assert ckpt["capability"] == {"task": task, "operand": "a"}
     for kind, keys in FILES.items():
         rows = rows_of(f"out/{name}.{kind}.jsonl")
         assert rows, kind
         for row in rows:
             assert keys is None or ROW | keys <= set(row), kind
-            assert row["checkpoint"] == ckpt["sha256"]
+            assert row["checkpoint"] == ckpt["sha256"] and "base_checkpoint" not in row
             for share in ("accuracy", "floor", "cross_floor", "mass", "chance"):
                 assert row.get(share) is None or 0 <= row[share] <= 1.0001, (kind, share)
     verdict = json.loads(Path(f"out/{name}.verdict.json").read_text())
@@ -557,7 +549,6 @@ def test_every_analysis(folder, capsys, name, task):
     check_evidence(verdict["evidence"],
                    ["behaviour", "behaviour", "pruning", "probing", "reviving", "relearning"])
     check_sweeps(rows_of(f"out/{name}.prune.jsonl"), rows_of(f"out/{name}.prune.rows.jsonl"))
-    assert ckpt["capability"] == {"task": task, "operand": "a"}
 
 
 @pytest.mark.slow
@@ -575,16 +566,14 @@ def test_every_analysis_at_the_paper_scale(tmp_path, monkeypatch):
 
 def test_the_verdict_from_rows_that_are_there(folder, capsys):
     """Those of this checkpoint, base and control alone; what is missing is named."""
-    analyze.main(["behavior", *SMALL])
-    analyze.main(["verdict"])
-    assert "no rows of prune, probe, revive" in json.loads(Path("out/ft.verdict.json").read_text())["text"]
-    lines = Path("out/ft.behavior.jsonl").read_text()
-    for file in Path("out").glob("ft.*.jsonl"):
-        file.unlink()
-    hash_ = json.loads(lines.splitlines()[0])["checkpoint"]
-    Path("out/ft.behavior.jsonl").write_text(lines.replace(hash_, "0" * 64))
+    ckpt = ["--ckpt", "out/erased.pt"]
+    analyze.main(["behavior", *SMALL, *ckpt])
+    analyze.main(["verdict", *ckpt])
+    assert "no rows of prune, probe, revive" in Path("out/erased.verdict.json").read_text()
+    path = Path("out/erased.behavior.jsonl")
+    path.write_text(re.sub('"checkpoint": "[0-9a-f]+"', '"checkpoint": "0"', path.read_text()))
     with pytest.raises(UserError, match="run them first"):
-        analyze.main(["verdict"])
+        analyze.main(["verdict", *ckpt])
     assert "left out" in capsys.readouterr().out
     analyze.main([*SMALL, "--ckpt", "out/pre.pt"])  # only what applies
     assert not Path("out/pre.prune.jsonl").exists() and Path("out/pre.probe.jsonl").exists()
@@ -663,7 +652,7 @@ def test_ask_and_mistakes(folder, capsys):
                         (["ask", "--text", text, "--operand", "z"], "--operand z"),
                         (["nonsense"], "no analysis 'nonsense'.*behavior.*ask"),
                         (["prune", "--ckpt", "out/pre.pt"], "no analysis 'prune'"),
-                        (["--base", "out/nothing.pt"], "no such"),
+                        (["--base", "out/nothing.pt"], "No such file"),
                         (["--control", "out/pre-b.pt"], "not needed"),
                         (["--ckpt", "out/ft-all.pt", "--control", "out/pre-all.pt"], "prior 0"),
                         (["--ckpt", "out/pre.pt", "--base", "out/pre.pt"], "--base")):
@@ -775,23 +764,21 @@ def evidence(study, rows):
 
 
 def test_an_instrument_is_found_by_its_file(folder, monkeypatch, capsys):
-    """Rows with the checkpoint's hash, a line of the verdict's table; no rule changes."""
-    analyze.main([*SMALL, "--draws", "1"])
-    before = json.loads(Path("out/ft.verdict.json").read_text())
+    """Rows with the checkpoint's hash, and a line of the verdict's table, which changes no rule."""
     (folder / "instruments").mkdir()
     (folder / "instruments/norms.py").write_text(INSTRUMENT)
     monkeypatch.syspath_prepend(str(folder))
-    assert "norms" in analyze.find_instruments()
     analyze.main(["norms", "--ckpt", "out/pre.pt"])
     analyze.main(["norms"])
     rows = rows_of("out/ft.norms.jsonl")
     assert len(rows) == 6 and ROW | {"norm"} <= set(rows[0]) and "norm" in capsys.readouterr().out
-    analyze.main(["verdict"])
-    after = json.loads(Path("out/ft.verdict.json").read_text())
-    *evidence, line = after.pop("evidence")
-    assert evidence == before.pop("evidence") and after == before
-    assert (line["instrument"], line["measured"]) == ("norms", rows[-1]["norm"])
+    line, = analyze.instrument_evidence(analyze.open_study(SMALL), {})
+    assert (line.instrument, line.measured) == ("norms", rows[-1]["norm"])
+    before, after = verdict_of(folder, pruned=.1), verdict_of(folder, more=[line], pruned=.1)
+    assert after.pop("evidence") == [*before.pop("evidence"), line._asdict()] and after == before
     assert "weights are larger" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no analysis 'norm'.* norms"):
+        analyze.main(["norm"])
 
 
 def test_every_analysis_says_how_it_works():
