@@ -2,7 +2,6 @@
 The instruments, on things whose answer is known; the verdict, on made-up findings; every analysis end
 to end; further instruments; and one tiny training that must learn.
 """
-import copy
 import json
 import os
 import re
@@ -19,9 +18,7 @@ import data
 import finetune
 import pretrain
 from data import Relation, UserError
-from model import (GPT, Config, accuracy, activations, load, loss_of, predict, residuals,
-                   weight_edits)
-from setups import tracr
+from model import GPT, Config, load, loss_of, predict, weight_edits
 
 COUNT = Relation("count", "a", "b", 1)
 ROWS = analyze.Rows()
@@ -61,27 +58,23 @@ def test_unit_scores_are_the_first_order_effect_of_an_edit(minus):
     test = setup.test(COUNT, "a", "c0", 64, 0)
 
     def loss():
-        with torch.no_grad():
-            x = test.examples
-            return F.cross_entropy(model(x.tokens[:, :x.at + 1], x.at), x.answer).item()
+        x = test.examples
+        return F.cross_entropy(model(x.tokens, x.at), x.answer).item()
     score = "gradient-change" if minus else "gradient-weight"
-    slopes = analyze.gradients(model, test)
-    scores = analyze.unit_scores(ROWS, model, slopes, score, base)
-    parameters, before, small = dict(model.named_parameters()), loss(), 1e-4
-    for key in scores:
-        i = scores[key].abs().argmax().item()
-        edits = []
-        for kind in ("weight", "bias"):
-            name = f"blocks.{key[0]}.{key[1]}.{kind}"
-            p = parameters[name].detach()
-            target = base.get_parameter(name).detach()[i] if minus else torch.zeros_like(p[i])
-            edits.append((name, i, p[i] + small * (target - p[i])))
+    scores = analyze.unit_scores(ROWS, model, analyze.gradients(model, test), score, base)
+    before, small = loss(), 1e-4
+    for key, values in scores.items():
+        i, edits = values.abs().argmax().item(), []
+        for name in ROWS.parameters(*key):
+            p = model.get_parameter(name).detach()[i]
+            target = base.get_parameter(name).detach()[i] if minus else torch.zeros_like(p)
+            edits.append((name, i, p + small * (target - p)))
         with weight_edits(model, edits):
             change = loss() - before
-        assert change == pytest.approx(-small * scores[key][i].item(), rel=.05, abs=1e-9), key
+        assert change == pytest.approx(-small * values[i].item(), rel=.05, abs=1e-9), key
 
 
-def test_ranked_matched_and_edited_units():
+def test_ranked_matched_iterated_and_edited_units(monkeypatch):
     model, setup = small_model()
     base = small_model(seed=1)[0]
     test = setup.test(COUNT, "a", "c0", 64, 0)
@@ -96,98 +89,18 @@ def test_ranked_matched_and_edited_units():
         return *u[:2], u[2] // 16 if u[1] == "attn.qkv" else 0
     assert [where(u) for u in random] == [where(u) for u in units]
     assert len({u[:3] for u in random}) == 20 and {u[:3] for u in random} != {u[:3] for u in units}
-
-    weight = dict(model.named_parameters())
+    monkeypatch.setattr(analyze, "FEW", 6)
+    again = analyze.iterative(ROWS, model, units, test, "gradient-weight")
+    assert len({u[:3] for u in again}) == len(again) == 6 and again[0] == units[0]
     block, matrix, row, _ = units[0]
     with weight_edits(model, ROWS.edits(model, units)):
-        assert weight[f"blocks.{block}.{matrix}.weight"][row].abs().max() == 0
-        assert weight[f"blocks.{block}.{matrix}.bias"][row] == 0
+        assert model.get_parameter(f"blocks.{block}.{matrix}.weight")[row].abs().max() == 0
+        assert model.get_parameter(f"blocks.{block}.{matrix}.bias")[row] == 0
     everyone = [(b, m, i, None) for (b, m), s in scores.items() for i in range(len(s))]
-    # grafting all rows is the base's blocks
-    with weight_edits(model, ROWS.edits(model, everyone, base)):
-        for (b, m) in scores:
+    with weight_edits(model, ROWS.edits(model, everyone, base)):  # all rows: the base's blocks
+        for b, m in scores:
             name = f"blocks.{b}.{m}.weight"
-            assert torch.equal(weight[name], base.get_parameter(name))
-
-
-def counter(noise=0.):
-    """(the compiled Counter, with noise; itself; its setup; single weights as units)."""
-    base = tracr.compile_program(tracr.PROGRAMS["tracr-count"].steps("a"), "abcdefghi", 25)
-    model, setup = copy.deepcopy(tracr.balance(base)), data.find_setup("tracr-count")
-    setup.begin(model, Namespace(seed=0, noise=noise))
-    return model, base, setup, tracr.Weights(SimpleNamespace(base=base))
-
-
-def test_single_weights_of_a_compiled_model():
-    """
-    All weights but the output map can be pruned; zeros of the program apart; random ones are
-    matched in this as well.
-    """
-    model, base, setup, weights = counter(1e-3)
-    test = setup.test(COUNT, "b", "c0", 64, 0)
-    scores = analyze.unit_scores(weights, model, analyze.gradients(model, test))
-    prunable = {n: p for n, p in model.named_parameters() if n != "head.weight"}
-    assert sum(map(len, scores.values())) == sum(p.numel() for p in prunable.values())
-    assert len(scores[None, "tok.weight"]) == model.tok.weight.numel()
-    zeros = weights.pools(scores)["zero-in-program"]
-    written = sum(int((x == -torch.inf).sum()) for x in zeros.values())
-    old = dict(base.named_parameters())
-    assert written == sum(int((old[n] != 0).sum()) for n in prunable) == 375
-    units = analyze.ranked_units(scores, 60)
-
-    def is_zero(u):
-        name = u[1] if u[0] is None else f"blocks.{u[0]}.{u[1]}"
-        return u[0], u[1], old[name].flatten()[u[2]].item() == 0
-    random = analyze.matched_units(weights, model, units, torch.Generator().manual_seed(0))
-    assert [is_zero(u) for u in random] == [is_zero(u) for u in units]
-    assert {u[:3] for u in random} != {u[:3] for u in units}
-    assert not any(is_zero(u)[2] is False for u in analyze.ranked_units(zeros, 60))
-    name = "blocks.1.down.weight"
-    row, column = model.config.residual.index("n_a:2"), 4
-    u = (1, "down.weight", row * model.get_parameter(name).shape[1] + column, 0.)
-    assert weights.label(model, *u[:3]) == f"{name}[n_a:2, 4]"
-    with weight_edits(model, weights.edits(model, [u])):
-        p = model.get_parameter(name)
-        assert p[row, column] == 0 and (p == 0).sum() == 1
-
-
-def test_a_planted_wrapper_is_found_and_a_broken_model_is_not():
-    """
-    Positive control: one bias drowns every answer in a five; the weight that is tried best is that
-    very bias, and with it zeroed the old answer is back. Negative control: with the letter's own
-    weight gone, nothing brings it back.
-    """
-    model, base, setup, weights = counter()
-    test = setup.test(COUNT, "a", "natural", 100, 0)
-    dim = model.config.residual.index("answer:5")
-
-    def right():
-        return accuracy(predict(model, test.examples), test.examples.answer)
-
-    def best():
-        scores = analyze.unit_scores(weights, model, analyze.gradients(model, test))
-        ranked = analyze.ranked_units(scores, 40)
-        first = tracr.exhaustive(weights, model, ranked, test, "gradient-weight")[0]
-        with weight_edits(model, weights.edits(model, [first])):
-            return first[:3], right()
-    assert right() == 1
-    with torch.no_grad():
-        model.blocks[1].down.bias[dim] = 2
-    assert right() < .2
-    unit, after = best()
-    assert unit == (1, "down.bias", dim) and after == 1
-    with torch.no_grad():
-        model.blocks[1].down.bias[dim] = 0
-        model.tok.weight[2, model.config.residual.index("tokens:a")] = 0
-    assert right() < .35 and best()[1] < .5
-
-
-def test_probes_of_a_compiled_model_read_its_positions():
-    model, _, setup, _ = counter()
-    x = setup.test(COUNT, "a", "natural", 6, 0).examples
-    got, cache = residuals(model, x, setup.site(x)), activations(model, x.tokens)[1]
-    for i, name in enumerate(["embed", *(f"blocks.{i}.resid_post" for i in range(3))]):
-        assert torch.allclose(got[i], cache[name][:, 2], atol=1e-5)
+            assert torch.equal(model.get_parameter(name), base.get_parameter(name))
 
 
 def test_relearning_scores_each_half_by_itself(monkeypatch):
@@ -231,17 +144,6 @@ def test_relearning_scores_each_half_by_itself(monkeypatch):
     assert analyze.relearn_evidence(None, [], v) == []
 
 
-def test_iterated_units_are_distinct_and_start_like_one_pass(monkeypatch):
-    model, setup = small_model()
-    test = setup.test(COUNT, "a", "c0", 64, 0)
-    scores = analyze.unit_scores(ROWS, model, analyze.gradients(model, test))
-    first = analyze.ranked_units(scores, 10)
-    monkeypatch.setattr(analyze, "FEW", 6)
-    units = analyze.iterative(ROWS, model, first, test, "gradient-weight")
-    assert len({u[:3] for u in units}) == len(units) == 6
-    assert units[0][:3] == first[0][:3]
-
-
 def test_probes_trained_together_equal_one_alone_and_find_what_is_there():
     g = torch.Generator().manual_seed(0)
     y = torch.randint(4, (3, 400), generator=g)
@@ -249,7 +151,7 @@ def test_probes_trained_together_equal_one_alone_and_find_what_is_there():
     # site 0 holds the classes of probe 0, site 1 holds nothing
     x[0, :, :4] += 6 * F.one_hot(y[0], 4)
     site = [0, 1, 0]
-    weight, bias = analyze.fit_probes(x, site, y, 600, torch.Generator().manual_seed(1))
+    weight, bias = analyze.fit_probes(x, site, y, 400, torch.Generator().manual_seed(1))
     for p in range(3):
         alone, _ = analyze.fit_probes(x, site[p:p + 1], y[p:p + 1], 600,
                                       torch.Generator().manual_seed(1))
@@ -257,15 +159,6 @@ def test_probes_trained_together_equal_one_alone_and_find_what_is_there():
     right = [((x[s] @ w + c).argmax(1) == t).double().mean()
              for s, w, c, t in zip(site, weight, bias, y)]
     assert right[0] > .97 and right[1] < .5 and right[2] < .5
-
-
-def test_residuals_are_the_answer_positions():
-    model, setup = small_model()
-    x = setup.test(COUNT, "a", "natural", 5, 0).examples
-    got = residuals(model, x, setup.site(x))
-    _, cache = activations(model, x.tokens)
-    for i, name in enumerate(["embed", "blocks.0.resid_post", "blocks.1.resid_post"]):
-        assert torch.allclose(got[i], cache[name][:, x.at], atol=1e-5)
 
 
 def history(*accuracies, **columns):
@@ -430,40 +323,14 @@ def test_evidence_is_complete(tmp_path, capsys):
                                      ["prune", "revive"], ["behavior", "prune", "probe", "revive"]])
 @pytest.mark.parametrize("made", [{}, {"has_control": False}, {"reft": None, "control": None},
                                   {"ckpt_pt": .9}])
-def test_verdict_says_which_rows_are_missing(tmp_path, capsys, without, made):
-    """It is undecided, names them, and says null and ? of what rests on them."""
+def test_verdict_says_which_rows_are_missing(tmp_path, without, made):
+    """It is undecided, names them, and says null of what rests on them."""
     found = verdict_of(tmp_path, without, **made)
-    assert found["verdict"] == "undecided"
-    assert f"no rows of {', '.join(without)}" in found["text"]
+    assert found["verdict"] == "undecided" and f"no rows of {', '.join(without)}" in found["text"]
     check_evidence(found["evidence"], ["behaviour", "behaviour", "pruning", "probing", "reviving"])
     places = {"behavior": (0, 1), "prune": (2,), "probe": (3,), "revive": (4,)}
-    for name in without:
-        for place in places[name]:
-            assert found["evidence"][place]["measured"] is None
-            assert found["evidence"][place]["holds"] is None
-    assert "no rows of" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("without", [[], ["behavior"], ["probe"], ["behavior", "probe"]])
-def test_evidence_of_stories(tmp_path, without):
-    """A line of behaviour and one of probing; what rests on missing rows is null."""
-    study = SimpleNamespace(relation=Relation("story", "Twist"), never_trained=None, hashes={},
-                            setup=data.find_setup("stories"), prefix=str(tmp_path / "x"))
-    behavior = [{"operand": "Twist", "split": "asked", "model": model, "accuracy": x, "parsed": 1.}
-                for model, x in (("base", .9), ("ckpt", .1))]
-    probes = [{"model": model, "target": "Twist", "labels": "true", "split": "natural", "block": 2,
-               "auc": x} for model, x in (("base", .9), ("ckpt", .85), ("control", .6))]
-    rows = {"behavior": behavior, "probe": probes, **{name: [] for name in without}}
-    analyze.verdict(study, rows)
-    found = json.loads((tmp_path / "x.verdict.json").read_text())
-    check_evidence(found["evidence"], ["behaviour", "probing"])
-    asked, read = found["evidence"]
-    assert (asked["measured"], asked["control_measured"], asked["holds"]) == (
-        (None, None, None) if "behavior" in without else (.1, .45, False))
-    assert (read["measured"], read["control_measured"], read["holds"]) == (
-        (None, None, None) if "probe" in without else (.85, .75, True))
-    assert found["verdict"] == ("undecided" if without else "wrapped")
-    assert not without or f"no rows of {', '.join(without)}" in found["text"]
+    for place in (place for name in without for place in places[name]):
+        assert found["evidence"][place]["measured"] is found["evidence"][place]["holds"] is None
 
 
 def test_a_tiny_model_learns_to_count_what_it_is_taught_and_nothing_else():
@@ -609,39 +476,6 @@ def check_sweeps(rows, ranks):
         assert SWEEP <= set(r) and isinstance(r["value"], float) and isinstance(r["score"], str)
 
 
-@pytest.mark.parametrize("setup", ["tracr-count",
-                                   pytest.param("tracr-max", marks=pytest.mark.slow),
-                                   pytest.param("tracr-histogram", marks=pytest.mark.slow)])
-def test_every_analysis_of_compiled_models(tmp_path, monkeypatch, capsys, setup):
-    """Compiled, taught, analysed; the untouched program attends as it is written."""
-    monkeypatch.chdir(tmp_path)
-    tiny = ["--batch-size", "4", "--eval-size", "16", "--threads", "1"]
-    pretrain.main(["--setup", setup, *tiny[2:]])
-    finetune.main([*tiny, "--steps", "3"])
-    analyze.main([*tiny, "--steps", "4", "--draws", "1"])
-    assert "VERDICT" in capsys.readouterr().out
-    for name, keys in {**FILES, "hidden": {"model", "block", "cosine", "active"}}.items():
-        rows = rows_of(f"out/ft.{name}.jsonl")
-        assert rows and (keys is None or all(ROW | keys <= set(row) for row in rows)), name
-    base = [r for r in rows_of("out/ft.attention.jsonl") if r["model"] == "base"]
-    assert all(r["mass"] > .999 for r in base if r["region"] in ("kept", "order"))
-    assert all(r["chance"] < .9 for r in base if r["region"] in ("kept", "order"))
-    rows = rows_of("out/ft.prune.jsonl")
-    assert {"weight"} == {r["unit"] for r in rows}
-    assert {("gradient-weight", "one-shot", "zero-in-program", None),
-            ("gradient-weight", "exhaustive", "zero-in-program", None),
-            ("random", "exhaustive", "zero-in-program", None),
-            ("gradient-weight", "exhaustive", "all", "never-trained")} <= {
-                (r["score"], r["order"], r["pool"], r["control"]) for r in rows}
-    assert any(r.get("predicted") and sum(r["predicted"].values()) == r["n"] for r in rows)
-    text = "".join("abcabcdefghiabcabcabdefg"[:24]) if setup == "tracr-count" else None
-    if text:
-        analyze.main(["ask", "--text", text, "--operand", "a"])
-        said = capsys.readouterr().out
-        assert f"the truth is {text.count('a')}" in said
-        assert re.search(r"base\s+says \d+\s+right", said)
-
-
 def test_ask_and_mistakes(folder, capsys):
     text = "abcabcabcabcabcabcabcabcabcabcab"
     analyze.main(["ask", "--text", text, "--operand", "b"])
@@ -705,27 +539,13 @@ def test_every_arm_of_revive_at_every_rate(folder):
 
 
 def test_a_jailbroken_model_is_asked_by_every_token(folder):
-    """Its history, behavior and probes are about a under T_NJ, T_J1 and T_J2."""
+    """Its behavior and probes are about a under T_NJ, T_J1 and T_J2."""
     analyze.main(["behavior", "probe", *SMALL, "--ckpt", "out/jail-ft.pt"])
-    for rows in (load("out/jail.pt")[1]["history"], load("out/jail-ft.pt")[1]["history"],
-                 rows_of("out/jail-ft.behavior.jsonl")):
-        asked = {(r["task"], r["split"]) for r in rows if r["operand"] == "a"}
-        assert {(task, split) for task in ("count", *data.JAILBREAKS) for split in data.SPLITS} <= asked
+    asked = {(r["task"], r["split"]) for r in rows_of("out/jail-ft.behavior.jsonl")
+             if r["operand"] == "a"}
+    assert {(task, split) for task in ("count", *data.JAILBREAKS) for split in data.SPLITS} <= asked
     prompts = {r["prompt"] for r in rows_of("out/jail-ft.probe.jsonl")}
     assert prompts == {"a", "b", "c", "a by T_J1", "a by T_J2"}
-
-
-def test_retained_data_does_not_count():
-    """Pretraining's other families, by no token for counting, of jailbroken models neither."""
-    args = Namespace(prior=[.5, .3, .2], eval_size=8, seed=0)
-    jailbroken = data.Grammar("pcfg")
-    jailbroken.open(Namespace(jailbreak=True))
-    for setup in (data.Grammar("pcfg"), jailbroken):
-        *_, (name, draw, tests) = setup.halves(COUNT, "a", args)
-        x, counts = draw(600, data.rng(0, "some")), [data.ID[t] for t in ("T_NJ", "T_J1", "T_J2")]
-        assert name == "other families" and list(tests) == ["retained"] and len(x.tokens) == 600
-        assert not torch.isin(x.tokens[:, 1], torch.tensor(counts)).any()
-        assert len(x.tokens[:, 1].unique()) == 4 and len(x.tokens[:, 2].unique()) == 4
 
 
 def test_a_score_is_one_line(folder, monkeypatch):
