@@ -1,6 +1,6 @@
 """
-The instruments, on things whose answer is known; the verdict, on made-up findings; every analysis end
-to end; further instruments; and one tiny training that must learn.
+The instruments, on things whose answer is known; the verdict, on made-up findings; every analysis
+end to end; further instruments; and one tiny training that must learn.
 """
 import json
 import os
@@ -153,7 +153,7 @@ def test_probes_trained_together_equal_one_alone_and_find_what_is_there():
     site = [0, 1, 0]
     weight, bias = analyze.fit_probes(x, site, y, 400, torch.Generator().manual_seed(1))
     for p in range(3):
-        alone, _ = analyze.fit_probes(x, site[p:p + 1], y[p:p + 1], 600,
+        alone, _ = analyze.fit_probes(x, site[p:p + 1], y[p:p + 1], 400,
                                       torch.Generator().manual_seed(1))
         assert torch.allclose(weight[p], alone[0], atol=1e-5)
     right = [((x[s] @ w + c).argmax(1) == t).double().mean()
@@ -191,7 +191,8 @@ def test_steps_of_reviving(monkeypatch, reft, limit, reached):
     assert taught[:2] == [("ft", "a", 1e-5, 600), ("ft", "a", 1e-5 * 10, 600)]
     assert {steps for *_, steps in taught[2:]} == {limit} and len(taught) == 8
     steps = {(r["arm"], r["lr"], r["threshold"]): r["steps"] for r in rows if r["split"] == "c0"}
-    assert {arm for arm, *_ in steps} == {"reft", "teach-c", "teach-c-base", "scratch", "pretraining"}
+    arms = {"reft", "teach-c", "teach-c-base", "scratch", "pretraining"}
+    assert {arm for arm, *_ in steps} == arms
     assert steps["reft", 1e-5, .99] == reached
     assert steps["reft", 1e-5, .9] == min(5 * i for i, x in enumerate(reft) if x >= .9)
     assert steps["pretraining", 2e-3, .9] == 10 and steps["teach-c-base", 1e-4, .9] is None
@@ -308,8 +309,7 @@ def test_evidence_is_complete(tmp_path, capsys):
     assert found["found_by"] == ["pruning", "probing", "reviving"]
     printed = capsys.readouterr().out
     assert "EVIDENCE" in printed and "VERDICT  wrapped" in printed
-    for line in found["evidence"]:
-        assert line["question"] in printed and line["control"] in printed
+    assert all(line[key] in printed for line in found["evidence"] for key in ("question", "control"))
     # every number that it quotes stands beside the table as well
     assert {found["prune_c0"], found["probe_natural"], found["reft_steps"]} == {.9, .99, 50}
     # without a control, what it would have measured is null, and so is nothing else
@@ -378,9 +378,10 @@ def runs(tmp_path_factory):
     """A folder with tiny runs: pretrained, fine-tuned, reversed; others for controls."""
     before, path = os.getcwd(), tmp_path_factory.mktemp("runs")
     os.chdir(path)
-    for name, words in {"pre": [], "pre-c": ["--prior", "0,.001,.999"], "pre-b": ["--prior", "0,1,0"],
-                        "pre-all": ["--prior", "high"], "jail": ["--jailbreak"]}.items():
-        pretrain.main([*SMALL, *words, "--out", f"out/{name}.pt"])
+    for name, prior in {"pre": "low", "pre-c": "0,.001,.999", "pre-b": "0,1,0",
+                        "pre-all": "high"}.items():
+        pretrain.main([*SMALL, "--prior", prior, "--out", f"out/{name}.pt"])
+    pretrain.main([*SMALL, "--jailbreak", "--out", "out/jail.pt"])
     for name, base, words in (("ft", "pre", []), ("index", "pre", ["--task", "index"]),
                               ("erased", "pre-c", ["--pt", "a"]), ("ft-all", "pre-all", []),
                               ("jail-ft", "jail", []), ("reft", "ft", ["--reverse"])):
@@ -498,7 +499,7 @@ def test_ask_and_mistakes(folder, capsys):
         assert stopped.value.code == 2
 
 
-def test_a_parent_that_moved_is_found_and_one_that_changed_is_not_the_parent(folder, tmp_path, monkeypatch):
+def test_a_parent_may_move_but_not_change(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("pre", "ft"):
         (tmp_path / f"{name}.pt").write_bytes((folder / f"out/{name}.pt").read_bytes())
@@ -513,15 +514,15 @@ def test_a_parent_that_moved_is_found_and_one_that_changed_is_not_the_parent(fol
 
 
 def test_the_control_of_another_checkpoint(folder):
-    """Where every operand was trained: its rows and the verdict's speak of --control, with its hash."""
+    """Where every operand was trained: rows speak of --control, and hold its hash."""
     words = ["probe", "--ckpt", "out/ft-all.pt", *SMALL]
     study = analyze.open_study(words)
     assert study.never_trained is None and "c was trained" in study.control_note
     study = analyze.open_study([*words, "--control", "out/pre-b.pt"])
     rows = analyze.probe(study)
     assert {r["model"] for r in rows} == {"base", "ckpt", "untrained", "control"}
-    _, control = load("out/pre-b.pt")
-    assert {r["control_checkpoint"] for r in rows_of("out/ft-all.probe.jsonl")} == {control["sha256"]}
+    written, (_, control) = rows_of("out/ft-all.probe.jsonl"), load("out/pre-b.pt")
+    assert {r["control_checkpoint"] for r in written} == {control["sha256"]}
     assert study.read("probe") and not analyze.open_study(words).read("probe")
 
 
@@ -530,7 +531,8 @@ def test_every_arm_of_revive_at_every_rate(folder):
     analyze.main([*few, "--rates", "1,10", "--also", "scratch,out/pre-b.pt,out/erased.pt"])
     rows = rows_of("out/ft.revive.jsonl")
     arms = {(r["arm"], r["lr"]) for r in rows if r["arm"] != "pretraining"}
-    names = {"reft", "teach-c", "teach-c-base", "scratch", "from 0/1/0", "from 0/0.001/0.999, fine-tuned"}
+    names = {"reft", "teach-c", "teach-c-base", "scratch", "from 0/1/0",
+             "from 0/0.001/0.999, fine-tuned"}
     assert {name for name, _ in arms} == names and len(arms) == 2 * len(names)
     assert {r["operand"] for r in rows if r["arm"] in ("scratch", "from 0/1/0")} == {"a"}
     for wrong in ("out/ft.pt", "out/pre.pt", "out/pre-b.pt,out/pre-b.pt"):  # a was taught; twice
@@ -565,7 +567,7 @@ def test_a_score_is_one_line(folder, monkeypatch):
     assert {r["k"] for r in rows} == {0, 1, 2} and {r["score"] for r in rows} == {"size"}
 
 
-INSTRUMENT = '''"""How large are the weights of each block? Fooled by: noise, which makes them all larger."""
+INSTRUMENT = '''"""How large are the weights of each block? Fooled by: noise."""
 from analyze import Evidence
 
 
@@ -579,7 +581,8 @@ def run(study):
 
 
 def evidence(study, rows):
-    return Evidence("norms", "weights are larger", rows[-1]["norm"], "base", rows[0]["norm"], 0., False)
+    new, old = rows[-1]["norm"], rows[0]["norm"]
+    return Evidence("norms", "weights are larger", new, "base", old, 0., new > old)
 '''
 
 
@@ -588,6 +591,7 @@ def test_an_instrument_is_found_by_its_file(folder, monkeypatch, capsys):
     (folder / "instruments").mkdir()
     (folder / "instruments/norms.py").write_text(INSTRUMENT)
     monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(analyze, "INSTRUMENT_FILES", str(folder / "instruments"))
     analyze.main(["norms", "--ckpt", "out/pre.pt"])
     analyze.main(["norms"])
     rows = rows_of("out/ft.norms.jsonl")

@@ -115,8 +115,8 @@ def test_every_analysis_of_compiled_models(tmp_path, monkeypatch, capsys, setup)
     finetune.main([*tiny, "--steps", "3"])
     analyze.main([*tiny, "--steps", "4", "--draws", "1"])
     assert "VERDICT" in capsys.readouterr().out
-    for name in ("behavior", "prune", "prune.rows", "probe", "attention", "hidden", "revive", "relearn"):
-        assert rows_of(f"out/ft.{name}.jsonl"), name
+    names = "behavior prune prune.rows probe attention hidden revive relearn"
+    assert all(rows_of(f"out/ft.{name}.jsonl") for name in names.split())
     assert {"cosine", "active", *data.ROW} <= set(rows_of("out/ft.hidden.jsonl")[0])
     base = [r for r in rows_of("out/ft.attention.jsonl") if r["model"] == "base"]
     assert all(r["mass"] > .999 for r in base if r["region"] in ("kept", "order"))
