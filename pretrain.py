@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from data import UserError, number_above, processes, run_script, user_path, write_json
+from data import (UserError, number_above, numbers, processes, run_script, user_path,
+                  write_json)
 from model import GPT, Config, accuracy, load, loss_of, predict, read_checkpoint, save
 
 # ---------------------------------------------------------------- training
@@ -138,16 +139,6 @@ def evaluate(model, setup, tests):
     return list(itertools.chain(*(score(model, test) for test in tests)))
 
 
-def interval(p, n, z=1.96):
-    """A share p of n with its 95 % interval (Wilson), for people."""
-    if p is None or not round(n):
-        return "-"
-    n = round(n)
-    middle, half = p + z * z / 2 / n, z * (p * (1 - p) / n + z * z / 4 / n / n) ** .5
-    low, high = (x / (1 + z * z / n) for x in (middle - half, middle + half))
-    return f"{p:6.1%} [{max(0, low):.1%}, {min(1, high):.1%}]"
-
-
 def percent(x):
     """A fraction as people read it."""
     return "-" if x is None else f"{x:.1%}"
@@ -164,10 +155,8 @@ def table(head, rows):
 
 
 def fact(row, key):
-    """A column of a row, for people; of generations the accuracy with its interval."""
+    """A column of a row, for people."""
     value = row.get(key)
-    if key == "accuracy" and "parsed" in row:
-        return f"{interval(value, row['parsed'] * row['n'])}, {row['parsed']:.0%} parse"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
@@ -181,13 +170,6 @@ def show(rows, keys=("task", "operand", "split", "accuracy", "floor", "cross_flo
 
 
 # ---------------------------------------------------------------- flags
-
-def whole_numbers(text):
-    """An argparse type: positive whole numbers between commas."""
-    values = text.split(",")
-    if not all(value.strip().isdecimal() and int(value) for value in values):
-        raise argparse.ArgumentTypeError("takes positive whole numbers, as 100,1000")
-    return sorted(set(map(int, values)))
 
 
 def add_run_flags(parser):
@@ -203,7 +185,7 @@ def add_run_flags(parser):
     add("--eval-every", type=number_above(-1, int), default=0, help="steps between evaluations; "
         "0: 25 times a pretraining, at 0 1 2 3 5 8 10 20 ... of a fine-tuning")
     add("--save-every", type=number_above(0, int), default=250, help="steps between checkpoints")
-    add("--keep", type=whole_numbers, help="steps whose checkpoints stay, as 100,1000: "
+    add("--keep", type=numbers(int), help="steps whose checkpoints stay, as 100,1000: "
         "out/ft.step100.pt, for every analysis")
     add("--force", action="store_true", help="start again, replacing the run at --out")
     add("--compile", action="store_true", help="torch.compile the model; on a GPU it records one "
@@ -216,8 +198,7 @@ def add_run_flags(parser):
 def add_machine_flags(parser):
     add = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; auto: cuda if there is one")
-    add("--threads", type=number_above(-1, int, 1024), default=0, help="CPU threads; 0: torch's "
-        "choice")
+    add("--threads", type=number_above(-1, int), default=0, help="CPU threads; 0: torch's choice")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
