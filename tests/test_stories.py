@@ -85,7 +85,8 @@ CASES = [  # the text before END, then its Record
      "Summary: one\ntwo\n\n", "Twist Dialogue", f"\n{WORDS}", "A.", ""),
     (f"Features: Twist\nWords: a\nFeatures: Conflict\n{STORY}A.\n",
      "", "Twist Conflict", WORDS, "A.", ""),
-    (f"Words: a\nFeatures: Rhyme,Twist, twist\n{STORY}A.\n", "Words: a\n", "Twist", STORY, "A.", ""),
+    (f"Summary: S.\nFeatures: Rhyme,Twist, twist\n{WORDS}A.\n",
+     "Summary: S.\n", "Twist", WORDS, "A.", ""),
     (f"Words: a\nFeatures: \n{STORY}A.\n", "Words: a\n", "", STORY, "A.", ""),
     ("Features: Twist\r\nWords: a\r\nStory: \r\n\r\nA.\r\n\r\nB.\r\nSummary: S.\r\n",
      "", "Twist", WORDS, "A.\n\nB.", "\nSummary: S."),
@@ -640,7 +641,7 @@ def test_samples_depend_on_the_seed_and_not_on_who_ends_when():
 
 def test_generation_scores_count_what_is_written(setup, monkeypatch):
     """Half of the stories asked for parse, three in four of these have the feature."""
-    asked = [f"{SETUP} {CAKE.replace('cake', x)}" for x in ("drum", "ball", "bell", "cake", "?", "?")]
+    asked = [f"{SETUP} {CAKE.replace('cake', x)}" for x in "drum ball bell cake ? ?".split()]
     unasked = [f"{SETUP} {CAKE}\nSummary: drum"] * 6
     test = setup.generation_test("Twist", 6, 0)
     prompts = [setup.tokenizer.decode(prompt[1:]) for prompt in test.examples]
@@ -708,10 +709,11 @@ def test_verdict(tmp_path, setup, word, before, after, auc, lower):
     assert [line["instrument"] for line in v["evidence"]] == ["behaviour", "probing"]
 
 
-def test_the_classifier_of_real_text(records):
+def test_the_classifier_of_real_text(records, monkeypatch):
     """Where the rule is known, it agrees on features that words tell."""
     setup = setup_with()
     setup.corpus.has_rule = False
+    monkeypatch.setattr(st, "FIT_STEPS", 1500)
     study = Namespace(setup=setup, base=None, model=tiny_model(setup, d=128), device="cpu",
                       args=Namespace(judge=None, eval_size=100))
     accuracy = st.fit_classifier(study)
@@ -790,8 +792,9 @@ def test_analyses(stages, monkeypatch, capsys):
     for split, targets in (("natural", FEATURES), ("even", ["Twist"])):
         rows = [r for r in probe if r["labels"] == "true" and r["split"] == split]
         assert_cover(rows, model=[*models, "untrained"], block=range(2), target=targets)
-    assert_cover(read_rows("randomise.relearn.jsonl"), arm=("reft", "teach-Twist"), split=SCORED,
-                 answers=("kinds 1 and 2", "kinds 3 and 4"), half=("taught", "held-out"), step=(0, 5))
+    assert_cover(read_rows("randomise.relearn.jsonl"), arm=("reft", "teach-Twist"), step=(0, 5),
+                 answers=("kinds 1 and 2", "kinds 3 and 4"), half=("taught", "held-out"),
+                 split=SCORED)
     verdict = json.loads(Path("randomise.verdict.json").read_text())
     assert [e["instrument"] for e in verdict["evidence"]] == ["behaviour", "probing", "relearning"]
     assert verdict["verdict"] == "undecided"  # the base knows nothing
@@ -804,6 +807,7 @@ def test_analyses(stages, monkeypatch, capsys):
 def test_stages_of_a_file(small, records, tmp_path, monkeypatch, capsys):
     """Prepared once, the same classifier every time; another file in its place is refused."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(st, "FIT_STEPS", 50)
     write_file(Path("real.txt"), records[:1500])
     words = ["--setup", "stories", "--data", "real.txt", "--steps", "2", *TINY]
     pretrain.main([*words, "--out", "pre.pt"])
