@@ -166,7 +166,7 @@ def test_compiled_variables_are_those_of_the_program(case):
                 assert (resid[row, i + 1, dims] - expected).abs().max() < .01, (step.name, s, i)
                 if step is steps[-1]:
                     assert torch.equal(logits[row, i + 1], LOGIT_SCALE * resid[row, i + 1, dims])
-    with pytest.raises(UserError, match="'letters'.*tokens, indices"):
+    with pytest.raises(KeyError, match="letters"):
         compile_program([*steps, Map("new", "letters", len)], alphabet, n)
 
 
@@ -339,7 +339,8 @@ def test_import_of_several_heads(tmp_path, causal):
     unembed = generator.normal(size=(d, 4))
     config = json.dumps({"n_head": 2, "bos": "B", "pad": "P", "causal": causal})
     np.savez(tmp_path / "x.npz", **{"param/" + k: v for k, v in w.items()}, unembed=unembed,
-             vocab=words, config=config, output_values=["10", "-1", "9", "2"])
+             vocab=words, config=config, output_values=["10", "-1", "9", "2"],
+             residual_labels=list("abcdefg"))
     model, facts = import_tracr(tmp_path / "x.npz")
     assert facts == {"alphabet": ["x", "y", "z"], "max_seq_len": t - 1,
                      "values": ["-1", "2", "9", "10"]}
@@ -550,29 +551,33 @@ def test_single_weights():
     matched in this as well.
     """
     model, units, setup = counter(1e-3)
-    test, base = setup.test(COUNT, "b", "c0", 64, 0), dict(units.program.named_parameters())
-    scores = analyze.unit_scores(units, model, test)
+    base = dict(units.program.named_parameters())
+    slopes = analyze.gradients(model, setup.test(COUNT, "b", "c0", 64, 0))
+    scores = analyze.unit_scores(units, model, slopes)
     prunable = {n: p for n, p in model.named_parameters() if n != "head.weight"}
     assert sum(map(len, scores.values())) == sum(p.numel() for p in prunable.values())
     pools = units.pools(scores)
     assert pools["all"] is scores
     nonzero = sum(int((x == -torch.inf).sum()) for x in pools["zero-in-program"].values())
     assert nonzero == sum(int((base[n] != 0).sum()) for n in prunable) == 375
-    chosen = analyze.ranked_units(scores, 60)
+    assert set(units.orders("all")) == {*analyze.ORDERS, "exhaustive"}
 
     def is_zero(u):
-        [(name, index)] = units.places(model, u)
+        [(name, index, _)] = units.edits(model, [u])
         return u[0], u[1], base[name][index].item() == 0
-    random = analyze.matched_units(units, chosen, scores, torch.Generator().manual_seed(0))
+    chosen = analyze.ranked_units(scores, 60)
+    random = analyze.matched_units(units, model, chosen, torch.Generator().manual_seed(0))
     assert [is_zero(u) for u in random] == [is_zero(u) for u in chosen]
     assert {u[:3] for u in random} != {u[:3] for u in chosen}
     zeros = analyze.ranked_units(pools["zero-in-program"], 60)
     assert all(is_zero(u)[2] for u in zeros) and not all(is_zero(u)[2] for u in chosen)
-    name, row = "blocks.1.down.weight", model.config.residual.index("n_a:2")
+    row = model.config.residual.index("n_a:2")
     u = (1, "down.weight", row * model.config.d_mlp + 4, 0.)
-    assert units.label(model, u) == f"{name}[n_a:2, 4]"
+    assert units.label(model, *u[:3]) == "blocks.1.down.weight[n_a:2, 4]"
+    assert units.label(model, 1, "up.bias", 3) == "blocks.1.up.bias[3]"
+    assert units.label(model, 1, "attn.out.bias", row) == "blocks.1.attn.out.bias[n_a:2]"
     with weight_edits(model, units.edits(model, [u])):
-        p = model.get_parameter(name)
+        p = model.blocks[1].down.weight
         assert p[row, 4] == 0 and (p == 0).sum() == 1
 
 
@@ -589,7 +594,8 @@ def test_a_planted_wrapper_is_found_and_a_broken_model_is_not():
         return accuracy(predict(model, test.examples), test.examples.answer)
 
     def best():
-        ranked = analyze.ranked_units(analyze.unit_scores(units, model, test), 100)
+        slopes = analyze.gradients(model, test)
+        ranked = analyze.ranked_units(analyze.unit_scores(units, model, slopes), 100)
         first = tracr.exhaustive(units, model, ranked, test)[0]
         with weight_edits(model, units.edits(model, [first])):
             return first[:3], right()
