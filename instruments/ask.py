@@ -4,7 +4,7 @@ these answers follow.
 
     $ python analyze.py ask --operand b --text abaabccbbacababccacbcbcccbbccaab
 
-Fooled by: one string. Several rules may give the same answer; `analyze.py behavior` counts over many.
+Fooled by: one string, on which several rules may give the same answer; behavior counts over many.
 """
 import torch
 
@@ -12,7 +12,8 @@ from data import UserError
 from model import predict
 
 
-def run(study):    """One string: the truth, the models' answers, and the rules that these follow."""
+def run(study):
+    """Print the answers to --text and the rules that they follow. Raises UserError."""
     setup, (task, a, b, q), text = study.setup, study.relation, study.args.text or ""
     operand, letters = study.args.operand or b, setup.alphabet
     if operand not in setup.operands:
