@@ -186,7 +186,7 @@ def test_exactness_decides_up_to_which_count(scale, exactness):
 
 @pytest.mark.parametrize("setup, operand", [
     ("tracr-count", "a"), ("tracr-count", "i"), ("tracr-histogram", "2"),
-    *(("tracr-max", str(rank)) for rank in (5, 1, 2, 7, 10))])
+    *(("tracr-max", str(rank)) for rank in (5, 1, 7, 10))])
 def test_random_strings(setup, operand):
     """Exact on 10,000 strings (2,000 for other operands), and on 2,000 as balanced."""
     strings = random_strings(setup, 10_000 if operand == PRETRAINED[setup] else 2000, seed=1)
