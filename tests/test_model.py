@@ -17,7 +17,7 @@ import data
 import model as model_py
 from data import Examples, UserError
 from model import (GPT, Config, accuracy, activation_edits, activation_names, activations, load,
-                   loss_of, loss_row, predict, residuals, save, to_transformer_lens, weight_edits)
+                   loss_of, predict, residuals, save, to_transformer_lens, weight_edits)
 
 # Every size differs, so that a mixed-up dimension shows; d_head is not d_model / n_head.
 N, T, D, H, E, M, V = 5, 13, 20, 2, 6, 28, 29
@@ -124,7 +124,8 @@ def test_forward_equals_the_reference(name, way, tokens, monkeypatch):
     assert (activations(gpt, tokens)[0] - full).abs().max() < bound
     for at in (0, 4, T - 1):
         assert (gpt(tokens, at) - full[:, at]).abs().max() < bound
-        assert (activations(gpt, tokens, at=at)[0] - full[:, at]).abs().max() < bound
+        logits, cache = activations(gpt, tokens, at=at)
+        assert (logits - full[:, at]).abs().max() < bound and list(cache) == activation_names(gpt)
         if gpt.config.causal:
             assert (gpt(tokens[:, :at + 1], at) - full[:, at]).abs().max() < bound
 
@@ -208,14 +209,11 @@ def test_one_column_has_the_loss_and_gradients_of_all_columns(model, tokens):
 
 @torch.no_grad()
 def test_scores_do_not_depend_on_the_batch(model, tokens):
-    """predict, loss_row and residuals, in parts, against one pass over all; accuracy by hand."""
+    """predict and residuals, in parts, against one pass over all; accuracy by hand."""
     x = Examples(tokens, tokens.roll(-1, 1).masked_fill(torch.arange(T) < 9, -1), at=9)
     logits, cache = activations(model, tokens)
     assert torch.allclose(predict(model, x, batch=2), logits[:, 9], atol=1e-5)
     assert accuracy(torch.tensor([[0., 1], [2, 1], [0, 3]]), torch.tensor([1, 1, 1])) == 2 / 3
-    row = loss_row(model, data.Test({"task": "count"}, x), batch=2)
-    loss = loss_of(model, x._replace(at=None)).item()
-    assert row == {"task": "count", "n": N, "loss": pytest.approx(loss, abs=1e-5)}
     site = torch.rand(N, T, generator=torch.Generator().manual_seed(2))
     streams = [cache["embed"], *(cache[f"blocks.{i}.resid_post"] for i in range(3))]
     slow = torch.stack([(stream * site[..., None]).sum(1) for stream in streams])
@@ -252,16 +250,6 @@ def test_activations(model, tokens):
     assert torch.allclose(few["blocks.1.attn.v"], cache["blocks.1.attn.v"], atol=1e-5)
 
 
-def test_activations_at_one_position(model, tokens):
-    """With `at`, the last block has one query; the blocks below are whole."""
-    (_, cache), (_, whole) = activations(model, tokens, at=7), activations(model, tokens)
-    pattern, stream = (cache[f"blocks.2.{part}"] for part in ("attn.pattern", "resid_post"))
-    assert pattern.shape == (N, H, 1, 8) and stream.shape == (N, 1, D)
-    assert torch.allclose(pattern[:, :, 0], whole["blocks.2.attn.pattern"][:, :, 7, :8], atol=1e-5)
-    assert torch.allclose(stream[:, 0], whole["blocks.2.resid_post"][:, 7], atol=1e-4)
-    assert cache["blocks.1.resid_post"].shape == (N, T, D)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["embed", *(f"blocks.1.{part}" for part in SHAPES)])
 def test_every_activation_can_be_edited(model, tokens, name):
@@ -270,6 +258,7 @@ def test_every_activation_can_be_edited(model, tokens, name):
     edit = {name: lambda x: x * (1 + torch.rand(x.shape, generator=noise))}
     with activation_edits(model, edit) as edited:
         assert edited is model and not torch.allclose(model(tokens), plain, atol=1e-3)
+        assert not torch.allclose(model(tokens, 7), plain[:, 7], atol=1e-3)
     for identity in (lambda x: x.clone(), lambda x: None):
         with activation_edits(model, {name: identity}):
             assert torch.allclose(model(tokens), plain, atol=1e-4)
