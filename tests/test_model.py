@@ -251,7 +251,7 @@ def test_activations(model, tokens):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["embed", *(f"blocks.1.{part}" for part in SHAPES)])
+@pytest.mark.parametrize("name", ["embed", *(f"blocks.2.{part}" for part in SHAPES)])
 def test_every_activation_can_be_edited(model, tokens, name):
     """An edit reaches the logits and is gone afterwards; the identity, or None, changes nothing."""
     plain, noise = model(tokens), torch.Generator().manual_seed(2)
