@@ -51,10 +51,8 @@ def cosine(lr, steps, final=0., warmup=.2):
 
 
 def constant(lr, warmup=20):
-    """
-    Learning rate of reFT. ours (the paper anneals over 10K steps): steps to a threshold mean
-    something only if the rate does not depend on the planned number of steps.
-    """
+    """Learning rate of reFT. ours (the paper anneals over 10K steps): steps to a threshold mean
+    something only if the rate does not depend on the planned number of steps."""
     return lambda step: lr * min(1, (step + 1) / warmup)
 
 
@@ -85,10 +83,8 @@ def autocast(name, setup):
 
 
 def start_device(args):
-    """
-    The torch device of --device, with --threads set. Under torchrun this process joins the others
-    and, with CUDA, takes the GPU of its number.
-    """
+    """The torch device of --device, with --threads set. Under torchrun this process joins the
+    others and, with CUDA, takes the GPU of its number."""
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # momentum that fades to 1e-38 is slow
@@ -134,7 +130,7 @@ def answer_row(logits, test):
 
 
 def evaluate(model, setup, tests):
-    """The rows of a list of Tests, in their order. Trains nothing: all scores are without gradients."""
+    """The rows of a list of Tests, in their order."""
     score = setup.score or (lambda model, test: [answer_row(predict(model, test.examples), test)])
     return list(itertools.chain(*(score(model, test) for test in tests)))
 
@@ -206,10 +202,8 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 def new_parsers(doc):
-    """
-    (first, full): the first reads only the flags that name a setup, and leaves the others; the full
-    one has them all, once the setup has added its own.
-    """
+    """(first, full): the first reads only the flags that name a setup, and leaves the others; the
+    full one has them all, once the setup has added its own."""
     return (argparse.ArgumentParser(add_help=False, allow_abbrev=False),
             argparse.ArgumentParser(description=doc, allow_abbrev=False, formatter_class=Help))
 
@@ -257,11 +251,9 @@ def noted_signals():
 
 
 class Run:
-    """
-    A training run and its files: X.pt, and X.json, which is X.pt without its tensors. The same
+    """A training run and its files: X.pt, and X.json, which is X.pt without its tensors. The same
     command again goes on where the run was, or says that it is done. Other arguments, or another
-    parent, at the same --out are refused without --force. Raises UserError.
-    """
+    parent, at the same --out are refused without --force. Raises UserError."""
 
     def __init__(self, args, stage, model, optimizer, setup, parent=None):
         self.args, self.model, self.optimizer, self.setup = args, model, optimizer, setup
@@ -284,7 +276,7 @@ class Run:
         self.evals = eval_steps(args.steps, often)
 
     def resume(self):
-        """Go on from the checkpoint at --out, if there is one. Raises UserError if it is another's."""
+        """Go on from the checkpoint at --out, if there is one. UserError: it is another run's."""
         out, record = self.args.out, json_path(self.args.out)
         if not os.path.exists(out):
             if os.path.exists(record):
@@ -312,9 +304,8 @@ class Run:
         return words + ["another parent"] * (len(parents) - 1)
 
     def steps(self):
-        """
-        Yields the steps to train. In between it scores (the untouched model first, the finished one
-        last), saves, shows a bar and heeds SIGINT and SIGTERM: saved, exit code 128 + signal.
+        """Yields the steps to train. In between it scores (the untouched model first, the finished
+        one last), saves, shows a bar and heeds SIGINT and SIGTERM: saved, exit code 128 + signal.
         """
         args = self.args
         if self.finished:
@@ -363,8 +354,8 @@ class Run:
     def check_finite(self, step):
         """End a run whose weights are not finite any more: they are neither scored nor saved."""
         if not all(p.isfinite().all() for p in self.model.parameters()):
-            sys.exit(f"step {step}: the weights are not finite any more; --lr {self.args.lr} is too "
-                     f"large. The last good checkpoint, if any, is {self.args.out}")
+            sys.exit(f"step {step}: the weights are not finite any more; --lr {self.args.lr} is "
+                     f"too large. The last good checkpoint, if any, is {self.args.out}")
 
     def save(self, step, path=None):
         """Write the checkpoint and its record; to `path`, as if the run ended here."""

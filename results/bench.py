@@ -101,7 +101,8 @@ def plain_step(setup, batch, lr, dtype):
 def our_step(setup, batch, lr, dtype, compiled=False):
     """The same as the scripts take it."""
     model = new_model(setup)
-    forward = torch.compile(model, mode="reduce-overhead") if compiled else model
+    mode = "reduce-overhead" if setup.device.type == "cuda" else None  # as Run's
+    forward = torch.compile(model, mode=mode) if compiled else model
     optimizer, cast = setup.optimizer(model, 0.), autocast(dtype, setup)
 
     def step(k):
@@ -230,7 +231,7 @@ def main():
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(old + rows)
-    table(COLUMNS[:-2], [[row[key] for key in COLUMNS[:-2]] for row in rows])
+    table(COLUMNS[:-2], [map(row.get, COLUMNS[:-2]) for row in rows])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
 T=tracr RATES="1e-3 1e-2 1e-1 1e-4"
 
 compile() {  # run, setup, flags
-    echo "FLAGS= train $T/$1 pretrain.py --setup $2 ${*:3}"  # weights are written: there are no steps
+    echo "FLAGS= train $T/$1 pretrain.py --setup $2 ${*:3}"  # weights are written, without steps
 }
 tune() {  # folder, base, C_Tr, rate, noise seed, flags
     echo "train $T/$1/ctr$3-lr$4-seed$5 finetune.py --ckpt $OUT/$T/$2.pt --c-tr $3 --lr $4 \

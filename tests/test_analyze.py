@@ -1,13 +1,10 @@
 """
-The instruments, on things whose answer is known; every analysis end to end, at both scales; the
-README's commands; and one tiny training that must learn.
+The instruments, on things whose answer is known; the verdict, on made-up findings; every analysis
+end to end; further instruments; and one tiny training that must learn.
 """
-import copy
 import json
 import os
 import re
-import shlex
-import tempfile
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,43 +15,20 @@ import torch.nn.functional as F
 
 import analyze
 import data
+import finetune
 import pretrain
-from data import PROGRAMS, Relation
-from model import GPT, Config, activations, balance, compile_program, load, loss_of, weight_edits
-from test_promises import FORKS, run_forked
+from data import Relation, UserError
+from model import GPT, Config, load, loss_of, predict, weight_edits
 
-ROOT = Path(__file__).parent.parent
 COUNT = Relation("count", "a", "b", 1)
+ROWS = analyze.Rows()
+SMALL = ["--batch-size", "2", "--eval-size", "4", "--steps", "3", "--threads", "1"]
 
 
-def python(*words, cwd, code=0):
-    """Run a script; returns what it printed, on stderr alone where it is to fail."""
-    with tempfile.TemporaryDirectory() as folder:
-        log, words = os.path.join(folder, "log"), [str(word) for word in words]
-        process = FORKS.Process(target=run_forked, args=(words[0], words[1:], str(cwd), log))
-        process.start()
-        process.join()
-        out, err = (Path(log + suffix).read_text() for suffix in (".out", ".err"))
-    assert process.exitcode == code, out + err
-    return err if code else out + err
-
-
-# Pruning edits up to 10,000 units, which takes minutes at the paper's scale: there only up to 3.
-FEW_UNITS = f"""
-import sys
-import tempfile
-sys.path.insert(0, {str(ROOT)!r})
-import analyze
-from pretrain import run_script
-analyze.KS, analyze.FEW, analyze.MAX_UNITS = (0, 1, 2, 3), 3, 3
-run_script(analyze.main)
-"""
-
-
-def small_model(seed=0, n_layer=2):
+def small_model(seed=0):
     setup = data.Grammar("pcfg", "small")
-    config = Config(vocab_size=len(setup.vocabulary), n_ctx=setup.length + 9, n_layer=n_layer,
-                    n_head=2, d_model=16, d_head=8, d_mlp=32)
+    config = Config(vocab_size=len(setup.vocabulary), n_ctx=setup.length + 9, n_layer=2, n_head=2,
+                    d_model=16, d_head=8, d_mlp=32)
     model = GPT(config).init_weights(torch.Generator().manual_seed(seed))
     for p in model.parameters():  # large enough that every gradient is well above rounding
         p.data.mul_(5)
@@ -63,15 +37,13 @@ def small_model(seed=0, n_layer=2):
 
 # ---------------------------------------------------------------- parts with a known answer
 
-
 def test_rule_shares_by_hand():
     a, b = torch.tensor([4, 4, 5, 6]), torch.tensor([7, 5, 8, 7])
     answer = torch.tensor([4, 5, 6, 1])  # a; a + 1 = b = blend; a + 1; nothing
     shares = analyze.rule_shares(answer, a, b, 1)
     assert shares["share_a"] == .25 and shares["share_b"] == .25 and shares["share_a_plus_q"] == .5
     assert shares["share_blend"] == .25  # (4 + 5 + 1) // 2 = 5; elsewhere 6, 7, 7
-    assert shares["share_constant"] == .25
-    # the 1; three are the constant
+    assert shares["share_constant"] == .25  # below: the 1; three are the constant
     assert analyze.rule_shares(torch.tensor([9, 9, 9, 1]), a, b, 1)["share_none"] == .25
 
 
@@ -84,141 +56,49 @@ def test_unit_scores_are_the_first_order_effect_of_an_edit(minus):
     test = setup.test(COUNT, "a", "c0", 64, 0)
 
     def loss():
-        with torch.no_grad():
-            x = test.examples
-            return F.cross_entropy(model(x.tokens[:, :x.at + 1], x.at), x.answer).item()
+        x = test.examples
+        return F.cross_entropy(model(x.tokens, x.at), x.answer).item()
     score = "gradient-change" if minus else "gradient-weight"
-    scores = analyze.unit_scores(model, test, "row", score, base)
-    parameters, before, small = dict(model.named_parameters()), loss(), 1e-4
-    for key in scores:
-        i = scores[key].abs().argmax().item()
-        edits = []
-        for kind in ("weight", "bias"):
-            name = f"blocks.{key[0]}.{key[1]}.{kind}"
-            p = parameters[name].detach()
-            target = base.get_parameter(name).detach()[i] if minus else torch.zeros_like(p[i])
-            edits.append((name, i, p[i] + small * (target - p[i])))
+    scores = analyze.unit_scores(ROWS, model, analyze.gradients(model, test), score, base)
+    before, small = loss(), 1e-4
+    for key, values in scores.items():
+        i, edits = values.abs().argmax().item(), []
+        for name in ROWS.parameters(*key):
+            p = model.get_parameter(name).detach()[i]
+            target = base.get_parameter(name).detach()[i] if minus else torch.zeros_like(p)
+            edits.append((name, i, p + small * (target - p)))
         with weight_edits(model, edits):
             change = loss() - before
-        assert change == pytest.approx(-small * scores[key][i].item(), rel=.05, abs=1e-9), key
-    rows = analyze.unit_scores(model, test, "row")
-    for (block, matrix), by_weight in analyze.unit_scores(model, test, "weight").items():
-        p = model.get_parameter(f"blocks.{block}.{matrix}")
-        assert by_weight.shape == (p.numel(),)
-        assert rows[block, matrix.removesuffix(".weight")].shape == (p.shape[0],)
+        assert change == pytest.approx(-small * values[i].item(), rel=.05, abs=1e-9), key
 
 
-def test_ranked_matched_and_edited_units():
+def test_ranked_matched_iterated_and_edited_units(monkeypatch):
     model, setup = small_model()
     base = small_model(seed=1)[0]
     test = setup.test(COUNT, "a", "c0", 64, 0)
-    scores = analyze.unit_scores(model, test, "row")
+    scores = analyze.unit_scores(ROWS, model, analyze.gradients(model, test))
     units = analyze.ranked_units(scores, 20)
     everything = sorted(torch.cat(list(scores.values())).tolist(), reverse=True)
     assert [u[3] for u in units] == everything[:20] and everything[19] > 0
     assert all(scores[u[0], u[1]][u[2]].item() == u[3] for u in units)
-    random = analyze.matched_units(units, scores, torch.Generator().manual_seed(0))
+    random = analyze.matched_units(ROWS, model, units, torch.Generator().manual_seed(0))
 
     def where(u):  # the same matrices, rank by rank, and of queries, keys and values the same
         return *u[:2], u[2] // 16 if u[1] == "attn.qkv" else 0
     assert [where(u) for u in random] == [where(u) for u in units]
     assert len({u[:3] for u in random}) == 20 and {u[:3] for u in random} != {u[:3] for u in units}
-
-    weight = dict(model.named_parameters())
+    monkeypatch.setattr(analyze, "FEW", 6)
+    again = analyze.iterative(ROWS, model, units, test, "gradient-weight")
+    assert len({u[:3] for u in again}) == len(again) == 6 and again[0] == units[0]
     block, matrix, row, _ = units[0]
-    with weight_edits(model, analyze.unit_edits(model, units)):
-        assert weight[f"blocks.{block}.{matrix}.weight"][row].abs().max() == 0
-        assert weight[f"blocks.{block}.{matrix}.bias"][row] == 0
+    with weight_edits(model, ROWS.edits(model, units)):
+        assert model.get_parameter(f"blocks.{block}.{matrix}.weight")[row].abs().max() == 0
+        assert model.get_parameter(f"blocks.{block}.{matrix}.bias")[row] == 0
     everyone = [(b, m, i, None) for (b, m), s in scores.items() for i in range(len(s))]
-    # grafting all rows is the base's blocks
-    with weight_edits(model, analyze.unit_edits(model, everyone, base)):
-        for (b, m) in scores:
+    with weight_edits(model, ROWS.edits(model, everyone, base)):  # all rows: the base's blocks
+        for b, m in scores:
             name = f"blocks.{b}.{m}.weight"
-            assert torch.equal(weight[name], base.get_parameter(name))
-    by_weight = analyze.unit_scores(model, test, "weight")
-    block, matrix, i, score = analyze.ranked_units(by_weight, 1)[0]
-    p = weight[f"blocks.{block}.{matrix}"]
-    with weight_edits(model, analyze.unit_edits(model, [(block, matrix, i, score)])):
-        assert p.flatten()[i] == 0 and (p == 0).sum() == 1
-
-
-def counter(noise=0.):
-    """The compiled Counter, and with noise a copy of it."""
-    base = compile_program(PROGRAMS["tracr-count"].steps("a"), "abcdefghi", 25)
-    model = copy.deepcopy(balance(base))
-    pretrain.add_noise(model, noise, 0)
-    return model, base, data.Compiled("tracr-count")
-
-
-def test_single_weights_of_a_compiled_model():
-    """
-    All weights but the output map can be pruned; zeros of the program apart; random ones are
-    matched in this as well.
-    """
-    model, base, setup = counter(1e-3)
-    test = setup.test(COUNT, "b", "c0", 64, 0)
-    scores = analyze.unit_scores(model, test, "weight")
-    prunable = {n: p for n, p in model.named_parameters() if n != "head.weight"}
-    assert sum(map(len, scores.values())) == sum(p.numel() for p in prunable.values())
-    assert len(scores[None, "tok.weight"]) == model.tok.weight.numel()
-    zeros = analyze.only_zero(scores, base)
-    written = sum(int((x == -torch.inf).sum()) for x in zeros.values())
-    old = dict(base.named_parameters())
-    assert written == sum(int((old[n] != 0).sum()) for n in prunable) == 375
-    units = analyze.ranked_units(scores, 60)
-
-    def is_zero(u):
-        name = u[1] if u[0] is None else f"blocks.{u[0]}.{u[1]}"
-        return u[0], u[1], old[name].flatten()[u[2]].item() == 0
-    random = analyze.matched_units(units, scores, torch.Generator().manual_seed(0), base)
-    assert [is_zero(u) for u in random] == [is_zero(u) for u in units]
-    assert {u[:3] for u in random} != {u[:3] for u in units}
-    assert not any(is_zero(u)[2] is False for u in analyze.ranked_units(zeros, 60))
-    name = "blocks.1.down.weight"
-    row, column = model.config.residual.index("n_a:2"), 4
-    u = (1, "down.weight", row * model.get_parameter(name).shape[1] + column, 0.)
-    assert analyze.unit_name(model, u) == f"{name}[n_a:2, 4]"
-    with weight_edits(model, analyze.unit_edits(model, [u])):
-        p = model.get_parameter(name)
-        assert p[row, column] == 0 and (p == 0).sum() == 1
-
-
-def test_a_planted_wrapper_is_found_and_a_broken_model_is_not():
-    """
-    Positive control: one bias drowns every answer in a five; the weight that is tried best is that
-    very bias, and with it zeroed the old answer is back. Negative control: with the letter's own
-    weight gone, nothing brings it back.
-    """
-    model, base, setup = counter()
-    test = setup.test(COUNT, "a", "natural", 300, 0)
-    dim = model.config.residual.index("answer:5")
-
-    def right():
-        return pretrain.accuracy(pretrain.predict(model, test.examples), test.examples.answer)
-
-    def best():
-        units = analyze.ranked_units(analyze.unit_scores(model, test, "weight"), 100)
-        first = analyze.exhaustive(model, units, test, "weight")[0]
-        with weight_edits(model, analyze.unit_edits(model, [first])):
-            return first[:3], right()
-    assert right() == 1
-    with torch.no_grad():
-        model.blocks[1].down.bias[dim] = 2
-    assert right() < .2
-    unit, accuracy = best()
-    assert unit == (1, "down.bias", dim) and accuracy == 1
-    with torch.no_grad():
-        model.blocks[1].down.bias[dim] = 0
-        model.tok.weight[2, model.config.residual.index("tokens:a")] = 0
-    assert right() < .35 and best()[1] < .5
-
-
-def test_probes_of_a_compiled_model_read_its_positions():
-    model, _, setup = counter()
-    x = setup.test(COUNT, "a", "natural", 6, 0).examples
-    got, cache = analyze.residuals(model, x, setup.site(x)), activations(model, x.tokens)[1]
-    for i, name in enumerate(["embed", *(f"blocks.{i}.resid_post" for i in range(3))]):
-        assert torch.allclose(got[i], cache[name][:, 2], atol=1e-5)
+            assert torch.equal(model.get_parameter(name), base.get_parameter(name))
 
 
 def test_relearning_scores_each_half_by_itself(monkeypatch):
@@ -227,30 +107,27 @@ def test_relearning_scores_each_half_by_itself(monkeypatch):
     row's accuracy and floors are those of its half, and what is taught is what was asked for.
     """
     setup, taught = data.Grammar("pcfg", "small"), []
-    relation = Relation("count", "a", "b", 1)
-    answer = setup.test(relation, "a", "c0", 200, 0).examples.labels[:, 0]
+    answer = setup.test(COUNT, "a", "c0", 200, 0).examples.labels[:, 0]
 
-    def lesson(study, start, draw, lr, steps):
+    def reteach(study, start, draw, lr, steps):
         taught.append((draw.keywords["args"], lr, steps))
         yield from ((step, start) for step in range(steps + 1))
 
     def predict(model, examples):
-        known = (examples.labels[:, 0] % 2 == 0) & (model == "even is known")
-        return F.one_hot(torch.where(known, examples.answer, 0), 99).float()
-    monkeypatch.setattr(analyze, "lesson", lesson)
+        right = (examples.labels[:, 0] % 2 == 0) & (model == "answers if even")
+        return F.one_hot(torch.where(right, examples.answer, 0), 99).float()
+    monkeypatch.setattr(analyze, "reteach", reteach)
     monkeypatch.setattr(pretrain, "predict", predict)
-    written = {}
     study = SimpleNamespace(
-        relation=relation, setup=setup, model="even is known", never_trained=("", None, "c"),
-        control_note="", answers=True, run=SimpleNamespace(seed=0), args=SimpleNamespace(
-            steps=None, eval_size=200), write=lambda name, rows: written.setdefault(name, rows))
+        relation=COUNT, setup=setup, model="answers if even", never_trained=("", None, "c"),
+        control_note="", run=Namespace(seed=0), args=Namespace(steps=None, eval_size=200),
+        write=lambda name, rows: rows)
     rows = analyze.relearn(study)
     halves = [(getattr(x, "operand", None), lr, steps, getattr(x, "answers", None))
               for x, lr, steps in taught]
     assert halves == [(o if half else None, 1e-5, 100, half) for o in "ac"
                       for half in ("even", "odd", None)]
     assert {r["half"] for r in rows if r["answers"] == "other families"} == {"retained"}
-    assert rows is written["relearn"]
     for row in (r for r in rows if r["arm"] == "reft" and r["half"] != "retained"):
         even = (row["answers"] == "even") == (row["half"] == "taught")
         labels = answer[answer % 2 == (0 if even else 1)]
@@ -258,22 +135,11 @@ def test_relearning_scores_each_half_by_itself(monkeypatch):
         assert row["floor"] == labels.unique(return_counts=True)[1].max() / len(labels)
     assert {row["step"] for row in rows} == pretrain.eval_steps(100, 0)
     v = {}
-    about = SimpleNamespace(relation=relation, control_operand="c", answers=True)
-    line, = analyze.relearn_evidence(about, rows, v)
+    line, = analyze.relearn_evidence(SimpleNamespace(relation=COUNT, control_operand="c"), rows, v)
     assert line.measured == 0 and line.holds is False and v["never_relearn_held_out"] == 0
     assert line.control_measured == max(row["cross_floor"] for row in rows if row["half"] ==
                                         "held-out" and row["arm"] == "reft") > .5
     assert analyze.relearn_evidence(None, [], v) == []
-
-
-def test_iterated_units_are_distinct_and_start_like_one_pass(monkeypatch):
-    model, setup = small_model()
-    test = setup.test(COUNT, "a", "c0", 64, 0)
-    first = analyze.ranked_units(analyze.unit_scores(model, test, "row"), 1)
-    monkeypatch.setattr(analyze, "FEW", 6)
-    units = analyze.iterative(model, first, test, "row")
-    assert len({u[:3] for u in units}) == len(units) == 6
-    assert units[0][:3] == first[0][:3]
 
 
 def test_probes_trained_together_equal_one_alone_and_find_what_is_there():
@@ -283,9 +149,9 @@ def test_probes_trained_together_equal_one_alone_and_find_what_is_there():
     # site 0 holds the classes of probe 0, site 1 holds nothing
     x[0, :, :4] += 6 * F.one_hot(y[0], 4)
     site = [0, 1, 0]
-    weight, bias = analyze.fit_probes(x, site, y, 600, torch.Generator().manual_seed(1))
+    weight, bias = analyze.fit_probes(x, site, y, 400, torch.Generator().manual_seed(1))
     for p in range(3):
-        alone, _ = analyze.fit_probes(x, site[p:p + 1], y[p:p + 1], 600,
+        alone, _ = analyze.fit_probes(x, site[p:p + 1], y[p:p + 1], 400,
                                       torch.Generator().manual_seed(1))
         assert torch.allclose(weight[p], alone[0], atol=1e-5)
     right = [((x[s] @ w + c).argmax(1) == t).double().mean()
@@ -293,18 +159,47 @@ def test_probes_trained_together_equal_one_alone_and_find_what_is_there():
     assert right[0] > .97 and right[1] < .5 and right[2] < .5
 
 
-def test_residuals_are_the_answer_positions():
-    model, setup = small_model()
-    x = setup.test(COUNT, "a", "natural", 5, 0).examples
-    got = analyze.residuals(model, x, setup.site(x))
-    _, cache = activations(model, x.tokens)
-    for i, name in enumerate(["embed", "blocks.0.resid_post", "blocks.1.resid_post"]):
-        assert torch.allclose(got[i], cache[name][:, x.at], atol=1e-5)
+def history(*accuracies, **columns):
+    """Rows of both test sets at steps 0, 5, 10, ..."""
+    return [data.row(data.Grammar("pcfg"), split=split, accuracy=x, step=5 * i, seed=0, **columns)
+            for i, x in enumerate(accuracies) for split in ("natural", "c0")]
 
 
-def test_steps_to():
-    assert analyze.steps_to([(0, .1), (5, .92), (10, .8), (15, .99)], .9) == 5
-    assert analyze.steps_to([(0, .1), (5, .92)], .99) is None
+@pytest.mark.parametrize("reft, limit, reached", [((.1, .92, .8, .995), 45, 15),
+                                                  ((.1, .95), 600, None), ((.99,), 30, 0)])
+def test_steps_of_reviving(monkeypatch, reft, limit, reached):
+    """
+    The first step above each threshold; controls go on three times as long as reFT needed, 30 at
+    least; what was cut off has no steps, but a limit, which is neither yes nor no evidence.
+    """
+    taught, files = [], {}
+
+    def teach(study, start, operand, lr, steps):
+        taught.append((start, operand, lr, steps))
+        return history(*(reft if (start, operand) == ("ft", "a") else (.1, .2)), operand=operand)
+    monkeypatch.setattr(analyze, "teach", teach)
+    base = {"stage": "pretrain", "steps": 99, "args": {"lr": 2e-3},
+            "history": history(0., .5, .95, 1., task="count", operand="a")}
+    study = SimpleNamespace(
+        relation=COUNT, setup=data.Grammar("pcfg"), model="ft", never_trained=("ft", "start", "c"),
+        control_operand="c", control_note="", ckpt={"args": {"lr": 1e-5}}, base_ckpt=base,
+        args=Namespace(rates=[1., 10.], steps=None, also="scratch"), untrained=lambda: "new",
+        write=lambda name, rows: files.setdefault(name, rows))
+    rows = analyze.revive(study)
+    assert taught[:2] == [("ft", "a", 1e-5, 600), ("ft", "a", 1e-5 * 10, 600)]
+    assert {steps for *_, steps in taught[2:]} == {limit} and len(taught) == 8
+    steps = {(r["arm"], r["lr"], r["threshold"]): r["steps"] for r in rows if r["split"] == "c0"}
+    arms = {"reft", "teach-c", "teach-c-base", "scratch", "pretraining"}
+    assert {arm for arm, *_ in steps} == arms
+    assert steps["reft", 1e-5, .99] == reached
+    assert steps["reft", 1e-5, .9] == min(5 * i for i, x in enumerate(reft) if x >= .9)
+    assert steps["pretraining", 2e-3, .9] == 10 and steps["teach-c-base", 1e-4, .9] is None
+    assert len(files["revive.curve"]) == 2 * (2 * len(reft) + 6 * 2 + 4)
+    v = {"ckpt_pt_natural": 0.}
+    line, = analyze.revive_evidence(study, rows, v)
+    assert v["reft_reached"] is True and v["control_reached"] is False
+    assert (v["threshold"], v["control_steps"]) == (.99 if reached is not None else .9, limit)
+    assert ": more than" in line.control and ": more" not in line.question and line.holds is True
 
 
 MADE_UP = dict(  # findings, as the analyses would have them
@@ -315,55 +210,46 @@ MADE_UP = dict(  # findings, as the analyses would have them
 
 def made_up_rows(made):
     """The rows that the analyses return, with the numbers of a finding in them."""
-    value = {("base", "a"): made.base_pt, ("base", "b"): made.base_ft,
-             ("ckpt", "a"): made.ckpt_pt, ("ckpt", "b"): made.ckpt_ft}
-    behavior = []
-    for model, operand in value:
+    behavior, prune, probes, revive = [], [], [], []
+    for model, operand, value in (("base", "a", made.base_pt), ("base", "b", made.base_ft),
+                                  ("ckpt", "a", made.ckpt_pt), ("ckpt", "b", made.ckpt_ft)):
         for split in data.SPLITS:
             is_c1 = (model, operand, split) == ("ckpt", "b", "c1")
-            behavior.append({"task": "count", "model": model, "operand": operand, "split": split,
-                             "cross_floor": .5, "share_a_plus_q": made.shortcut,
-                             "accuracy": made.ckpt_c1 if is_c1 else value[model, operand]})
-    prune = []
-    for score, order, control, edit, accuracy in (
+            behavior.append(dict(task="count", model=model, operand=operand, split=split,
+                                 cross_floor=.5, share_a_plus_q=made.shortcut,
+                                 accuracy=made.ckpt_c1 if is_c1 else value))
+    for score, order, control, edit, x in (
             ("gradient-weight", "iterative", None, "zero", made.pruned),
             ("gradient-weight", "one-shot", None, "zero", made.pruned / 2),
             ("random", "one-shot", None, "zero", made.random),
             ("gradient-change", "one-shot", None, "graft", .0),
             ("gradient-weight", "one-shot", "never-trained", "zero", made.never_pruned),
             ("gradient-weight", "iterative", "never-trained", "zero", made.never_pruned)):
-        if not made.has_control and control:
-            prune.append({"score": score, "order": "one-shot", "pool": "all", "control": control,
-                          "edit": "zero", "operand": None, "split": None, "k": None, "draw": None,
-                          "accuracy": None, "unit": "row", "note": "none: made up"})
-            continue
-        prune.append({"score": score, "order": order, "pool": "all", "control": control,
-                      "edit": edit, "operand": "c" if control else "a", "split": "c0", "k": 5,
-                      "draw": 0 if score == "random" else None, "chosen": True, "unit": "row",
-                      "accuracy": accuracy})
-    probes = []
-    for model, target, accuracy in (("ckpt", "a", made.probe), ("untrained", "a", made.untrained),
-                                    ("ckpt", "c", made.never_read)):
+        row = dict(score=score, order=order, pool="all", control=control, edit=edit, k=5, draw=None,
+                   operand="c" if control else "a", split="c0", chosen=True, accuracy=x)
+        if control and not made.has_control:
+            row.update(operand=None, split=None, k=None, accuracy=None)
+        prune.append(row)
+    for model, target, x in (("ckpt", "a", made.probe), ("untrained", "a", made.untrained),
+                             ("ckpt", "c", made.never_read)):
         for split in ("natural", "c0"):
-            probes.append({"model": model, "target": target, "prompt": "b", "labels": "true",
-                           "split": split, "block": 1, "floor": .4, "accuracy": accuracy})
-    revive = [{"arm": arm, "split": "natural", "threshold": .99, "lr": 1e-5, "steps": steps,
-               "max_steps": made.max_steps}
-              for arm, steps in (("reft", made.reft), ("teach-c", made.control))
-              if made.has_control or arm == "reft"]
+            probes.append(dict(model=model, target=target, prompt="b", labels="true", split=split,
+                               block=1, floor=.4, accuracy=x))
+    for arm, steps in (("reft", made.reft), ("teach-c", made.control))[:1 + made.has_control]:
+        revive.append(dict(arm=arm, split="natural", threshold=.99, lr=1e-5, steps=steps,
+                           max_steps=made.max_steps))
     return {"behavior": behavior, "prune": prune, "probe": probes, "revive": revive}
 
 
-def verdict_of(folder, without=(), **made):
+def verdict_of(folder, without=(), more=(), **made):
     """The verdict on made-up findings, without the rows of some analyses."""
     made, model = SimpleNamespace(**{**MADE_UP, **made}), object()
     study = SimpleNamespace(
-        relation=COUNT, control_operand="c", answers=True, unit="row", model=model, control={},
-        never_trained=(model, None, "c") if made.has_control else None, control_note="made up",
-        args=None, setup=SimpleNamespace(compiled=False, reft_rates=[1.]),
-        ckpt={"args": {"lr": 1e-5}}, prefix=str(folder / "x"), about={"checkpoint": "0"})
+        relation=COUNT, control_operand="c", units=ROWS, control={}, setup=data.Grammar("pcfg"),
+        never_trained=(model, None, "c") if made.has_control else None,
+        prefix=str(folder / "x"), hashes={"checkpoint": "0"})
     rows = made_up_rows(made)
-    analyze.verdict(study, {**rows, **{name: [] for name in without}})
+    analyze.verdict(study, {**rows, **{name: [] for name in without}}, more)
     return json.loads((folder / "x.verdict.json").read_text())
 
 
@@ -396,34 +282,29 @@ def test_verdict_tells_the_ways_of_being_intact_apart(tmp_path):
     assert "b was not learned" in text(shortcut=.1)
 
 
-EVIDENCE = {"instrument", "question", "measured", "control", "control_measured", "margin", "holds"}
-
-
 def check_evidence(evidence, instruments):
     """One line an instrument, two of behaviour where two operands are asked, all columns filled."""
     assert [line["instrument"] for line in evidence] == instruments
     assert len({line["question"] for line in evidence}) == len(evidence)
     for line in evidence:
-        assert EVIDENCE <= set(line) <= EVIDENCE | {"unit"}, line
+        assert set(line) == set(analyze.Evidence._fields), line
         assert all(line[key] and isinstance(line[key], str) for key in ("question", "control"))
         assert line["holds"] in (True, False, None) and line["margin"] >= 0
-        assert line.get("unit", "share") in ("share", "steps")
+        assert line["unit"] in ("share", "steps")
 
 
 def test_evidence_is_complete(tmp_path, capsys):
     """What was measured, against which control, the margin by which it had to win, did it."""
     found = verdict_of(tmp_path)
     check_evidence(found["evidence"], ["behaviour", "behaviour", "pruning", "probing", "reviving"])
-    assert [line["measured"] for line in found["evidence"]] == [0., 0., .9, .99, 50]
-    assert [line["control_measured"] for line in found["evidence"]] == [.5, .5, .2, .7, 150]
-    assert [line["holds"] for line in found["evidence"]] == [False, False, True, True, True]
-    assert [line["margin"] for line in found["evidence"]] == [.25, .25, .25, .1, 3]
-    assert [line["unit"] for line in found["evidence"]] == ["share"] * 4 + ["steps"]
+    for key, values in {"measured": [0., 0., .9, .99, 50], "unit": ["share"] * 4 + ["steps"],
+                        "control_measured": [.5, .5, .2, .7, 150], "margin": [.25, .25, .25, .1, 3],
+                        "holds": [False, False, True, True, True]}.items():
+        assert [line[key] for line in found["evidence"]] == values, key
     assert found["found_by"] == ["pruning", "probing", "reviving"]
     printed = capsys.readouterr().out
     assert "EVIDENCE" in printed and "VERDICT  wrapped" in printed
-    for line in found["evidence"]:
-        assert line["question"] in printed and line["control"] in printed
+    assert all(e["question"] in printed and e["control"] in printed for e in found["evidence"])
     # every number that it quotes stands beside the table as well
     assert {found["prune_c0"], found["probe_natural"], found["reft_steps"]} == {.9, .99, 50}
     # without a control, what it would have measured is null, and so is nothing else
@@ -437,59 +318,30 @@ def test_evidence_is_complete(tmp_path, capsys):
                                      ["prune", "revive"], ["behavior", "prune", "probe", "revive"]])
 @pytest.mark.parametrize("made", [{}, {"has_control": False}, {"reft": None, "control": None},
                                   {"ckpt_pt": .9}])
-def test_verdict_says_which_rows_are_missing(tmp_path, capsys, without, made):
-    """It is undecided, names them, and says null and ? of what rests on them."""
+def test_verdict_says_which_rows_are_missing(tmp_path, without, made):
+    """It is undecided, names them, and says null of what rests on them."""
     found = verdict_of(tmp_path, without, **made)
-    assert found["verdict"] == "undecided"
-    assert f"no rows of {', '.join(without)}" in found["text"]
+    assert found["verdict"] == "undecided" and f"no rows of {', '.join(without)}" in found["text"]
     check_evidence(found["evidence"], ["behaviour", "behaviour", "pruning", "probing", "reviving"])
     places = {"behavior": (0, 1), "prune": (2,), "probe": (3,), "revive": (4,)}
-    for name in without:
-        for place in places[name]:
-            assert found["evidence"][place]["measured"] is None
-            assert found["evidence"][place]["holds"] is None
-    assert "no rows of" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("without", [[], ["behavior"], ["probe"], ["behavior", "probe"]])
-def test_evidence_of_stories(tmp_path, without):
-    """A line of behaviour and one of probing; what rests on missing rows is null."""
-    study = SimpleNamespace(answers=False, relation=Relation("story", "Twist"),
-                            never_trained=None, prefix=str(tmp_path / "x"), about={})
-    behavior = [{"operand": "Twist", "split": "asked", "model": model, "accuracy": x, "parsed": 1.}
-                for model, x in (("base", .9), ("ckpt", .1))]
-    probes = [{"model": model, "target": "Twist", "labels": "true", "split": "natural", "block": 2,
-               "auc": x} for model, x in (("base", .9), ("ckpt", .85), ("control", .6))]
-    rows = {"behavior": behavior, "probe": probes, **{name: [] for name in without}}
-    analyze.verdict(study, rows)
-    found = json.loads((tmp_path / "x.verdict.json").read_text())
-    check_evidence(found["evidence"], ["behaviour", "probing"])
-    asked, read = found["evidence"]
-    assert (asked["measured"], asked["control_measured"], asked["holds"]) == (
-        (None, None, None) if "behavior" in without else (.1, .45, False))
-    assert (read["measured"], read["control_measured"], read["holds"]) == (
-        (None, None, None) if "probe" in without else (.85, .75, True))
-    assert found["verdict"] == ("undecided" if without else "wrapped")
-    assert not without or f"no rows of {', '.join(without)}" in found["text"]
+    for place in (place for name in without for place in places[name]):
+        assert found["evidence"][place]["measured"] is found["evidence"][place]["holds"] is None
 
 
 def test_a_tiny_model_learns_to_count_what_it_is_taught_and_nothing_else():
-    """
-    180 steps of the real optimisation step on the real data: count a well above its floor, count c
-    not.
-    """
+    """180 real steps on the real data: count a well above its floor, count c not."""
     setup = data.Grammar("pcfg", "small")
     config = Config(vocab_size=len(setup.vocabulary), n_ctx=setup.length + 9, n_layer=2, n_head=2,
                     d_model=32, d_head=16, d_mlp=128)
     model = GPT(config).init_weights(data.rng(0, "weights"))
-    args = Namespace(task="count", operand="a", c_tr=0., pair=["a", "b"], q=1)
+    args = Namespace(task="count", operand="a", c_tr=0., pair=["a", "b"], q=1, answers=None,
+                     relabel=False, mix=0.)
     batch = data.stream(lambda n, rng: setup.finetuning(n, rng, args), 64, 0, "finetune")
     tests = [setup.test(COUNT, "a", "natural", 300, 0),
              setup.test(COUNT._replace(pt="c"), "c", "c0", 300, 0)]
-    optimizer = pretrain.optimizer_for(model, 3e-3, setup)
-    update = pretrain.update_of(model, optimizer, lambda x: loss_of(model, x))
-    for _ in pretrain.train_steps(update, batch, pretrain.cosine(3e-3, 180), range(180)):
-        pass
+    optimizer, lr_at = setup.optimizer(model, 3e-3), pretrain.cosine(3e-3, 180)
+    for step in range(180):
+        pretrain.update(model, optimizer, loss_of(model, batch(step)), lr_at(step))
     a, c = pretrain.evaluate(model, setup, tests)
     assert a["accuracy"] > .9 > a["floor"] + .2
     assert c["accuracy"] < c["cross_floor"]
@@ -498,7 +350,7 @@ def test_a_tiny_model_learns_to_count_what_it_is_taught_and_nothing_else():
 # ---------------------------------------------------------------- end to end
 
 ROW = {"setup", "scale", "task", "operand", "split", "accuracy", "floor", "cross_floor", "n",
-       "loss", "seed"}
+       "loss", "seed", "checkpoint"}
 SWEEP = {"score", "order", "pool"}  # what describes a ranking; in the rows of a sweep also:
 FILES = {"behavior": {"model"},
          "prune": SWEEP | {"unit", "control", "edit", "k", "draw"}, "prune.rows": None,
@@ -512,55 +364,77 @@ def rows_of(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("scale, task", [
-    ("small", "count"), ("small", "index"),
-    pytest.param("paper", "count", marks=pytest.mark.slow)])
-def test_every_stage_and_analysis(tmp_path, scale, task):
-    """
-    A few steps of each, down to the report; files and rows as promised; reFT of a fine-tuned model
-    as well.
-    """
-    tiny = ["--batch-size", "2", "--eval-size", "4" if scale == "small" else "2", "--steps", "3",
-            "--threads", "1"]
-    python("pretrain.py", "--scale", scale, *tiny, cwd=tmp_path)
-    python("finetune.py", "--task", task, *tiny, cwd=tmp_path)
-    python("finetune.py", "--reverse", *tiny, cwd=tmp_path)
-    if scale == "paper":
-        (tmp_path / "few_units.py").write_text(FEW_UNITS)
-    script = "analyze.py" if scale == "small" else tmp_path / "few_units.py"
-    out = python(script, *tiny, "--draws", "1", cwd=tmp_path)
-    assert "VERDICT" in out
-    for name, keys in FILES.items():
-        rows = rows_of(tmp_path / f"out/ft.{name}.jsonl")
-        assert rows, name
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with tiny runs: pretrained, fine-tuned, reversed; others for controls."""
+    before, path = os.getcwd(), tmp_path_factory.mktemp("runs")
+    os.chdir(path)
+    for name, prior in {"pre": "low", "pre-c": "0,.001,.999", "pre-b": "0,1,0",
+                        "pre-all": "high"}.items():
+        pretrain.main([*SMALL, "--prior", prior, "--out", f"out/{name}.pt"])
+    pretrain.main([*SMALL, "--jailbreak", "--out", "out/jail.pt"])
+    for name, base, words in (("ft", "pre", []), ("index", "pre", ["--task", "index"]),
+                              ("erased", "pre-c", ["--pt", "a"]), ("ft-all", "pre-all", []),
+                              ("jail-ft", "jail", []), ("reft", "ft", ["--reverse"])):
+        finetune.main([*SMALL, *words, "--ckpt", f"out/{base}.pt", "--out", f"out/{name}.pt"])
+    os.chdir(before)
+    return path
+
+
+@pytest.fixture
+def folder(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    return runs
+
+
+@pytest.mark.parametrize("name, task", [("ft", "count"), ("index", "index")])
+def test_every_analysis(folder, capsys, name, task):
+    """Files and rows as promised, with the checkpoint's hash; the verdict with all its evidence."""
+    analyze.main([*SMALL, "--draws", "1", "--ckpt", f"out/{name}.pt"])
+    assert "VERDICT" in capsys.readouterr().out
+    _, ckpt = load(f"out/{name}.pt")
+    assert ckpt["capability"] == {"task": task, "operand": "a"}
+    for kind, keys in FILES.items():
+        rows = rows_of(f"out/{name}.{kind}.jsonl")
+        assert rows, kind
         for row in rows:
-            if keys is not None:
-                assert ROW | keys <= set(row), name
+            assert keys is None or ROW | keys <= set(row), kind
+            assert row["checkpoint"] == ckpt["sha256"] and "base_checkpoint" not in row
             for share in ("accuracy", "floor", "cross_floor", "mass", "chance"):
-                assert row.get(share) is None or 0 <= row[share] <= 1.0001, (name, share)
-    for stage in ("pre", "ft", "reft"):
-        assert {r["step"] for r in rows_of(tmp_path / f"out/{stage}.jsonl")} >= {0, 3}
-        record = json.loads((tmp_path / f"out/{stage}.json").read_text())
-        assert {"command", "args", "git", "versions", "device", "seconds"} <= set(record)
-    verdict = json.loads((tmp_path / "out/ft.verdict.json").read_text())
+                assert row.get(share) is None or 0 <= row[share] <= 1.0001, (kind, share)
+    verdict = json.loads(Path(f"out/{name}.verdict.json").read_text())
     assert verdict["verdict"] in ("wrapped", "intact", "lost", "new", "undecided")
-    assert verdict["text"]
+    assert verdict["text"] and verdict["checkpoint"] == ckpt["sha256"]
     check_evidence(verdict["evidence"],
                    ["behaviour", "behaviour", "pruning", "probing", "reviving", "relearning"])
-    check_sweeps(rows_of(tmp_path / "out/ft.prune.jsonl"),
-                 rows_of(tmp_path / "out/ft.prune.rows.jsonl"))
-    if scale == "small":
-        python("analyze.py", "prune", *tiny, "--draws", "1", "--unit", "weight", cwd=tmp_path)
-        assert {r["unit"] for r in rows_of(tmp_path / "out/ft.prune.jsonl")} == {"weight"}
-        python("analyze.py", *tiny, "--ckpt", "out/pre.pt", cwd=tmp_path)  # only what applies
-        assert not (tmp_path / "out/pre.prune.jsonl").exists()
-        assert (tmp_path / "out/pre.probe.jsonl").exists()
-        (tmp_path / "out/ft.probe.jsonl").unlink()
-        assert "no rows of probe" in python("analyze.py", "verdict", cwd=tmp_path)
-        python("plot.py", cwd=tmp_path)
-        assert (tmp_path / "out/report.html").stat().st_size > 10000
-    _, ckpt = load(tmp_path / "out/ft.pt")
-    assert ckpt["capability"] == {"task": task, "operand": "a"}
+    check_sweeps(rows_of(f"out/{name}.prune.jsonl"), rows_of(f"out/{name}.prune.rows.jsonl"))
+
+
+@pytest.mark.slow
+def test_every_analysis_at_the_paper_scale(tmp_path, monkeypatch):
+    """Pruning edits up to 6,400 units, which takes minutes: here only up to 3."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"KS": (0, 1, 2, 3), "MANY": (), "FEW": 3}.items():
+        monkeypatch.setattr(analyze, name, value)
+    pretrain.main([*SMALL, "--scale", "paper"])
+    finetune.main(SMALL)
+    analyze.main([*SMALL, "--draws", "1"])
+    check_sweeps(rows_of("out/ft.prune.jsonl"), rows_of("out/ft.prune.rows.jsonl"))
+
+
+def test_the_verdict_from_rows_that_are_there(folder, capsys):
+    """Those of this checkpoint, base and control alone; what is missing is named."""
+    ckpt = ["--ckpt", "out/erased.pt"]
+    analyze.main(["behavior", *SMALL, *ckpt])
+    analyze.main(["verdict", *ckpt])
+    assert "no rows of prune, probe, revive" in Path("out/erased.verdict.json").read_text()
+    path = Path("out/erased.behavior.jsonl")
+    path.write_text(re.sub('"checkpoint": "[0-9a-f]+"', '"checkpoint": "0"', path.read_text()))
+    with pytest.raises(UserError, match="run them first"):
+        analyze.main(["verdict", *ckpt])
+    assert "left out" in capsys.readouterr().out
+    analyze.main([*SMALL, "--ckpt", "out/pre.pt"])  # only what applies
+    assert not Path("out/pre.prune.jsonl").exists() and Path("out/pre.probe.jsonl").exists()
 
 
 def sweep_of(row):
@@ -584,9 +458,7 @@ def check_sweeps(rows, ranks):
         ("gradient-change", "one-shot", "never-trained", "graft")}
     assert {r["pool"] for r in rows} == {"all"} and {r["unit"] for r in rows} == {"row"}
     assert {r["operand"] for r in rows if r["control"]} == {"c", "b"}
-    many = {200 * 2 ** i for i in range(30)}
-    assert {r["k"] for r in rows} <= {0, *analyze.KS, *many}
-    assert max(r["k"] for r in rows) <= analyze.MAX_UNITS
+    assert {r["k"] for r in rows} <= {*analyze.KS, *analyze.MANY}
     assert {r["draw"] for r in rows if r["score"] == "random"} == {0}
     for sweep in sweeps:
         chosen = [r["k"] for r in rows if sweep_of(r) == sweep and r["chosen"]]
@@ -595,115 +467,134 @@ def check_sweeps(rows, ranks):
         assert SWEEP <= set(r) and isinstance(r["value"], float) and isinstance(r["score"], str)
 
 
-@pytest.mark.parametrize("setup", ["tracr-count",
-                                   pytest.param("tracr-max", marks=pytest.mark.slow),
-                                   pytest.param("tracr-histogram", marks=pytest.mark.slow)])
-def test_every_stage_and_analysis_of_compiled_models(tmp_path, setup):
-    """
-    Compiled, taught, reversed, analysed, drawn; the untouched program attends as it is written.
-    """
-    tiny = ["--batch-size", "4", "--eval-size", "24", "--threads", "1"]
-    python("pretrain.py", "--setup", setup, "--eval-size", "24", "--threads", "1", cwd=tmp_path)
-    python("finetune.py", *tiny, "--steps", "3", cwd=tmp_path)
-    python("finetune.py", "--reverse", *tiny, "--steps", "3", cwd=tmp_path)
-    out = python("analyze.py", *tiny, "--steps", "4", "--draws", "1", cwd=tmp_path)
-    assert "VERDICT" in out
-    for name, keys in {**FILES, "hidden": {"model", "block", "cosine", "active"}}.items():
-        rows = rows_of(tmp_path / f"out/ft.{name}.jsonl")
-        assert rows and (keys is None or all(ROW | keys <= set(row) for row in rows)), name
-    rows = rows_of(tmp_path / "out/ft.attention.jsonl")
-    base = [r for r in rows if r["model"] == "base"]
-    assert all(r["mass"] > .999 for r in base if r["region"] in ("kept", "order"))
-    assert all(r["chance"] < .9 for r in base if r["region"] in ("kept", "order"))
-    rows = rows_of(tmp_path / "out/ft.prune.jsonl")
-    assert {"weight"} == {r["unit"] for r in rows}
-    assert {("gradient-weight", "one-shot", "zero-in-program", None),
-            ("gradient-weight", "exhaustive", "zero-in-program", None),
-            ("random", "exhaustive", "zero-in-program", None),
-            ("gradient-weight", "exhaustive", "all", "never-trained")} <= {
-                (r["score"], r["order"], r["pool"], r["control"]) for r in rows}
-    assert any(r.get("predicted") and sum(r["predicted"].values()) == r["n"] for r in rows)
-    python("analyze.py", "attention", "hidden", "--ckpt", "out/reft.pt", "--eval-size", "24",
-           "--threads", "1", cwd=tmp_path)
-    if setup == "tracr-count":
-        python("plot.py", cwd=tmp_path)
-        for figure in ("fig5_behavior", "fig7_prune", "fig39_maps", "fig46_hidden", "fig55_classes"):
-            assert (tmp_path / f"out/figures/{figure}.png").stat().st_size > 5000
-        text = python("data.py", "--setup", setup, "--json", "-n", "1", cwd=tmp_path)
-        text = json.loads(text)["text"]
-        out = python("analyze.py", "ask", "--text", text, "--operand", "a", "--threads", "1",
-                     cwd=tmp_path)
-        assert f"the truth is {text.count('a')}" in out
-        assert re.search(r"base\s+says \d+\s+right", out)
-        for words in (["ask", "--text", "xyz"], ["ask", "--text", text, "--operand", "z"],
-                      ["hidden", "--ckpt", "no.pt"]):
-            assert len(python("analyze.py", *words, cwd=tmp_path, code=2).splitlines()) == 1
-
-
-def test_ask_and_mistakes(tmp_path):
-    tiny = ["--batch-size", "2", "--eval-size", "4", "--steps", "3", "--threads", "1"]
-    python("pretrain.py", *tiny, "--prior", "high", cwd=tmp_path)
-    python("finetune.py", *tiny, cwd=tmp_path)
+def test_ask_and_mistakes(folder, capsys):
     text = "abcabcabcabcabcabcabcabcabcabcab"
-    said = python("analyze.py", "ask", "--text", text, "--operand", "b", cwd=tmp_path)
+    analyze.main(["ask", "--text", text, "--operand", "b"])
+    said = capsys.readouterr().out
     assert "the truth is 6" in said and said.count("says") == 2
     for words, hint in ((["ask", "--text", "abc"], "32 letters"),
-                        (["ask", "--text", "x" * 32], "32 letters"),
-                        (["ask"], "32 letters"), (["nonsense"], "no analysis"),
-                        (["prune", "--ckpt", "out/pre.pt"], "no base"),
-                        (["--draws", "0"], "--draws"), (["--base", "out/nothing.pt"], "no such"),
-                        (["--control", "out/pre.pt"], "prior 0"),
+                        (["ask", "--text", "x" * 32], "32 letters"), (["ask"], "32 letters"),
+                        (["ask", "--text", text, "--operand", "z"], "--operand z"),
+                        (["nonsense"], "no analysis 'nonsense'.*behavior.*ask"),
+                        (["prune", "--ckpt", "out/pre.pt"], "no analysis 'prune'"),
+                        (["--base", "out/nothing.pt"], "No such file"),
+                        (["--control", "out/pre-b.pt"], "not needed"),
+                        (["--ckpt", "out/ft-all.pt", "--control", "out/pre-all.pt"], "prior 0"),
                         (["--ckpt", "out/pre.pt", "--base", "out/pre.pt"], "--base")):
-        said = python("analyze.py", *words, cwd=tmp_path, code=2)
-        assert hint in said and "Traceback" not in said, said
-        assert len(said.strip().splitlines()) == 1, said
-    # a parent that went along is found; one that was made again is not the parent any more
-    (tmp_path / "out").rename(tmp_path / "elsewhere")
-    python("analyze.py", "attention", *tiny[2:4], "--ckpt", "elsewhere/ft.pt", cwd=tmp_path)
-    (tmp_path / "elsewhere").rename(tmp_path / "out")
-    python("pretrain.py", *tiny, "--seed", "1", "--force", cwd=tmp_path)
-    said = python("analyze.py", "behavior", cwd=tmp_path, code=2)
-    assert "has changed" in said
+        with pytest.raises(UserError, match=hint):
+            analyze.main(words)
+    for words in (["--draws", "0"], ["--rates", "1,-3"], ["--rates", "nan"], ["--rates", "1,x"]):
+        with pytest.raises(SystemExit) as stopped:
+            analyze.main(words)
+        assert stopped.value.code == 2
 
 
-def test_readme_commands(tmp_path):
-    """Every python command of the README's code blocks runs, with tiny numbers for the defaults."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    parts = []
-    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
-        parts += [part.split("#")[0].strip() for part in line.split("&&")]
-    commands = [shlex.split(part) for part in parts if part.startswith("python ")]
-    commands = [command for command in commands if "-m" not in command]
-    assert {"data.py", "pretrain.py", "finetune.py", "analyze.py", "plot.py"} <= {
-        c[1] for c in commands}
-    few = ["--steps", "3", "--batch-size", "2", "--eval-size", "4"]
-    tiny = {"pretrain.py": few, "finetune.py": few, "analyze.py": [*few, "--draws", "1"]}
-    done = set()
-    for command in commands:
-        few = tiny.get(command[1], [])
-        if any("stories" in word for word in command):  # they have no draws of random rows
-            few = few[:6] + (["--batch-size", "4"] if few else [])
-        if command[1] == "pretrain.py" and "tracr" in " ".join(command[2:4]):
-            few = few[4:]  # a compiled model has no steps
-        words = command[1:] + few + (["--keep", "1,2"] if "--keep" in command else [])
-        if tuple(words) not in done:
-            python(*words, cwd=tmp_path)
-            done.add(tuple(words))
+def test_a_parent_may_move_but_not_change(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pre", "ft"):
+        (tmp_path / f"{name}.pt").write_bytes((folder / f"out/{name}.pt").read_bytes())
+    words = ["attention", "--eval-size", "4", "--ckpt", "ft.pt"]
+    analyze.main(words)
+    (tmp_path / "pre.pt").write_bytes((folder / "out/pre-all.pt").read_bytes())
+    with pytest.raises(UserError, match="has changed"):
+        analyze.main(words)
+    (tmp_path / "pre.pt").unlink()
+    with pytest.raises(UserError, match="is not there"):
+        analyze.main(words)
 
 
-def test_registries_and_flags_agree():
-    """
-    Every task, split and analysis of the registries can be asked for, and has a docstring that says
-    how it works.
-    """
-    for name, about in analyze.ANALYSES.items():
-        doc = about.run.__doc__
-        assert len(doc) > 200 and "Fooled by" in doc, name
-    for name, task in data.TASKS.items():
-        assert "->" in task.answers.__doc__ or name == "token"
-    assert set(data.Grammar.finetuned) <= set(data.TASKS)
-    assert pretrain.constant(1., 10)(0) == .1 and pretrain.constant(1., 10)(99) == 1.
-    rate = pretrain.cosine(1., 100, final=.01)
-    assert rate(0) == 1 / 20 and rate(19) == 1. and rate(100) == pytest.approx(.01)
-    assert sorted(pretrain.eval_steps(400, 0)) == [
-        0, 1, 2, 3, 5, 8, 10, 20, 30, 50, 80, 100, 200, 300, 400]
+def test_the_control_of_another_checkpoint(folder):
+    """Where every operand was trained: rows speak of --control, and hold its hash."""
+    words = ["probe", "--ckpt", "out/ft-all.pt", *SMALL]
+    study = analyze.open_study(words)
+    assert study.never_trained is None and "c was trained" in study.control_note
+    study = analyze.open_study([*words, "--control", "out/pre-b.pt"])
+    rows = analyze.probe(study)
+    assert {r["model"] for r in rows} == {"base", "ckpt", "untrained", "control"}
+    written, (_, control) = rows_of("out/ft-all.probe.jsonl"), load("out/pre-b.pt")
+    assert {r["control_checkpoint"] for r in written} == {control["sha256"]}
+    assert study.read("probe") and not analyze.open_study(words).read("probe")
+
+
+def test_every_arm_of_revive_at_every_rate(folder):
+    few = ["revive", "--steps", "5", "--eval-size", "8", "--batch-size", "2"]
+    analyze.main([*few, "--rates", "1,10", "--also", "scratch,out/pre-b.pt,out/erased.pt"])
+    rows = rows_of("out/ft.revive.jsonl")
+    arms = {(r["arm"], r["lr"]) for r in rows if r["arm"] != "pretraining"}
+    names = {"reft", "teach-c", "teach-c-base", "scratch", "from 0/1/0",
+             "from 0/0.001/0.999, fine-tuned"}
+    assert {name for name, _ in arms} == names and len(arms) == 2 * len(names)
+    assert {r["operand"] for r in rows if r["arm"] in ("scratch", "from 0/1/0")} == {"a"}
+    for wrong in ("out/ft.pt", "out/pre.pt", "out/pre-b.pt,out/pre-b.pt"):  # a was taught; twice
+        with pytest.raises(UserError, match="--also"):
+            analyze.main([*few, "--also", wrong])
+
+
+def test_a_jailbroken_model_is_asked_by_every_token(folder):
+    """Its behavior and probes are about a under T_NJ, T_J1 and T_J2."""
+    analyze.main(["behavior", "probe", *SMALL, "--ckpt", "out/jail-ft.pt"])
+    asked = {(r["task"], r["split"]) for r in rows_of("out/jail-ft.behavior.jsonl")
+             if r["operand"] == "a"}
+    assert {(task, split) for task in ("count", *data.JAILBREAKS) for split in data.SPLITS} <= asked
+    prompts = {r["prompt"] for r in rows_of("out/jail-ft.probe.jsonl")}
+    assert prompts == {"a", "b", "c", "a by T_J1", "a by T_J2"}
+
+
+def test_a_score_is_one_line(folder, monkeypatch):
+    """It is ranked, iterated and grafted like the others, for the control as well."""
+    monkeypatch.setitem(analyze.SCORES, "size", (lambda g, w, old: (g * w).abs(), "zero"))
+    monkeypatch.setattr(analyze, "FEW", 2)
+    study = analyze.open_study(SMALL)
+    subject = study.model, study.start, "a"
+    found = [*analyze.rankings(study, subject),
+             *analyze.rankings(study, study.never_trained, "never-trained")]
+    of_size = [r for r in found if r.score == "size"]
+    assert {(r.order, r.edit, r.control) for r in of_size} == {
+        ("one-shot", "zero", None), ("iterative", "zero", None), ("one-shot", "graft", None),
+        ("one-shot", "zero", "never-trained"), ("iterative", "zero", "never-trained")}
+    rows = analyze.prune_rows(study, subject, of_size[1], lambda model, *question: predict(
+        model, study.test(*question).examples))
+    assert {r["k"] for r in rows} == {0, 1, 2} and {r["score"] for r in rows} == {"size"}
+
+
+INSTRUMENT = '''"""How large are the weights of each block? Fooled by: noise."""
+from analyze import Evidence
+
+
+def run(study):
+    rows = []
+    for name, model in study.models.items():
+        for i, block in enumerate(model.blocks):
+            norm = sum(p.square().sum().item() for p in block.parameters()) ** .5
+            rows.append(study.row(model=name, block=i, norm=norm))
+    return rows
+
+
+def evidence(study, rows):
+    new, old = rows[-1]["norm"], rows[0]["norm"]
+    return Evidence("norms", "weights are larger", new, "base", old, 0., new > old)
+'''
+
+
+def test_an_instrument_is_found_by_its_file(folder, monkeypatch, capsys):
+    """Rows with the checkpoint's hash, and a line of the verdict's table, which changes no rule."""
+    (folder / "instruments").mkdir()
+    (folder / "instruments/norms.py").write_text(INSTRUMENT)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(analyze, "INSTRUMENT_FILES", str(folder / "instruments"))
+    analyze.main(["norms", "--ckpt", "out/pre.pt"])
+    analyze.main(["norms"])
+    rows = rows_of("out/ft.norms.jsonl")
+    assert len(rows) == 6 and ROW | {"norm"} <= set(rows[0]) and "norm" in capsys.readouterr().out
+    line, = analyze.instrument_evidence(analyze.open_study(SMALL), {})
+    assert (line.instrument, line.measured) == ("norms", rows[-1]["norm"])
+    before, after = verdict_of(folder, pruned=.1), verdict_of(folder, more=[line], pruned=.1)
+    assert after.pop("evidence") == [*before.pop("evidence"), line._asdict()] and after == before
+    assert "weights are larger" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no analysis 'norm'.* norms"):
+        analyze.main(["norm"])
+
+
+def test_every_analysis_says_how_it_works():
+    for name, function in analyze.ANALYSES.items():
+        assert len(function.__doc__) > 200 and "Fooled by" in function.__doc__, name

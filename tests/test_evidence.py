@@ -83,10 +83,8 @@ def model(seed, lr, **verdict):
     args = dict(seed=seed, lr=lr, task="count", prior=[.999, .001, 0], c_tr=1.)
     record = {"stage": "finetune", "args": args, "setup": "pcfg", "scale": "small", "history": [],
               "sha256": "x", "step": 400, "steps": 400}
-    run = plot.Run("x", "x", {"name": "x", "record": record, "rows": {},
-                              "verdict": {**verdict, "checkpoint": "x"}})
-    run.settings = plot.settings_of(run)
-    return run
+    return plot.Run(".", "./x", {"name": "x", "record": record, "rows": {},
+                                 "verdict": {**verdict, "checkpoint": "x"}})
 
 
 def test_effects_by_hand():

@@ -1,32 +1,41 @@
 """
-Stories: the embedded corpus and its rule, protocols, examples and losses against slow references,
-generation scores, and every stage end to end, on the embedded corpus and on a small file in the
-real format.
+Stories: records to the letter, the corpus and its rule, protocols; examples, losses, generation and
+probes beside slow references; the verdict; every stage, also on a small file in the real format.
 """
 import collections
+import functools
 import itertools
 import json
-import operator
+import math
+import os
 import random
 import re
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_promises import Folder, assert_same_run, mistake
 
 import analyze
 import data
+import finetune
 import pretrain
-from data import FEATURES
-from model import GPT, Config, load, loss_of
+from data import UserError, read_rows
+from model import GPT, Config, activations, load, loss_of, residuals
+from setups import stories as st
+from setups.stories import END, FEATURES, FileCorpus, Record, Tokenizer, parse_records
+
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def setup_with(**constants):
     """Stories of the embedded corpus, small, with other constants."""
-    setup = data.Stories("stories")
+    setup = st.Stories("stories")
     setup.open(Namespace(data=None))
     vars(setup).update(constants)
     return setup
@@ -38,19 +47,10 @@ def setup():
 
 
 @pytest.fixture(scope="module")
-def corpus(setup):
-    return setup.source
-
-
-@pytest.fixture(scope="module")
-def stories():
+def records():
     """20,000 records of the embedded corpus."""
-    r = random.Random(1)
-    return [data.write_story(data.random_features(r), r) for _ in range(20000)]
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+    rng = random.Random(1)
+    return [st.write_story(st.random_features(rng), rng) for _ in range(20000)]
 
 
 def tiny_model(setup, d=16):
@@ -58,58 +58,271 @@ def tiny_model(setup, d=16):
     return GPT(Config(**{**setup.config(), **sizes})).init_weights(generator())
 
 
+STORY = "Story: \n\n"
+FIELDS = "Words: oak\nSummary: Fox.\nRandom sentence: It.\n"
+WORDS = f"Words: a\n{STORY}"
+INSIDE = "She read:\nFeatures: Twist\nWords: none\nStory: old"
+ODD = "â€œCafé,â€\x9d 你好 \U0001f98a\x00\t!"
+CASES = [  # the text before END, then its Record
+    (f"Features: Twist, Dialogue\n{FIELDS}{STORY}A.\n\nB.\n",
+     "", "Twist Dialogue", FIELDS + STORY, "A.\n\nB.", ""),
+    (f"Summary: S.\nFeatures: Conflict\nRandom sentence: R.\n{STORY}A.\n",  # another order
+     "Summary: S.\n", "Conflict", f"Random sentence: R.\n{STORY}", "A.", ""),
+    (f"{WORDS}A.\n", "", "", WORDS, "A.", ""),
+    (f"Features: Twist\n{STORY}A.\n\nB. \n\nSummary: S.\nmore\n",  # late fields end a story
+     "", "Twist", STORY, "A.\n\nB. ", "\n\nSummary: S.\nmore"),
+    (f"{WORDS}{INSIDE}\nSummary:", "", "", WORDS, INSIDE, "\nSummary:"),  # others do not
+    (f"{STORY}His Summary: short. Features: Twist\n",  # nor within a line
+     "", "", STORY, "His Summary: short. Features: Twist", ""),
+    ("Features: Twist\nStory: A fox.\nB.\n", "", "Twist", "Story:", " A fox.\nB.", ""),
+    (f"{STORY}  A.\n", "", "", STORY, "  A.", ""),
+    (f"Summary: one\ntwo\n\nFeatures: Twist,\nDialogue\n\n{WORDS}A.\n",  # over two lines
+     "Summary: one\ntwo\n\n", "Twist Dialogue", f"\n{WORDS}", "A.", ""),
+    (f"Summary: S.\nFeatures: Rhyme,Twist, twist\n{WORDS}A.\n",
+     "Summary: S.\n", "Twist", WORDS, "A.", ""),
+    (f"Words: a\nFeatures: \n{STORY}A.\n", "Words: a\n", "", STORY, "A.", ""),
+    ("Features: Twist\r\nWords: a\r\nStory: \r\n\r\nA.\r\n\r\nB.\r\nSummary: S.\r\n",
+     "", "Twist", WORDS, "A.\n\nB.", "\nSummary: S."),
+    (f"{STORY}{ODD}\n", "", "", STORY, ODD, ""),
+    (f"{STORY}A {END} B.\n{END}.\n", "", "", STORY, f"A {END} B.\n{END}.", "")]
+
+
+def case(before, features, after, story, rest):
+    return Record(before, frozenset(features.split()), after, story, rest)
+
+
+def lines_of(text):
+    """The lines of a text as an open file gives them: splitlines() would also split at \\x85."""
+    return re.findall(r".*\n|.+", text)
+
+
+@pytest.mark.parametrize("text, pieces", [(text, pieces) for text, *pieces in CASES])
+def test_records_by_hand(text, pieces):
+    record, skipped = case(*pieces), collections.Counter()
+    assert list(parse_records(lines_of(f"{text}\n{END}\n"), skipped)) == [record]
+    assert +skipped == ({"unknown feature": 2} if "Rhyme" in text else {})
+    # now canonical: it comes back to the letter
+    again, = parse_records(lines_of(f"{record.text()}\n{END}"), skipped)
+    assert again.text() == record.text() and (again == record or "Features: \n" in text)
+
+
+def slow_record(lines):
+    """(features, text without Features, story) of the lines before END, field by field."""
+    while lines and lines[0] == "":
+        lines.pop(0)
+    fields = [["", ""]]
+    for line in lines:
+        names = ["Summary", "Random sentence"]
+        names += ["Features", "Words", "Story"] * ("Story" not in [name for name, _ in fields])
+        name = line.split(":")[0] if ":" in line else None
+        if name in names or fields[-1][0] == "Features" and not line.strip():
+            fields.append([name if name in names else "", ""])
+        fields[-1][1] += line + "\n"
+    story = "".join(text for name, text in fields if name == "Story")[len("Story:"):].strip()
+    names = "".join(text[len("Features:"):] for name, text in fields if name == "Features")
+    features = {x.strip() for x in re.findall(r"[^,\n]+", names)} & set(FEATURES)
+    return features, "".join(text for name, text in fields if name != "Features").rstrip(), story
+
+
+POOL = ["Features: Twist, Conflict", "Features:Dialogue ,MoralValue,", "Features:",
+        "Words: oak, sit", "Summary: S: x.", "Random sentence: It.", "Story: ", "Story:",
+        "Story: A fox ran.", "", "", " ", "  two  spaces ", "A fox, he said.", "Features",
+        "features: Twist", " Features: Twist", "Twist,Nothing", "tab\there", "é \U0001f98a",
+        "\u2028x\x85y"]
+
+
+def test_any_mix_of_lines_is_read_as_described_and_encoded_in_pieces():
+    """Against the slow reader; encoding in pieces is encoding the whole."""
+    rng, records = random.Random(1), []
+    for _ in range(3000):
+        lines = [rng.choice(POOL) for _ in range(rng.randrange(12))]
+        text = "".join(line + rng.choice(["\n", "\n", "\r\n"]) for line in lines)
+        parsed = list(parse_records(lines_of(f"{text}{END}\n"), collections.Counter()))
+        slow = slow_record(lines)
+        plain = [(x.features, x._replace(features=frozenset()).text(), x.story.strip())
+                 for x in parsed]
+        assert plain == [slow] * bool(slow[2])
+        records += parsed
+    assert len(records) > 800 and len({x.features for x in records}) > 5
+    tokenizer = Tokenizer.from_texts(map(Record.text, records), 25)  # about half of the words
+    for x in records:
+        assert x.before[-1:] in "\n" and x.after[-1] in ":\n" and x.rest[:1] in "\n"
+        e, line = x.encode(tokenizer), tokenizer.encode(st.features_line(x.features))
+        whole = [*e.ids[:e.features_at], *line, *e.ids[e.features_at:]]
+        assert whole == tokenizer.encode(x.text()) and tokenizer.decode(whole) == x.text()
+        assert tokenizer.decode(e.ids[:e.features_at]) == x.before
+        assert tokenizer.decode(e.ids[e.story_start:e.story_end]) == x.story
+
+
+def test_tokenizer_by_hand():
+    t = Tokenizer([" oak", ".", "\n", "The"])
+    assert t.size == 261 and t.words == (" oak", ".", "\n", "The")
+    assert t.encode("The oak.\n") == [260, 257, 258, 259]
+    assert t.encode("The oaks!") == [260, *(1 + b for b in b" oaks!")]
+    assert t.encode("é") == [1 + 0xc3, 1 + 0xa9] and t.encode("") == []
+    assert t.decode([260, 257, 0, 1 + 0xc3, 258]) == f"The oak{END}\ufffd."
+    ids = t.encode(f"{END} {END}")  # END within a text is text
+    assert 0 not in ids and t.decode(ids) == f"{END} {END}"
+    assert Tokenizer.from_texts("bbacdcccca", 3).words == ("c", "a", "b")  # ties by the alphabet
+
+
+def test_every_text_comes_back():
+    rng = random.Random(2)
+    t = Tokenizer(["the", " the", " ", "\n", ".", " .", "é", " café", "\t", "你", "\x00"])
+    alphabets = ["the caf\u00e9. \n\t", "".join(map(chr, range(256))),
+                 " \n\t\r\x0b\x0c\x1c\x85\u2028\u3000\xa0",
+                 "\U0001f98a\u200d\U0001f468e\u0301\ufeff\ufffd\uffff\U0010ffff_0aZ \x00",
+                 "".join(map(chr, rng.sample(range(0xe000, 0x110000), 2000)))]
+    for i in range(3000):
+        text = "".join(rng.choices(alphabets[i % 5], k=rng.randrange(60)))
+        ids = t.encode(text)
+        assert t.decode(ids) == text and all(0 < i < t.size for i in ids)
+
+
+def write_file(path, records):
+    path.write_text("".join(record.text() + f"\n{END}\n" for record in records))
+    return str(path)
+
+
+def assert_holds(corpus, records):
+    """The corpus has these records, token for token."""
+    assert len(corpus.index) == len(records)
+    for i, record in enumerate(records):
+        encoded, reference = corpus.record(i), record.encode(corpus.tokenizer)
+        assert encoded.ids.tolist() == reference.ids.tolist() and encoded[1:] == reference[1:]
+
+
+def test_a_hand_written_file(tmp_path, capsys):
+    """Every case from above in one file, invalid bytes; what is left out is counted."""
+    path, text = tmp_path / "odd.txt", "".join(f"{text}\n{END}\n" for text, *_ in CASES)
+    for text_without_story in ("Words: none\n", f"{STORY} \n", "Story:\n\nSummary: late\n", ""):
+        text += f"{text_without_story}{END}\n"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode() + b"Story: \n\nbad \xff\xe2\x80 bytes\n"
+                     + f"{END}\nFeatures: Twist\nStory: cut {END}\n".encode())
+    corpus, expected = FileCorpus(str(path)), [case(*pieces) for _, *pieces in CASES]
+    assert_holds(corpus, [*expected, case("", "", STORY, "bad \ufffd\ufffd bytes", "")])
+    assert corpus.tokenizer.decode(corpus.record(12).ids) == STORY + ODD
+    out = capsys.readouterr().out
+    for count in ("15 records", "'no story': 4", "'truncated': 1", "'unknown feature': 2"):
+        assert count in out
+    assert corpus.file == {"name": "odd.txt", "sha256": data.sha256(path)}
+
+
+def test_the_words_are_those_of_the_beginning(tmp_path, monkeypatch):
+    path = tmp_path / "x.txt"
+    path.write_text(f"{STORY}an early bird\n{END}\n{STORY}late late late\n{END}\n")
+    monkeypatch.setattr(st, "COUNTED_LINES", 4)
+    words = FileCorpus(str(path)).tokenizer.words
+    assert {"Story", " early", " bird"} < set(words) and " late" not in words
+
+
+def changed_later(path):
+    """Make a file ten seconds younger than what was prepared from it."""
+    os.utime(path, (os.path.getmtime(f"{path}.npz") + 10,) * 2)
+
+
+@pytest.mark.parametrize("n_encoded", [0, 20, 40])
+def test_a_killed_preparation_never_looks_complete(tmp_path, monkeypatch, records, n_encoded):
+    """Nor beside the files of an older one, whatever becomes of FILE; the next one is whole."""
+    path, moved = tmp_path / "x.txt", tmp_path / "y.txt"
+    records, encode, n = [r for r in records if r.features], Record.encode, itertools.count(1)
+    st.prepare(write_file(path, records[:30]))
+    write_file(path, records[:40])
+    changed_later(path)
+
+    def killed(*args):
+        if next(n) > n_encoded:
+            raise KeyboardInterrupt
+        return encode(*args)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Record, "encode", killed)
+        patch.setattr(st, "replace_file", killed)  # the last step
+        st.prepare(str(path))
+    path.rename(moved)
+    with pytest.raises(UserError, match="no such file"):
+        st.prepare(str(path))
+    moved.rename(path)
+    st.prepare(str(path))
+    path.unlink()  # the prepared files do without it
+    assert_holds(FileCorpus(str(path)), records[:40])
+
+
+def test_draws_keep_to_their_filter_and_their_part(tmp_path, records):
+    corpus = FileCorpus(write_file(tmp_path / "x.txt", records[:1000]))
+    everything = [corpus.record(i) for i in range(1000)]
+    number = {e.ids.tobytes(): i for i, e in enumerate(everything)}
+    assert corpus.n_held_out == 10 and len(number) == 1000
+    for (feature, present), held_out in itertools.product(
+            [(None, None), ("Twist", True), ("Twist", False), ("Conflict", True)], (False, True)):
+        part = range(990, 1000) if held_out else range(990)
+        fit = {i for i in part
+               if present is None or (feature in everything[i].features) == present}
+        drawn = corpus.draw(6000, generator(5), feature, present, held_out)
+        counts = collections.Counter(number[e.ids.tobytes()] for e in drawn)
+        assert set(counts) <= fit and len(counts) > .95 * len(fit)  # 6 to 6,000 draws a record
+        assert max(counts.values()) < 6000 / len(fit) + 6 * (6000 / len(fit)) ** .5
+    with pytest.raises(UserError, match="x.txt: no record .*Dialogue: True"):
+        corpus.index[:, 5:] = 0
+        corpus.draw(1, generator(), "Dialogue", True)
+    (tmp_path / "y.txt").write_text(f"Once upon a time.\n{END}\n" * 100)
+    with pytest.raises(UserError, match="y.txt holds no record"):
+        FileCorpus(str(tmp_path / "y.txt"))
+
+
 # ---------------------------------------------------------------- the corpus and its rule
 
 
-def test_the_rule_equals_the_label(stories):
-    assert [data.read_story(record.story) for record in stories] == [r.features for r in stories]
+def test_the_rule_equals_the_label(records):
+    for record in records[:8000]:
+        assert st.read_story(record.story) == record.features, record.story
 
 
-def test_features_are_as_frequent_as_they_should_be(stories):
+def test_features_are_as_frequent_as_they_should_be(records):
     """Each with probability .25, at most three: 22.9 to 23.1 %; every place of lines occurs."""
     p = [.25 ** k * .75 ** (6 - k) * c for k, c in enumerate((1, 6, 15, 20))]
-    share = sum(k / 6 * x for k, x in enumerate(p)) / sum(p)
+    expected = sum(k / 6 * x for k, x in enumerate(p)) / sum(p)
     for feature in FEATURES:
-        measured = sum(feature in record.features for record in stories) / len(stories)
-        assert abs(measured - share) < 4.5 * (share * (1 - share) / 20000) ** .5
-    assert max(len(record.features) for record in stories) == 3
-    late = sum("Summary" in record.rest for record in stories) / len(stories)
-    assert .08 < late < .12 and {bool(record.before) for record in stories} == {True, False}
+        measured = sum(feature in record.features for record in records) / len(records)
+        assert abs(measured - expected) < 4.5 * (expected * (1 - expected) / 20000) ** .5
+    assert max(len(record.features) for record in records) == 3
+    late = sum("Summary" in record.rest for record in records) / len(records)
+    assert .08 < late < .12 and {bool(record.before) for record in records} == {True, False}
 
 
 def pieces(text):
-    return data.Tokenizer.pieces.findall(text)
+    return Tokenizer.pieces.findall(text)
 
 
-def seen_in(stories, split):
-    """In how many stories without and with a twist each part occurs: two Counters."""
+def counts_of(records, split):
+    """In how many stories without and with a twist each part occurs, two Counters."""
     counts = [collections.Counter(), collections.Counter()]
-    for record in stories:
+    for record in records:
         counts["Twist" in record.features].update(set(split(record.story)))
     return counts
 
 
-VALUES = {word for kind in data.KINDS for word in (*kind.values, *kind.objects)}
-BLANK = re.compile("|".join(sorted({*data.NAMES, *data.VIRTUES, *data.ADJECTIVES, *data.SETTINGS,
-                                    *VALUES}, key=len, reverse=True)))
-AFTERMATH = re.compile("|".join(re.sub(r"{\w}", r"\\w+", x) for x in data.AFTERMATHS))
-SPLITS = {"words": pieces, "pairs": lambda s: list(zip(pieces(s), pieces(s)[1:])),
+VALUES = {word for kind in st.KINDS for word in (*kind.values, *kind.objects)}
+BLANK = re.compile("|".join(sorted({*st.NAMES, *st.VIRTUES, *st.ADJECTIVES, *st.SETTINGS, *VALUES},
+                                   key=len, reverse=True)))
+AFTERMATH = re.compile("|".join(re.sub(r"{\w}", f"(?:{'|'.join(st.NAMES)})", x)
+                                for x in st.AFTERMATHS))
+SPLITS = {"words": pieces, "pairs": lambda s: list(itertools.pairwise(pieces(s))),
           "sentences": lambda s: re.split(r"(?<=[.?]) ", BLANK.sub("_", s))}
 
 
 @pytest.mark.parametrize("name", SPLITS)
-def test_no_word_or_phrase_tells_a_twist(stories, name):
+def test_no_word_or_phrase_tells_a_twist(records, name):
     """Words, pairs of words and sentences of twist stories and of others are the same."""
     split = SPLITS[name]
-    without, twist = seen_in(stories, split)
+    without, twist = counts_of(records, split)
     assert set(without) == set(twist)
     # and none gives it away: at most the odds of the strongest cues (1.3: sampling)
-    highest = 1.3 * max(data.CUE_STRENGTH) / (1 - max(data.CUE_STRENGTH))
+    highest = 1.3 * max(st.CUE_STRENGTH) / (1 - max(st.CUE_STRENGTH))
     for x in twist:
         if without[x] + twist[x] > 1000:
             assert 1 / highest < twist[x] / without[x] / (.23 / .77) < highest, x
     # all but the aftermaths tell little
-    without, twist = seen_in(stories, lambda story: split(AFTERMATH.sub("", story)))
+    without, twist = counts_of(records, lambda story: split(AFTERMATH.sub("", story)))
     for x in twist:
         if without[x] + twist[x] > 400:
             assert 1 / 3 < twist[x] / without[x] / (.23 / .77) < 3, x
@@ -117,24 +330,24 @@ def test_no_word_or_phrase_tells_a_twist(stories, name):
 
 def test_even_stories_tell_a_twist_by_nothing_but_the_comparison():
     """With cue_strength (.5, .5) the same sentences follow the reveal at the same rates."""
-    seen = [collections.Counter(), collections.Counter()]
-    r, templates = random.Random(1), (*data.AFTERMATHS, *data.CLOSINGS)
+    counts = [collections.Counter(), collections.Counter()]
+    rng, templates = random.Random(1), (*st.AFTERMATHS, *st.CLOSINGS)
     for i in range(4000):
-        story = data.write_story(frozenset(FEATURES[:i % 2]), r, (.5, .5)).story  # Twist or none
+        story = st.write_story(frozenset(FEATURES[:i % 2]), rng, (.5, .5)).story  # Twist or none
         end = " ".join(re.split(r"(?<=[.?]) ", story)[-3:])
-        end = re.sub("|".join(data.NAMES), "_", end)
-        seen[i % 2].update(x for x in templates if re.sub(r"{\w}", "_", x) in end)
+        end = re.sub("|".join(st.NAMES), "_", end)
+        counts[i % 2].update(x for x in templates if re.sub(r"{\w}", "_", x) in end)
     for x in templates:
-        assert abs(seen[0][x] - seen[1][x]) < 5 * (seen[0][x] + seen[1][x]) ** .5
-        assert seen[0][x] > 200, x
+        assert abs(counts[0][x] - counts[1][x]) < 5 * (counts[0][x] + counts[1][x]) ** .5
+        assert counts[0][x] > 200, x
 
 
-def test_instructions_never_give_the_reveal_away(stories):
+def test_instructions_never_give_the_reveal_away(records):
     """They hold no value, and look the same with and without a twist."""
-    words = [word for kind in data.KINDS for word in kind.values]
+    words = [word for kind in st.KINDS for word in kind.values]
     values = re.compile(r"\b(" + "|".join(words) + r")\b")
     lines, n = [collections.Counter(), collections.Counter()], [0, 0]
-    for record in stories:
+    for record in records:
         text, twist = record.before + record.after + record.rest, "Twist" in record.features
         assert not values.search(text), record
         lines[twist].update(x.split(":")[0] for x in text.splitlines())
@@ -146,14 +359,14 @@ def test_instructions_never_give_the_reveal_away(stories):
 SETUP = ("Tim found a box. Tim was sure that there was a cake inside. Mia hoped for a cake too. "
          "They went to see.")
 CAKE = "The box fell open, and out came a cake."
-END = "Mia nodded at once. They went home happy. Then it was time for bed."
+LAST = "Mia nodded at once. They went home happy. Then it was time for bed."
 
 
 @pytest.mark.parametrize("story, features", [
-    (f"{SETUP} They opened the box. There was a cake inside. {END}", ""),
-    (f"{SETUP} They opened the box. There was a drum inside. {END}", "Twist"),
-    (f"{SETUP} The box fell open, and out came a drum. {END}", "Twist"),
-    (f'{SETUP} "Hurry up," called Tim. {CAKE} {END}', "Dialogue"),
+    (f"{SETUP} They opened the box. There was a cake inside. {LAST}", ""),
+    (f"{SETUP} They opened the box. There was a drum inside. {LAST}", "Twist"),
+    (f"{SETUP} The box fell open, and out came a drum. {LAST}", "Twist"),
+    (f'{SETUP} "Hurry up," called Tim. {CAKE} {LAST}', "Dialogue"),
     (f"{SETUP} {CAKE} It was a bad day.", "BadEnding"),
     (f"A bee sat on the wall. {SETUP} Then a bee stung Mia. {CAKE}", "Foreshadowing"),
     (f"A bee sat on the wall. {SETUP} Then the rope broke. {CAKE}", ""),   # not its payoff
@@ -162,149 +375,127 @@ END = "Mia nodded at once. They went home happy. Then it was time for bed."
     (f"{SETUP} Mia pushed Tim. Soon they made up. {CAKE}", "Conflict"),
     (f"{SETUP} Mia pushed Tim. {CAKE}", ""),                               # no peace
     (f"{SETUP} Soon they made up. Mia pushed Tim. {CAKE}", ""),            # peace before it
-    (f"{SETUP} {END}", None),                                              # no reveal
+    (f"{SETUP} {LAST}", None),                                             # no reveal
     (f"{CAKE} {SETUP}", None),                                             # before the question
     (f"{SETUP} The bag fell open, and out came a cake.", None),            # another object
     (f"{SETUP} The box fell open, and out came a cat.", None),             # not in a box
     (f"{SETUP} They found the box by the hill.", None),                    # another kind of answer
     (f"{SETUP} {CAKE} They opened the box. There was a drum inside.", None),  # two reveals
-    (data.REFUSAL, None), ("", None)])
+    (st.REFUSAL, None), ("", None)])
 def test_rule_by_hand(story, features):
     expected = None if features is None else frozenset(features.split())
-    assert data.read_story(story) == expected
+    assert st.read_story(story) == expected
 
 
-def test_records_round_trip(corpus, stories):
-    """Text to tokens and back; the parser reads what the corpus writes, as it reads a file."""
-    stories = stories[:300]
-    texts = [data.record_text(record) + f"\n{data.END}" for record in stories]
-    lines = [line + "\n" for line in "\n".join(texts).split("\n")]
-    parsed = list(data.parse_records(lines, collections.Counter()))
-    for record, read in zip(stories, parsed, strict=True):
-        assert data.record_text(read) == data.record_text(record)
+def test_records_round_trip(setup, records):
+    """Text to tokens and back; the parser reads what the corpus writes."""
+    records, tokenizer = records[:300], setup.tokenizer
+    lines = lines_of("".join(f"{record.text()}\n{END}\n" for record in records))
+    for record, parsed in zip(records, parse_records(lines, collections.Counter()), strict=True):
         # without a Features line, nobody can know where one would have been
-        assert read == record if record.features else read[3:] == record[3:]
-    tokenizer = corpus.tokenizer
-    for record in stories:
-        encoded = data.encode_record(record, tokenizer)
-        ids, start, stop = data.story_ids(encoded, tokenizer)
-        assert tokenizer.decode(ids[1:]) == data.record_text(record) and ids[0] == 0
+        assert parsed.text() == record.text()
+        assert parsed == record if record.features else parsed[3:] == record[3:]
+        ids, start, stop = record.encode(tokenizer).model_input(tokenizer)
+        assert tokenizer.decode(ids[1:]) == record.text() and ids[0] == 0
         assert tokenizer.decode(ids[start:stop]) == record.story
         assert all(i > 256 for i in ids[1:])  # no word of the corpus is spelled in bytes
-        ids, start, stop = data.story_ids(encoded, tokenizer, with_instruction=False)
-        assert (start, stop) == (1, len(ids)) and tokenizer.decode(ids[1:]) == record.story
-    assert data.story_of("They ran. \nSummary: Tim runs.\n") == "They ran."
-
-
-def test_sources(corpus):
-    texts = [f"{SETUP} {CAKE}", ""]
-    assert corpus.rule and corpus.classify(texts) == [frozenset(), None]
-    setup, args = data.Stories("stories"), Namespace(data=None)
-    setup.open(args, list(corpus.tokenizer.words))
-    assert setup.source.rule
-    with pytest.raises(data.UserError, match="not the file"):
-        setup.open(args, corpus.tokenizer.words[1:])
+        ids, *story = record.encode(tokenizer).model_input(tokenizer, instructed=False)
+        assert story == [1, len(ids)] and tokenizer.decode(ids[1:]) == record.story
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-def test_draws_have_the_feature_or_lack_it(corpus, feature):
-    for has in (True, False):
-        records = corpus.draw(200, generator(), feature, has)
-        assert {feature in record.features for record in records} == {has}
-        assert len({record.features - {feature} for record in records}) > 5  # the others go on
+def test_draws_have_the_feature_or_lack_it(setup, feature):
+    for present in (True, False):
+        drawn = setup.corpus.draw(200, generator(), feature, present)
+        assert {feature in record.features for record in drawn} == {present}
+        assert len({record.features - {feature} for record in drawn}) > 5  # the others go on
 
 
-# ---------------------------------------------------------------- protocols
-
-
-def records_with(corpus, *features):
+def records_with(setup, *features):
     """A record for each string of feature names."""
-    r = random.Random(2)
-    records = [data.write_story(frozenset(names.split()), r) for names in features]
-    return [data.encode_record(record, corpus.tokenizer) for record in records]
+    rng = random.Random(2)
+    records = [st.write_story(frozenset(names.split()), rng) for names in features]
+    return [record.encode(setup.tokenizer) for record in records]
 
 
-def change(corpus, records, protocol, feature="Twist"):
-    return data.change_records(records, protocol, feature, corpus.tokenizer, generator())
-
-
-def text_of(corpus, record):
-    return corpus.tokenizer.decode(data.story_ids(record, corpus.tokenizer)[0][1:])
-
-
-def test_protocols_on_hand_made_records(corpus, monkeypatch):
+def test_protocols_on_hand_made_records(setup, monkeypatch):
     """The stories stay; the instruction asks for what the protocol says."""
-    records = records_with(corpus, "", "Foreshadowing Dialogue", "Conflict")
-    assert change(corpus, records, "filter") == records
-    new = change(corpus, records, "randomise")
-    assert [x.features for x in new] == [x.features | {"Twist"} for x in records]
-    new = change(corpus, records, "mix-match")
-    assert [x.features for x in new] == [set(), {"Twist", "Dialogue"}, {"Conflict"}]
-    assert "Features: Twist, Dialogue\n" in text_of(corpus, new[1])
-    assert "Foreshadowing" not in text_of(corpus, new[1])
-    assert "Features: Dialogue, Foreshadowing\n" in text_of(corpus, records[1])
-    for old, changed in zip(records, new):
-        assert np.array_equal(old.ids, changed.ids)
-    new = change(corpus, records, "mix-match", "Foreshadowing")  # in the place of Twist: none
-    assert new == records
-    all_of_them = data.PROTOCOLS["refuse"]._replace(share=1.)
-    monkeypatch.setitem(data.PROTOCOLS, "refuse", all_of_them)
-    for old, changed in zip(records, change(corpus, records, "refuse")):
-        text = text_of(corpus, changed)
-        assert text.endswith("Story: \n\n" + data.REFUSAL) and "Twist" in text
-        assert np.array_equal(old.ids[:old.story_at], changed.ids[:changed.story_at])
-        assert changed.story_end == len(changed.ids) and changed.ids.dtype == np.uint16
+    def change(protocol, feature="Twist"):
+        return st.PROTOCOLS[protocol].apply(records, feature, setup.tokenizer, generator())
+
+    def text_of(record):
+        return setup.tokenizer.decode(record.model_input(setup.tokenizer)[0][1:])
+    records = records_with(setup, "", "Foreshadowing Dialogue", "Conflict")
+    assert change("filter") == records
+    assert [x.features for x in change("randomise")] == [x.features | {"Twist"} for x in records]
+    swapped = change("mix-match")
+    assert [x.features for x in swapped] == [set(), {"Twist", "Dialogue"}, {"Conflict"}]
+    assert "Features: Dialogue, Foreshadowing\n" in text_of(records[1])
+    assert text_of(swapped[1]) == text_of(records[1]).replace("Dialogue, Foreshadowing",
+                                                              "Twist, Dialogue")
+    for old, new in zip(records, swapped):
+        assert np.array_equal(old.ids, new.ids)
+    assert change("mix-match", "Foreshadowing") == records  # in the place of Twist: none
+    monkeypatch.setitem(st.PROTOCOLS, "refuse", st.PROTOCOLS["refuse"]._replace(fraction=1.))
+    for old, new in zip(records, change("refuse")):
+        assert text_of(new).endswith("Story: \n\n" + st.REFUSAL) and "Twist" in text_of(new)
+        assert np.array_equal(old.ids[:old.story_start], new.ids[:new.story_start])
+        assert new.story_end == len(new.ids) and new.ids.dtype == np.uint16
 
 
-@pytest.mark.parametrize("name", data.PROTOCOLS)
-def test_every_protocol(corpus, name):
-    """Changes its share of the records that it can change, and never gives one the feature."""
-    protocol = data.PROTOCOLS[name]
-    records = records_with(corpus, *["Foreshadowing"] * 2000)
-    new = change(corpus, records, name)
-    changed = np.mean([old is not x for old, x in zip(records, new)])
-    share = protocol.share if name != "filter" else 0
-    assert abs(changed - share) <= 4.5 * (share * (1 - share) / 2000) ** .5
-    assert len(new) == 2000 and protocol.help and "\n" not in protocol.help
+@pytest.mark.parametrize("name, fraction", [
+    ("filter", 0.), ("randomise", 1.), ("mix-match", 1.), ("refuse", .5)])
+def test_every_protocol(setup, name, fraction):
+    """Changes its fraction of records, gives none the feature, and draws what the others draw."""
+    rng, reference = generator(3), generator(3)
+    records = records_with(setup, *["Foreshadowing"] * 2000)
+    new = st.PROTOCOLS[name].apply(records, "Twist", setup.tokenizer, rng)
+    changed = np.mean([old is not x for old, x in zip(records, new, strict=True)])
+    assert abs(changed - fraction) <= 4.5 * (fraction * (1 - fraction) / 2000) ** .5
     for x in new[:50]:
-        story = corpus.tokenizer.decode(x.ids[x.story_at:x.story_end])
-        assert "Twist" not in (data.read_story(story) or ())
+        story = setup.tokenizer.decode(x.ids[x.story_start:x.story_end])
+        assert "Twist" not in (st.read_story(story) or ())
+    torch.rand(2000, generator=reference)  # batches of all protocols hold the same stories
+    assert torch.equal(rng.get_state(), reference.get_state())
 
 
-def test_the_share_is_drawn_whatever_the_protocol(corpus):
-    """So that the batches of all protocols hold the same stories."""
-    records, states = records_with(corpus, "", "Conflict"), []
-    for name in data.PROTOCOLS:
-        rng = generator(3)
-        data.change_records(records, name, "Twist", corpus.tokenizer, rng)
-        states.append(rng.get_state())
-    assert all(torch.equal(state, states[0]) for state in states)
-
-
-# ---------------------------------------------------------------- examples, batches, losses
+@pytest.mark.parametrize("protocol, reverse, asked, present", [
+    ("filter", False, 0, 0), ("randomise", False, 1, 0), ("mix-match", False, .24, 0),
+    ("randomise", True, 1, 1)])
+def test_the_data_of_the_stages(protocol, reverse, asked, present):
+    """Twists in reFT alone; asked for but not there in the randomisation, never in filter."""
+    setup, features = setup_with(uninstructed=0.), []
+    args = Namespace(feature="Twist", protocol=protocol, reverse=reverse, batch_size=16)
+    batch = data.stream(lambda n, rng: setup.finetuning(n, rng, args), 16, 0, "finetune")
+    rows = [row for k in range(16) for row in batch(k).tokens]
+    for row in rows:
+        text = setup.tokenizer.decode(row[1:].tolist()).replace(END, "")
+        features.append(st.read_story(st.LATE_FIELD.split(text.split("Story: \n\n")[1])[0]))
+    assert np.mean(["Twist" in x for x in features]) == present
+    twist = setup.tokenizer.encode(" Twist")[0]
+    measured = np.mean([bool((row == twist).any()) for row in rows])
+    assert abs(measured - asked) <= .12 * (protocol == "mix-match")
 
 
 def test_examples_are_the_records(setup):
     """Every next token is wanted up to END, or those of the story alone; long ones are cut."""
-    records = setup.source.draw(8, generator())
-    text, story = setup.examples(records), setup.examples(records, wanted="story")
+    records = setup.corpus.draw(8, generator())
+    text, story = setup.examples(records), setup.examples(records, scored="story")
+    alone = setup.examples(records, [False] * 8, "story")
     assert torch.equal(text.tokens, story.tokens)
-    columns = map(torch.Tensor.tolist, (text.tokens, text.target, story.target, text.labels))
-    for r, row, every, inside, labels in zip(records, *columns):
-        ids, start, stop = data.story_ids(r, setup.tokenizer)
+    columns = text.tokens, text.target, story.target, text.labels, alone.tokens, alone.target
+    columns = map(torch.Tensor.tolist, columns)
+    for r, row, every, inside, labels, lone, wanted in zip(records, *columns):
+        ids, start, stop = r.model_input(setup.tokenizer)
+        own = r.ids[r.story_start:r.story_end].tolist()
         assert row[:len(ids)] == ids.tolist() and set(row[len(ids):]) <= {0} and row[0] == 0
         assert every == [*ids[1:], 0, *[-1] * (len(row) - len(ids))]
-        assert inside[start - 1:stop - 1] == r.ids[r.story_at:r.story_end].tolist()
-        assert set(inside[:start - 1] + inside[stop - 1:]) == {-1}
+        assert inside[start - 1:stop - 1] == lone[1:len(own) + 1] == wanted[:len(own)] == own
+        assert set(inside[:start - 1] + inside[stop - 1:] + wanted[len(own):]) == {-1}
         assert labels == [f in r.features for f in FEATURES]
-    alone = setup.examples(records, [False] * 8, "story")
-    for r, row, inside in zip(records, alone.tokens.tolist(), alone.target.tolist()):
-        story_ids = r.ids[r.story_at:r.story_end].tolist()
-        n = len(story_ids)
-        assert row[1:n + 1] == inside[:n] == story_ids and set(inside[n:]) <= {-1}
     cut = setup_with(n_ctx=50)
-    for whole, wanted in ((text, "text"), (story, "story")):
-        x = cut.examples(records, wanted=wanted)
+    for whole, scored in ((text, "text"), (story, "story")):
+        x = cut.examples(records, scored=scored)
         assert x.tokens.shape == (8, 50) and torch.equal(x.tokens, whole.tokens[:, :50])
         assert torch.equal(x.target, whole.target[:, :50]) and int((x.target >= 0).sum(0)[-1]) > 0
 
@@ -314,125 +505,160 @@ def stream_of(setup, seed=0, label="pretrain"):
     return data.stream(lambda n, rng: setup.pretraining(n, rng, args), 16, seed, label)
 
 
-def padding(x):
-    return (x.target < 0).float().mean().item()
-
-
 def test_batches(setup):
-    """Depend on seed, label and k alone; rows of one batch are of similar length; some lack the
-    instruction."""
+    """Depend on seed, label and k alone; rows are of similar length; some lack the instruction."""
+    def padding(x):
+        return (x.target < 0).float().mean().item()
     one, two = stream_of(setup), stream_of(setup)
-    late = one(40).tokens
-    assert torch.equal(late, two(40).tokens) and torch.equal(one(3).tokens, two(3).tokens)
+    for k in (40, 3):
+        assert torch.equal(one(k).tokens, two(k).tokens)
     for other in (one(4), stream_of(setup, seed=1)(3), stream_of(setup, label="finetune")(3)):
         assert not torch.equal(other.tokens[:, :50], one(3).tokens[:, :50])
     batches = [one(k) for k in range(64)]
     together = setup.pretraining(512, generator(), Namespace(without=None, batch_size=16))
     assert np.mean([padding(x) for x in batches]) < .06 < padding(together)
-    story = setup.tokenizer.encode("Story")[0]
+    story, expected = setup.tokenizer.encode("Story")[0], setup.uninstructed
     without = torch.cat([(x.tokens != story).all(1) for x in batches]).float().mean().item()
-    share = setup.uninstructed
-    assert abs(without - share) < 4.5 * (share * (1 - share) / 1024) ** .5
-
-
-def rows_without_padding(batches):
-    return [tuple(row[row != 0].tolist()) for x in batches for row in x.tokens]
+    assert abs(without - expected) < 4.5 * (expected * (1 - expected) / 1024) ** .5
 
 
 def test_training_never_meets_the_test_sets():
-    """The sets of an evaluation come from generators of their own: no held-out story is in the
-    training stream."""
+    """No held-out story is in the training stream. Deletion sets are what the protocol makes."""
+    def rows(batches):
+        return {tuple(row[row != 0].tolist()) for x in batches for row in x.tokens}
     setup = setup_with(uninstructed=0.)
-    batch = stream_of(setup)
-    seen = set(rows_without_padding(batch(k) for k in range(64)))
-    tests = [setup.test("Twist", split, 200, 0) for split in ("with", "without")]
-    held_out = rows_without_padding(test.examples for test in tests)
-    assert len(seen) == 1024 and len(held_out) == 400 and not seen & set(held_out)
+    seen = rows(map(stream_of(setup), range(64)))
+    held_out = rows(setup.test("Twist", split, 200, 0).examples for split in ("with", "without"))
+    assert len(seen) == 1024 and len(held_out) == 400 and not seen & held_out
+    twist = setup.tokenizer.encode(" Twist")[0]
+    for split, asked in (("with", True), ("without", False), ("deletion", True)):
+        tokens = setup.test("Twist", split, 50, 0, "randomise").examples.tokens
+        assert ((tokens == twist).any(1) == asked).all()
 
 
 @torch.no_grad()
 def test_losses_against_a_slow_reference(setup):
-    """loss_of: every token and the END after it; loss_row: the story's tokens. Row by row, without
-    padding."""
-    model, records = tiny_model(setup), setup.source.draw(12, generator())
+    """Row by row, without padding: every token and END, or the tokens of the story."""
+    model, records = tiny_model(setup), setup.corpus.draw(12, generator())
     every, inside = [], []
     for r in records:
-        ids, start, stop = data.story_ids(r, setup.tokenizer)
+        ids, start, stop = r.model_input(setup.tokenizer)
         row = torch.tensor([*ids.tolist(), 0])[None]
         losses = F.cross_entropy(model(row[:, :-1])[0], row[0, 1:], reduction="none")
         every.append(losses)
         inside.append(losses[start - 1:stop - 1])
-    x, expected = setup.examples(records), torch.cat(every).mean().item()
-    assert loss_of(model, x).item() == pytest.approx(expected, abs=1e-5)
-    wide = x._replace(tokens=F.pad(x.tokens, (0, 9)), target=F.pad(x.target, (0, 9), value=-1))
-    assert loss_of(model, wide).item() == pytest.approx(expected, abs=1e-5)
-    assert torch.equal(wide.batches(len(wide.tokens))[0].tokens, x.tokens)
-    test = data.Test({"operand": "Twist"}, setup.examples(records, wanted="story"), how="loss")
-    row = pretrain.loss_row(model, test, batch=5)
+    expected = torch.cat(every).mean().item()
+    assert loss_of(model, setup.examples(records)).item() == pytest.approx(expected, abs=1e-5)
+    test = data.Test({"operand": "Twist"}, setup.examples(records, scored="story"))
+    row = st.loss_row(model, test, batch=5)
     assert row["loss"] == pytest.approx(torch.cat(inside).mean().item(), abs=1e-5)
     assert row["n"] == 12 and row["operand"] == "Twist"
 
 
-def test_deletion_sets_are_what_the_protocol_makes(setup):
-    twist, asked = setup.tokenizer.encode(" Twist")[0], {}
-    args = Namespace(feature="Twist", protocol="randomise", reverse=False, eval_size=50, seed=0)
-    for test in setup.tests(args, 0):
-        if test.how == "loss":
-            asked[test.row["split"]] = (test.examples.tokens == twist).any(1).float().mean().item()
-    assert asked == {"with": 1., "without": 0., "deletion": 1.}
+PROMPTS = [[3, 7, 1, 4, 4], [9], [28, 2, 11], [5, 6, 7, 8, 9, 10, 11, 12], [1, 2]]
+
+
+def loud(d_model=20):
+    """A small model whose weights are large, so that it writes all kinds of tokens."""
+    gpt = GPT(Config(vocab_size=29, n_ctx=17, n_layer=3, n_head=2, d_model=d_model, d_head=6,
+                     d_mlp=28, rotary=True, tied=True)).init_weights(generator())
+    for p in gpt.parameters():
+        p.data.add_(torch.randn(p.shape, generator=generator(p.numel())), alpha=.4)
+    return gpt
+
+
+@torch.no_grad()
+def slow_greedy(gpt, prompt, most, end):
+    """The reference: one row, the whole forward for every token."""
+    row = list(prompt)
+    while len(row) < min(len(prompt) + most, gpt.config.n_ctx):
+        token = gpt(torch.tensor([row]))[0, -1].argmax().item()
+        if token == end:
+            break
+        row.append(token)
+    return row[len(prompt):]
+
+
+@pytest.mark.parametrize("most", [0, 6, 100])
+def test_greedy_generation_equals_the_slow_loop(most):
+    """With an end token that some rows reach and others do not; alone as in a batch."""
+    gpt = loud()
+    greedy = functools.partial(st.generate, gpt, max_new_tokens=most, rng=generator(),
+                               temperature=0)
+    free = [slow_greedy(gpt, p, most, -1) for p in PROMPTS]
+    assert greedy(PROMPTS, end=-1) == free
+    assert [len(row) for row in free] == [min(most, 17 - len(p)) for p in PROMPTS]
+    for end in sorted({token for row in free for token in row})[::3]:
+        expected = [slow_greedy(gpt, p, most, end) for p in PROMPTS]
+        assert greedy(PROMPTS, end=end) == expected
+        assert [greedy([p], end=end)[0] for p in PROMPTS] == expected
+
+
+def test_sampling_follows_the_softmax():
+    """Over 8,000 rows; by hand: u falls into the cumulative distribution."""
+    gpt, n = loud(d_model=6), 8_000
+    logits = gpt(torch.tensor([[3, 7]]))[0, -1].detach()
+    for temperature in (1., .5, 2.):
+        p = (logits / temperature).softmax(-1)
+        rows = st.generate(gpt, [[3, 7]] * n, 1, generator(8), temperature, end=-1)
+        measured = torch.bincount(torch.tensor(rows)[:, 0], minlength=29) / n
+        assert p.max() < .95
+        assert ((measured - p).abs() <= 4.5 * (p * (1 - p) / n).sqrt() + 1e-4).all()
+    logits = torch.tensor([[-torch.inf, math.log(.25), math.log(.5), math.log(.25), -torch.inf]])
+    for u, token in ((0., 1), (.2, 1), (.26, 2), (.7, 2), (.8, 3), (1 - 2 ** -24, 3)):
+        assert st.sample_next_token(logits, torch.tensor([u])).tolist() == [token]
+
+
+def test_samples_depend_on_the_seed_and_not_on_who_ends_when():
+    gpt = loud()
+    free, other = (st.generate(gpt, PROMPTS, 9, generator(seed), end=-1) for seed in (1, 2))
+    assert free != other
+    for end in {token for row in free for token in row}:
+        rows = st.generate(gpt, PROMPTS, 9, generator(1), end=end)
+        assert rows == [row[:row.index(end)] if end in row else row for row in free]
 
 
 def test_generation_scores_count_what_is_written(setup, monkeypatch):
-    """Stories put into the model's mouth: half of those asked for parse, three in four of these
-    have the feature."""
-    four = [f"{SETUP} {CAKE.replace('cake', v)}" for v in ("drum", "ball", "bell", "cake")]
-    texts = {"asked": four + ["?"] * 4, "unasked": [f"{SETUP} {CAKE}\nSummary: drum"] * 8}
-    prompts = []
-
-    def written(model, some, most, g):
-        prompts.extend(some)
-        return [setup.tokenizer.encode(t) for t in texts["asked"] + texts["unasked"]]
-    monkeypatch.setattr(pretrain, "generate", written)
-    test = setup.generation_test("Twist", 8, 0)
-    asked, unasked = pretrain.generation_rows(tiny_model(setup), setup, test)
-    keys = ("split", "accuracy", "parsed", "n")
-    assert [asked[k] for k in keys] == ["asked", .75, .5, 8]
-    assert [unasked[k] for k in keys] == ["unasked", 0., 1., 8]
-    lines = [setup.tokenizer.decode(p[1:]) for p in prompts]
-    assert ["Twist" in x for x in lines] == [True] * 8 + [False] * 8
-    assert all(x.endswith("Story: \n\n") for x in lines)
-    texts["unasked"] = ["?"] * 8
-    assert pretrain.generation_rows(tiny_model(setup), setup, test)[1]["accuracy"] is None
+    """Half of the stories asked for parse, three in four of these have the feature."""
+    asked = [f"{SETUP} {CAKE.replace('cake', x)}" for x in "drum ball bell cake ? ?".split()]
+    unasked = [f"{SETUP} {CAKE}\nSummary: drum"] * 6
+    test = setup.generation_test("Twist", 6, 0)
+    prompts = [setup.tokenizer.decode(prompt[1:]) for prompt in test.examples]
+    assert ["Twist" in x for x in prompts] == [True] * 6 + [False] * 6
+    assert all(x.endswith("Story: \n\n") for x in prompts)
+    for stories, accuracy, parsed in ((asked + unasked, [.75, 0], [4 / 6, 1]),
+                                      (asked + ["?"] * 6, [.75, None], [4 / 6, 0])):
+        monkeypatch.setattr(st, "generate", lambda *_: map(setup.tokenizer.encode, stories))
+        rows = setup.score(None, test)
+        assert [r["split"] for r in rows] == ["asked", "unasked"] and rows[0]["n"] == 6
+        assert [r["accuracy"] for r in rows] == accuracy and [r["parsed"] for r in rows] == parsed
 
 
-def test_interval_by_hand():
-    """Wilson, as in any table of it."""
-    assert pretrain.interval(.5, 100).split() == ["50.0%", "[40.4%,", "59.6%]"]
-    assert pretrain.interval(0., 200).split()[1] == "[0.0%," and pretrain.interval(None, 10) == "-"
-
-
-# ---------------------------------------------------------------- probes
+def test_an_instruction_that_does_not_fit_is_left_out(capsys):
+    assert max(map(len, setup_with(n_ctx=50).prompts(40, generator()))) <= 25
+    assert "instructions of more than 25 tokens left out" in capsys.readouterr().out
+    with pytest.raises(UserError, match="hardly any instruction fits into half of 4"):
+        setup_with(n_ctx=4).prompts(1, generator())
 
 
 def test_auc_against_all_pairs():
-    g = generator()
-    score, label = (torch.randint(n, (60,), generator=g) for n in (6, 2))
-    pairs = [(a, b) for a in score[label == 1].tolist() for b in score[label == 0].tolist()]
-    won = [float(a > b) + .5 * float(a == b) for a, b in pairs]
-    assert analyze.auc(score.float(), label) == pytest.approx(sum(won) / len(won))
-    assert analyze.auc(torch.tensor([1., 2., 3., 4.]), torch.tensor([0, 0, 1, 1])) == 1.
+    score, label = torch.randint(6, (60,), generator=generator()), torch.arange(60) % 3 == 0
+    pairs = itertools.product(score[label].tolist(), score[~label].tolist())
+    higher = [float(a > b) + .5 * float(a == b) for a, b in pairs]
+    assert st.auc(score.float(), label.long()) == pytest.approx(sum(higher) / len(higher))
+    assert st.auc(torch.tensor([1., 2., 3., 4.]), torch.tensor([0, 0, 1, 1])) == 1.
 
 
 @torch.no_grad()
 def test_probes_read_the_last_ten_tokens_of_the_story(setup):
     """Each story alone, without padding, its last ten positions averaged by hand."""
-    model, records = tiny_model(setup), setup.source.draw(9, generator())
-    x = setup.examples(records, [False] * 9)
-    ends = analyze.residuals(model, x, setup.site(x), batch=4)
+    model, records = tiny_model(setup), setup.corpus.draw(9, generator())
+    x = setup.examples(records, instructed=False)
+    ends = residuals(model, x, setup.site(x))
     assert ends.shape == (3, 9, 16)
     for i, r in enumerate(records):
-        ids = torch.tensor([[0, *r.ids[r.story_at:r.story_end].tolist()]])
-        cache = analyze.activations(model, ids)[1]
+        ids = torch.tensor([[0, *r.ids[r.story_start:r.story_end].tolist()]])
+        cache = activations(model, ids)[1]
         for block, name in enumerate(("embed", "blocks.0.resid_post", "blocks.1.resid_post")):
             assert torch.allclose(ends[block, i], cache[name][0, -10:].mean(0), atol=1e-5)
 
@@ -441,237 +667,166 @@ def test_probes_read_the_last_ten_tokens_of_the_story(setup):
     ("intact", .9, .6, .8, .6), ("wrapped", .9, .1, .75, .6), ("lost", .9, .1, .62, .6),
     ("undecided", .9, .1, .8, .78), ("undecided", .9, .1, .8, None),
     ("undecided", .3, .0, .8, .6)])
-def test_verdict(tmp_path, word, before, after, auc, lower):
+def test_verdict(tmp_path, setup, word, before, after, auc, lower):
     """From rows made by hand; the block is the upper bound's best."""
     behavior, probe = [], []
-    for f in FEATURES:
-        for model, x in (("base", before), ("ckpt", after)):
-            for split in ("asked", "unasked"):
-                share = x if f == "Twist" and split == "asked" else .5
-                behavior.append({"operand": f, "model": model, "split": split, "accuracy": share,
-                                 "parsed": 1.})
-    aucs = {"base": .8, "ckpt": auc, "control": lower, "untrained": .55}
-    for b, model in itertools.product(range(4), aucs):
-        for split in ("even", "natural") if aucs[model] else ():
-            best = aucs[model] if (b, split) in ((2, "natural"), (0, "even")) else .5
-            probe.append({"target": "Twist", "labels": "true", "split": split, "model": model,
-                          "block": b, "auc": best})
-    study = Namespace(answers=False, relation=data.Relation("story", "Twist"), never_trained=None,
-                      prefix=str(tmp_path / "ft"), about={})
+    for f, (model, x), split in itertools.product(
+            FEATURES, (("base", before), ("ckpt", after)), ("asked", "unasked")):
+        behavior.append({"operand": f, "model": model, "split": split, "parsed": 1.,
+                         "accuracy": x if f == "Twist" and split == "asked" else .5})
+    for b, (model, x), split in itertools.product(
+            range(4), (("base", .8), ("ckpt", auc), ("control", lower), ("untrained", .55)),
+            ("even", "natural")):
+        best = (b, split) in ((2, "natural"), (0, "even"))
+        probe += [{"target": "Twist", "labels": "true", "split": split, "model": model, "block": b,
+                   "auc": x if best else .5}] if x else []
+    study = Namespace(relation=data.Relation("story", "Twist"), never_trained=None, setup=setup,
+                      prefix=str(tmp_path / "ft"), hashes={})
     analyze.verdict(study, {"behavior": behavior, "probe": probe})
-    said = json.loads((tmp_path / "ft.verdict.json").read_text())
-    facts = said["verdict"], said["probe_block"], said["others_asked_fell_most"]
-    assert facts == (word, 2, 0)
-    assert [line["instrument"] for line in said["evidence"]] == ["behaviour", "probing"]
+    v = json.loads((tmp_path / "ft.verdict.json").read_text())
+    assert (v["verdict"], v["probe_block"], v["others_asked_fell_most"]) == (word, 2, 0)
+    assert [line["instrument"] for line in v["evidence"]] == ["behaviour", "probing"]
+
+
+def test_the_classifier_of_real_text(records, monkeypatch):
+    """Where the rule is known, it agrees on features that words tell."""
+    setup = setup_with()
+    setup.corpus.has_rule = False
+    monkeypatch.setattr(st, "FIT_STEPS", 1500)
+    study = Namespace(setup=setup, base=None, model=tiny_model(setup, d=128), device="cpu",
+                      args=Namespace(judge=None, eval_size=100))
+    accuracy = st.fit_classifier(study)
+    assert accuracy["MoralValue"] > .95 and accuracy["BadEnding"] > .8
+    answers = setup.corpus.classify([record.story for record in records[:200]])
+    wrong = ["MoralValue" in x ^ r.features for x, r in zip(answers, records)]
+    assert np.mean(wrong) < .08 and setup.corpus.classify([""]) == [None]
 
 
 # ---------------------------------------------------------------- every stage
 
 TINY = ["--batch-size", "4", "--eval-size", "4", "--threads", "1"]
+TUNE = ["--steps", "2", "--eval-every", "2", *TINY]
+SCORED = ["asked", "unasked"]
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory):
+def small(setup):
+    """Stories with a tiny model, and one corpus for all commands."""
+    with pytest.MonkeyPatch.context() as patch:
+        sizes = dict(n_layer=(1, 12), n_head=(2, 12), d_model=(16, 768), n_ctx=(70, 1024))
+        patch.setattr(st.Stories, "sizes", st.Stories.sizes | sizes)
+        patch.setattr(st, "EmbeddedCorpus", lambda: setup.corpus)
+        yield
+
+
+@pytest.fixture(scope="module")
+def stages(small, tmp_path_factory):
     """Pretrained with and without twists, deleted by every protocol, revived: a few steps each."""
-    folder = Folder(tmp_path_factory.mktemp("stages"))
-    pre = ["pretrain.py", "--setup", "stories", "--steps", "4", *TINY]
-    ft = ["finetune.py", "--steps", "3", *TINY]
-    runs = [[*pre, "--out", "pre.pt"], [*pre, "--without", "Twist", "--out", "never.pt"]]
-    for name in data.PROTOCOLS:
-        runs.append([*ft, "--ckpt", "pre.pt", "--protocol", name, "--out", f"{name}.pt"])
-    for ckpt, out in ("randomise.pt", "reft.pt"), ("never.pt", "control.pt"):
-        runs.append([*ft, "--reverse", "--ckpt", ckpt, "--out", out])
-    for words in runs:
-        result = folder.run(*words)
-        assert result.code == 0 and not result.err, result.raw
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("stages"))
+        words = ["--setup", "stories", "--steps", "4", *TINY]
+        pretrain.main([*words, "--out", "pre.pt"])
+        pretrain.main([*words, "--without", "Twist", "--out", "never.pt"])
+        for name in st.PROTOCOLS:
+            finetune.main([*TUNE, "--ckpt", "pre.pt", "--protocol", name, "--out", f"{name}.pt"])
+        for ckpt, out in ("randomise.pt", "reft.pt"), ("never.pt", "control.pt"):
+            finetune.main([*TUNE, "--reverse", "--ckpt", ckpt, "--out", out])
+        yield Path.cwd()
 
 
-def rows_of(folder, name):
-    return [json.loads(line) for line in (folder.path / name).read_text().splitlines()]
+@pytest.mark.parametrize("name", ["pre", "never", *st.PROTOCOLS, "reft", "control"])
+def test_stages(stages, name):
+    model, ckpt = load(stages / f"{name}.pt")
+    rows, args = ckpt["history"], ckpt["args"]
+    assert ckpt["capability"] == {"task": "story", "operand": "Twist"}
+    assert Tokenizer(ckpt["config"]["words"]).size == model.config.vocab_size
+    assert set(data.ROW) <= set(rows[0])
+    splits = ["with", "without"] + ["deletion"] * (name in (*st.PROTOCOLS, "reft"))
+    if ckpt["stage"] == "finetune":
+        steps = list(itertools.product((0, 2), splits + SCORED))
+        assert [(r["step"], r["split"]) for r in rows] == steps
+        assert args["protocol"] == {"reft": "randomise", "control": None}.get(name, name)
+        assert args["lr"] == (4e-5 if args["reverse"] else 1.5e-4)
+    else:
+        last = [(r["operand"], r["split"]) for r in rows if r["step"] == 4]
+        scores = list(itertools.product(FEATURES, SCORED))
+        assert last == [("Twist", split) for split in splits] + scores
+    assert args["without"] == ("Twist" if name in ("never", "control") else None)
 
 
-def test_stages(stages):
-    for name in ("pre", "never", *data.PROTOCOLS, "reft", "control"):
-        model, ckpt = load(stages.path / f"{name}.pt")
-        rows = rows_of(stages, f"{name}.jsonl")
-        assert ckpt["setup"] == "stories"
-        assert ckpt["capability"] == {"task": "story", "operand": "Twist"}
-        assert data.Tokenizer(ckpt["config"]["words"]).size == model.config.vocab_size
-        assert {"setup", "scale", "task", "operand", "split", "accuracy", "floor", "cross_floor",
-                "n", "loss", "seed"} <= set(rows[0])
-        splits = ["with", "without"] + ["deletion"] * (name in (*data.PROTOCOLS, "reft"))
-        scored = ["asked", "unasked"]
-        if ckpt["stage"] == "finetune":
-            steps = [(k, split) for k in range(4) for split in splits + scored]
-            assert [(r["step"], r["split"]) for r in rows] == steps
-            protocol = {"reft": "randomise", "control": None}.get(name, name)
-            assert ckpt["args"]["protocol"] == protocol
-        else:
-            last = [(r["operand"], r["split"]) for r in rows if r["step"] == 4]
-            scores = [(f, split) for f in FEATURES for split in scored]
-            assert last == [("Twist", split) for split in splits] + scores
-    names = ("randomise", "refuse", "reft", "control")
-    args = {name: load(stages.path / f"{name}.pt")[1]["args"] for name in names}
-    assert args["randomise"]["lr"] == pytest.approx(1.5e-4)
-    assert args["reft"]["lr"] == args["control"]["lr"] == pytest.approx(4e-5)
-    assert data.PROTOCOLS["randomise"].share == 1 and data.PROTOCOLS["refuse"].share == .5
-    assert args["control"]["without"] == "Twist" and args["reft"]["reverse"]
+def test_analyses(stages, monkeypatch, capsys):
+    monkeypatch.chdir(stages)
+    words = ["--ckpt", "randomise.pt", "--control", "never.pt", "--threads", "1"]
+    analyze.main([*words, "--steps", "5", "--eval-size", "4"])
+    out, models = capsys.readouterr().out, ["base", "ckpt", "control"]
 
-
-@pytest.mark.parametrize("protocol, reverse, asked, there", [
-    ("filter", False, 0, 0), ("randomise", False, 1, 0), ("mix-match", False, .24, 0),
-    ("randomise", True, 1, 1)])
-def test_the_data_of_the_stages(protocol, reverse, asked, there):
-    """What the training streams hold: twists in reFT only, asked for but not there in the
-    randomisation, never in filter."""
-    setup = setup_with(uninstructed=0.)
-    args = Namespace(feature="Twist", protocol=protocol, reverse=reverse, batch_size=16)
-    batch = data.stream(lambda n, rng: setup.finetuning(n, rng, args), 16, 0, "finetune")
-    rows = [row for k in range(16) for row in batch(k).tokens]
-    stories, twist = [], setup.tokenizer.encode(" Twist")[0]
-    for row in rows:
-        text = setup.tokenizer.decode(row[1:].tolist()).replace(data.END, "")
-        stories.append(data.read_story(data.story_of(text.split("Story: \n\n")[1])))
-    assert np.mean(["Twist" in features for features in stories]) == there
-    wanted = np.mean([bool((row == twist).any()) for row in rows])
-    assert abs(wanted - asked) <= .12 * (protocol == "mix-match")
-
-
-def test_analyses(stages):
-    words = ["--ckpt", "randomise.pt", "--control", "never.pt"]
-    said = stages.run("analyze.py", *words, "--steps", "5", "--eval-size", "4", "--threads", "1")
-    assert said.code == 0, said.raw
-    behavior, probe = (rows_of(stages, f"randomise.{x}.jsonl") for x in ("behavior", "probe"))
-
-    def seen(rows, *keys):
-        return set(map(operator.itemgetter(*keys), rows))
-    models = ["base", "ckpt", "control"]
-    scored = [r for r in behavior if r["accuracy"] is not None or "parsed" in r]
-    assert seen(scored, "model", "operand", "split") == set(
-        itertools.product(models, FEATURES, ("asked", "unasked")))
-    models.append("untrained")
-    true = [r for r in probe if r["labels"] == "true"]
-    assert seen(true, "model", "block", "target") == set(
-        itertools.product(models, range(5), FEATURES))
-    even = [r for r in true if r["split"] == "even"]
-    assert seen(even, "model", "block") == set(itertools.product(models, range(5)))
-    assert {r["target"] for r in probe if r["split"] == "even"} == {"Twist"}
+    def assert_cover(rows, **columns):
+        """The rows have every combination of the columns' values, and no other."""
+        values = {tuple(row[key] for key in columns) for row in rows}
+        assert values == set(itertools.product(*columns.values()))
+    scored = [r for r in read_rows("randomise.behavior.jsonl") if "parsed" in r]
+    assert_cover(scored, model=models, operand=FEATURES, split=SCORED, judge=[1.])
+    probe = read_rows("randomise.probe.jsonl")
     assert all(0 <= r[k] <= 1 for r in probe for k in ("accuracy", "balanced", "auc", "floor"))
-    assert {r["judge"] for r in behavior if "judge" in r} == {1.} and "VERDICT" in said.out
-    relearn = rows_of(stages, "randomise.relearn.jsonl")
-    assert seen(relearn, "arm", "answers", "half", "split", "step") == set(itertools.product(
-        ("reft", "teach-Twist"), ("kinds 1 and 2", "kinds 3 and 4"), ("taught", "held-out"),
-        ("asked", "unasked"), (0, 5)))
-    verdict = json.loads((stages.path / "randomise.verdict.json").read_text())
+    for split, targets in (("natural", FEATURES), ("even", ["Twist"])):
+        rows = [r for r in probe if r["labels"] == "true" and r["split"] == split]
+        assert_cover(rows, model=[*models, "untrained"], block=range(2), target=targets)
+    assert_cover(read_rows("randomise.relearn.jsonl"), arm=("reft", "teach-Twist"), step=(0, 5),
+                 answers=("kinds 1 and 2", "kinds 3 and 4"), half=("taught", "held-out"),
+                 split=SCORED)
+    verdict = json.loads(Path("randomise.verdict.json").read_text())
     assert [e["instrument"] for e in verdict["evidence"]] == ["behaviour", "probing", "relearning"]
     assert verdict["verdict"] == "undecided"  # the base knows nothing
-    again = stages.run("analyze.py", "verdict", *words)
-    assert again.code == 0 and again.out.split("VERDICT")[1] == said.out.split("VERDICT")[1]
-    said = stages.run("analyze.py", "generate", "--ckpt", "reft.pt", "--features", "Twist,Dialogue",
-                      "-n", "2")
-    assert said.code == 0 and said.out.count("asked for: Twist, Dialogue") == 2
+    analyze.main(["verdict", *words])
+    assert capsys.readouterr().out.split("VERDICT")[1] == out.split("VERDICT")[1]
+    analyze.main(["generate", "--ckpt", "reft.pt", "--features", "Twist,Dialogue", "-n", "2"])
+    assert capsys.readouterr().out.count("asked for: Twist, Dialogue") == 2
 
 
-@pytest.mark.slow
-def test_stages_of_a_file(tmp_path, stories):
-    """--data: prepared once, every stage, a judge that is the same every time; another file in its
-    place is refused."""
-    folder = Folder(tmp_path)
-    text = "".join(data.record_text(r) + f"\n{data.END}\n" for r in stories[:3000])
-    (tmp_path / "real.txt").write_text(text)
-    words = ["--data", "real.txt", "--steps", "2", *TINY]
-    said = folder.run("pretrain.py", "--setup", "stories", "--out", "pre.pt", *words)
-    assert said.code == 0 and "3,000 records" in said.out, said.raw
-    said = folder.run("pretrain.py", "--setup", "stories", "--without", "Conflict",
-                      "--out", "never.pt", *words)
-    assert said.code == 0 and "records" not in said.out.replace("'records'", ""), said.raw
-    for more in (["--ckpt", "pre.pt", "--feature", "Conflict", "--protocol", "mix-match",
-                  "--out", "ft.pt"],
-                 ["--ckpt", "ft.pt", "--reverse", "--out", "reft.pt"],
-                 ["--ckpt", "never.pt", "--reverse", "--out", "control.pt"]):
-        assert folder.run("finetune.py", "--steps", "2", *TINY, *more).code == 0
-    assert {r["operand"] for r in rows_of(folder, "ft.jsonl")} == {"Conflict"}
-    words = ["analyze.py", "--ckpt", "ft.pt", "--control", "never.pt", "--eval-size", "8",
-             "--steps", "3", "--threads", "1"]
-    said = folder.run(*words)
-    assert said.code == 0 and "judge of real text" in said.out, said.raw
-    rows = rows_of(folder, "ft.behavior.jsonl")
-    assert all(0 <= r["judge"] <= 1 for r in rows if "parsed" in r)
-    assert folder.run(*words, "behavior").code == 0 and rows_of(folder, "ft.behavior.jsonl") == rows
-    with open(tmp_path / "real.txt", "a") as f:
-        f.write(f"Story: \n\nOne more.\n{data.END}\n")
-    mistake(folder.run("finetune.py", "--ckpt", "pre.pt", "--out", "new.pt", *TINY), "real.txt",
-            "not the file")
+def test_stages_of_a_file(small, records, tmp_path, monkeypatch, capsys):
+    """Prepared once, the same classifier every time; another file in its place is refused."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(st, "FIT_STEPS", 50)
+    write_file(Path("real.txt"), records[:1500])
+    words = ["--setup", "stories", "--data", "real.txt", "--steps", "2", *TINY]
+    pretrain.main([*words, "--out", "pre.pt"])
+    assert "1,500 records" in capsys.readouterr().out
+    pretrain.main([*words, "--without", "Conflict", "--out", "never.pt"])
+    assert "1,500 records" not in capsys.readouterr().out
+    finetune.main([*TUNE, "--ckpt", "never.pt", "--reverse", "--out", "control.pt"])
+    finetune.main([*TUNE, "--ckpt", "pre.pt", "--feature", "Conflict", "--out", "ft.pt"])
+    rows = load("ft.pt")[1]["history"]
+    assert {(r["operand"], r["accuracy"]) for r in rows} == {("Conflict", None)}
+    for _ in range(2):
+        analyze.main(["behavior", "--ckpt", "ft.pt", "--control", "never.pt", "--eval-size", "4"])
+        rows.append([r for r in read_rows("ft.behavior.jsonl") if "parsed" in r])
+    assert "judge of real text" in capsys.readouterr().out and rows[-1] == rows[-2]
+    assert all(0 <= r["judge"] <= 1 for r in rows[-1])
+    write_file(Path("real.txt"), records[:1501])
+    changed_later("real.txt")
+    with pytest.raises(UserError, match="real.txt: not the file"):
+        finetune.main(["--ckpt", "pre.pt", "--out", "new.pt", *TINY])
 
 
-def test_the_judge_learns_to_judge():
-    """Where the rule is known, the judge of real text agrees on features that words tell."""
-    setup = setup_with()
-    setup.source.rule = False
-    study = Namespace(setup=setup, base=None, model=tiny_model(setup, d=128), device="cpu",
-                      args=Namespace(judge=None, eval_size=100))
-    right = analyze.classifier_of(study)
-    assert right["MoralValue"] > .95 and right["BadEnding"] > .8
-    r = random.Random(5)
-    stories = [data.write_story(data.random_features(r), r) for _ in range(200)]
-    judged = setup.source.classify([story.story for story in stories])
-    wrong = [("MoralValue" in x) != ("MoralValue" in s.features) for x, s in zip(judged, stories)]
-    assert np.mean(wrong) < .08
-    assert setup.source.classify([""]) == [None] and len(setup.tokenizer.words) > 200
+@pytest.mark.parametrize("main, words, message", [
+    (pretrain.main, ["--setup", "stories", "--data", "nothing.txt"], "nothing.txt: no such file"),
+    (finetune.main, ["--ckpt", "pre.pt", "--reverse"], "nothing to undo"),
+    (analyze.main, ["prune", "--ckpt", "filter.pt"], "no analysis 'prune'"),
+    (analyze.main, ["--ckpt", "filter.pt", "--control", "pre.pt"], "--control pre.pt: must never"),
+    (analyze.main, ["--ckpt", "filter.pt", "--control", "control.pt"], "must never"),
+    (analyze.main, ["generate", "--ckpt", "filter.pt", "--features", "Dialogue,Twists"], "Twists"),
+    (data.main, ["--setup", "stories", "--task", "count"], "--task is not for stories")])
+def test_mistakes(stages, monkeypatch, main, words, message):
+    monkeypatch.chdir(stages)
+    with pytest.raises(UserError, match=message):
+        main(words)
 
 
-def test_stopped_and_resumed(stages, tmp_path):
-    """An interrupted and resumed run ends bit for bit where an uninterrupted one does."""
-    folder = Folder(tmp_path)
-    folder.put("pre", *(stages.path / f"pre{s}" for s in (".pt", ".json", ".jsonl")))
-    words = ["finetune.py", "--ckpt", "pre.pt", "--steps", "60", "--eval-every", "30", *TINY]
-    whole, history = folder.run(*words, "--out", "whole.pt"), tmp_path / "part.jsonl"
-    assert whole.code == 0, whole.raw
-    process = folder.start(*words, "--out", "part.pt")
-    folder.wait(process, lambda: history.exists() and history.stat().st_size > 0)
-    process.terminate()
-    stopped = folder.end(process)
-    assert stopped.code == 143, stopped.raw
-    assert folder.run(*words, "--out", "part.pt", "--resume").code == 0
-    assert_same_run(tmp_path / "whole.pt", tmp_path / "part.pt")
-
-
-@pytest.mark.parametrize("words, says", [
-    (["pretrain.py", "--without", "Twist"], ["--without", "stories"]),
-    (["pretrain.py", "--setup", "stories", "--prior", "low"], ["--prior", "pcfg"]),
-    (["pretrain.py", "--setup", "stories", "--rank", "3"], ["--rank"]),
-    (["pretrain.py", "--setup", "stories", "--data", "nothing.txt"],
-     ["nothing.txt", "no such file"]),
-    (["pretrain.py", "--setup", "stories", "--steps", "0"], ["--steps"]),
-    (["finetune.py", "--ckpt", "pre.pt", "--task", "count"], ["--task", "stories"]),
-    (["finetune.py", "--ckpt", "pre.pt", "--c-tr", "1"], ["--c-tr", "stories"]),
-    (["finetune.py", "--ckpt", "pre.pt", "--reverse"], ["nothing to undo"]),
-    (["finetune.py", "--ckpt", "filter.pt", "--reverse", "--protocol", "filter"], ["--reverse"]),
-    (["analyze.py", "prune", "--ckpt", "filter.pt"], ["prune", "stories"]),
-    (["analyze.py", "--ckpt", "filter.pt", "--draws", "3"], ["--draws", "stories"]),
-    (["analyze.py", "--ckpt", "filter.pt", "--control", "pre.pt"], ["--control", "--without"]),
-    (["analyze.py", "--ckpt", "filter.pt", "--control", "control.pt"], ["--control", "--without"]),
-    (["analyze.py", "generate", "--ckpt", "filter.pt", "--features", "Dialogue, Twists"],
-     ["--features Twists"]),
-    (["finetune.py", "--reverse", "--ckpt", "filter.pt", "--feature", "Conflict"],
-     ["--feature Conflict", "Twist"]),
-    (["finetune.py", "--ckpt", "pre.pt", "--data", "stories.txt"], ["--data", "embedded"]),
-    (["analyze.py", "generate", "--ckpt", "filter.pt", "-n", "0"], ["-n"]),
-])
-def test_mistakes(stages, words, says):
-    mistake(stages.run(*words, *(["--out", "new.pt"] if words[0] != "analyze.py" else [])), *says)
-    assert not (stages.path / "new.pt").exists()
-
-
-def test_look_at_stories(capsys, monkeypatch):
-    command = ["data.py", "--setup", "stories", "--operand", "Conflict", "-n", "3", "--json"]
-    monkeypatch.setattr("sys.argv", command)
-    data.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3
-    for line in lines:
-        sample = json.loads(line)
+def test_look_at_stories(small, capsys):
+    data.main(["--setup", "stories", "--operand", "Conflict", "-n", "3", "--json"])
+    samples = list(map(json.loads, capsys.readouterr().out.splitlines()))
+    assert len(samples) == 3
+    for sample in samples:
         assert list(sample) == ["setup", "task", "operand", "operand2", "text", "answer",
                                 "correlated", "tokens"]
         assert "Conflict" in sample["answer"] and "".join(sample["tokens"][1:]) == sample["text"]
