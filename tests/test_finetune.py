@@ -69,7 +69,7 @@ def test_the_loss_of_a_mixed_batch_is_the_mean_of_its_rows():
     slow, fast = (torch.autograd.grad(loss, list(model.parameters())) for loss in (mean, mixed))
     assert mixed.item() == pytest.approx(mean.item(), abs=1e-5)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(slow, fast))
-    for part, rows in zip(x.batches(8), torch.stack(losses).split(8), strict=True):
+    for part, rows in zip(x.split(8), torch.stack(losses).split(8), strict=True):
         assert (part.target[:, -1] >= 0).any()  # columns that no row of the batch needs are cut
         assert loss_of(model, part).item() == pytest.approx(rows.mean().item(), abs=1e-5)
 

@@ -23,7 +23,7 @@ import data
 import finetune
 import pretrain
 from data import UserError, read_rows
-from model import GPT, Config, activations, load, loss_of, loss_row, residuals
+from model import GPT, Config, activations, load, loss_of, residuals
 from setups import stories as st
 from setups.stories import END, FEATURES, FileCorpus, Record, Tokenizer, parse_records
 
@@ -68,30 +68,22 @@ CASES = [  # the text before END, then its Record
      "", "Twist Dialogue", FIELDS + STORY, "A.\n\nB.", ""),
     (f"Summary: S.\nFeatures: Conflict\nRandom sentence: R.\n{STORY}A.\n",  # another order
      "Summary: S.\n", "Conflict", f"Random sentence: R.\n{STORY}", "A.", ""),
-    (f"Features: Conflict, Twist\n{STORY}A.\n", "", "Twist Conflict", STORY, "A.", ""),
     (f"{WORDS}A.\n", "", "", WORDS, "A.", ""),
     (f"Features: Twist\n{STORY}A.\n\nB. \n\nSummary: S.\nmore\n",  # late fields end a story
      "", "Twist", STORY, "A.\n\nB. ", "\n\nSummary: S.\nmore"),
-    (f"{STORY}A.\nSummary: S.\nRandom sentence: R.\n",
-     "", "", STORY, "A.", "\nSummary: S.\nRandom sentence: R."),
     (f"{WORDS}{INSIDE}\nSummary:", "", "", WORDS, INSIDE, "\nSummary:"),  # others do not
     (f"{STORY}His Summary: short. Features: Twist\n",  # nor within a line
      "", "", STORY, "His Summary: short. Features: Twist", ""),
     ("Features: Twist\nStory: A fox.\nB.\n", "", "Twist", "Story:", " A fox.\nB.", ""),
-    ("Story:A.\n", "", "", "Story:", "A.", ""),
-    ("Story:\n\n\nA.\n", "", "", "Story:\n\n\n", "A.", ""),
     (f"{STORY}  A.\n", "", "", STORY, "  A.", ""),
     (f"Summary: one\ntwo\n\nFeatures: Twist,\nDialogue\n\n{WORDS}A.\n",  # over two lines
      "Summary: one\ntwo\n\n", "Twist Dialogue", f"\n{WORDS}", "A.", ""),
-    (f"Features: Twist\nWords: a\nFeatures: Conflict\n{STORY}A.\n",
-     "", "Twist Conflict", WORDS, "A.", ""),
     (f"Summary: S.\nFeatures: Rhyme,Twist, twist\n{WORDS}A.\n",
      "Summary: S.\n", "Twist", WORDS, "A.", ""),
     (f"Words: a\nFeatures: \n{STORY}A.\n", "Words: a\n", "", STORY, "A.", ""),
     ("Features: Twist\r\nWords: a\r\nStory: \r\n\r\nA.\r\n\r\nB.\r\nSummary: S.\r\n",
      "", "Twist", WORDS, "A.\n\nB.", "\nSummary: S."),
     (f"{STORY}{ODD}\n", "", "", STORY, ODD, ""),
-    (f"\n\n{STORY}A. \n \n\n", "", "", STORY, "A.", ""),
     (f"{STORY}A {END} B.\n{END}.\n", "", "", STORY, f"A {END} B.\n{END}.", "")]
 
 
@@ -169,13 +161,9 @@ def test_tokenizer_by_hand():
     assert t.encode("The oaks!") == [260, *(1 + b for b in b" oaks!")]
     assert t.encode("é") == [1 + 0xc3, 1 + 0xa9] and t.encode("") == []
     assert t.decode([260, 257, 0, 1 + 0xc3, 258]) == f"The oak{END}\ufffd."
-    assert t.decode(torch.tensor([260, 257])) == t.decode(np.array([260, 257])) == "The oak"
     ids = t.encode(f"{END} {END}")  # END within a text is text
     assert 0 not in ids and t.decode(ids) == f"{END} {END}"
-    # the most frequent words, ties by the alphabet
-    texts = [*"bbacdcccc", "a"]
-    assert Tokenizer.from_texts(texts, 3).words == ("c", "a", "b")
-    assert Tokenizer.from_texts(reversed(texts)).words == ("c", "a", "b", "d")
+    assert Tokenizer.from_texts("bbacdcccca", 3).words == ("c", "a", "b")  # ties by the alphabet
 
 
 def test_every_text_comes_back():
@@ -213,9 +201,9 @@ def test_a_hand_written_file(tmp_path, capsys):
                      + f"{END}\nFeatures: Twist\nStory: cut {END}\n".encode())
     corpus, expected = FileCorpus(str(path)), [case(*pieces) for _, *pieces in CASES]
     assert_holds(corpus, [*expected, case("", "", STORY, "bad \ufffd\ufffd bytes", "")])
-    assert corpus.tokenizer.decode(corpus.record(17).ids) == STORY + ODD
+    assert corpus.tokenizer.decode(corpus.record(12).ids) == STORY + ODD
     out = capsys.readouterr().out
-    for count in ("21 records", "'no story': 4", "'truncated': 1", "'unknown feature': 2"):
+    for count in ("15 records", "'no story': 4", "'truncated': 1", "'unknown feature': 2"):
         assert count in out
     assert corpus.file == {"name": "odd.txt", "sha256": data.sha256(path)}
 
@@ -254,7 +242,7 @@ def test_a_killed_preparation_never_looks_complete(tmp_path, monkeypatch, record
     with pytest.raises(UserError, match="no such file"):
         st.prepare(str(path))
     moved.rename(path)
-    assert_holds(FileCorpus(str(path)), records[:40])
+    st.prepare(str(path))
     path.unlink()  # the prepared files do without it
     assert_holds(FileCorpus(str(path)), records[:40])
 
@@ -273,11 +261,6 @@ def test_draws_keep_to_their_filter_and_their_part(tmp_path, records):
         counts = collections.Counter(number[e.ids.tobytes()] for e in drawn)
         assert set(counts) <= fit and len(counts) > .95 * len(fit)  # 6 to 6,000 draws a record
         assert max(counts.values()) < 6000 / len(fit) + 6 * (6000 / len(fit)) ** .5
-        again = corpus.draw(3, generator(5), feature, present, held_out)
-        assert [e.ids.tolist() for e in again] == [e.ids.tolist() for e in drawn[:3]]
-    e = corpus.draw(1, generator())[0]
-    e.ids[:] = 0  # a copy
-    assert e.ids.base is None and type(e.features_at) is int
     with pytest.raises(UserError, match="x.txt: no record .*Dialogue: True"):
         corpus.index[:, 5:] = 0
         corpus.draw(1, generator(), "Dialogue", True)
@@ -540,13 +523,17 @@ def test_batches(setup):
 
 
 def test_training_never_meets_the_test_sets():
-    """No held-out story is in the training stream: they come from generators of their own."""
+    """No held-out story is in the training stream. Deletion sets are what the protocol makes."""
     def rows(batches):
         return {tuple(row[row != 0].tolist()) for x in batches for row in x.tokens}
     setup = setup_with(uninstructed=0.)
     seen = rows(map(stream_of(setup), range(64)))
     held_out = rows(setup.test("Twist", split, 200, 0).examples for split in ("with", "without"))
     assert len(seen) == 1024 and len(held_out) == 400 and not seen & held_out
+    twist = setup.tokenizer.encode(" Twist")[0]
+    for split, asked in (("with", True), ("without", False), ("deletion", True)):
+        tokens = setup.test("Twist", split, 50, 0, "randomise").examples.tokens
+        assert ((tokens == twist).any(1) == asked).all()
 
 
 @torch.no_grad()
@@ -563,17 +550,9 @@ def test_losses_against_a_slow_reference(setup):
     expected = torch.cat(every).mean().item()
     assert loss_of(model, setup.examples(records)).item() == pytest.approx(expected, abs=1e-5)
     test = data.Test({"operand": "Twist"}, setup.examples(records, scored="story"))
-    row = loss_row(model, test, batch=5)
+    row = st.loss_row(model, test, batch=5)
     assert row["loss"] == pytest.approx(torch.cat(inside).mean().item(), abs=1e-5)
     assert row["n"] == 12 and row["operand"] == "Twist"
-
-
-def test_deletion_sets_are_what_the_protocol_makes(setup):
-    twist, asked = setup.tokenizer.encode(" Twist")[0], {}
-    args = Namespace(feature="Twist", protocol="randomise", reverse=False, eval_size=50, seed=0)
-    for test in setup.tests(args, 0)[:3]:
-        asked[test.row["split"]] = (test.examples.tokens == twist).any(1).float().mean().item()
-    assert asked == {"with": 1., "without": 0., "deletion": 1.}
 
 
 PROMPTS = [[3, 7, 1, 4, 4], [9], [28, 2, 11], [5, 6, 7, 8, 9, 10, 11, 12], [1, 2]]
@@ -702,7 +681,7 @@ def test_verdict(tmp_path, setup, word, before, after, auc, lower):
         probe += [{"target": "Twist", "labels": "true", "split": split, "model": model, "block": b,
                    "auc": x if best else .5}] if x else []
     study = Namespace(relation=data.Relation("story", "Twist"), never_trained=None, setup=setup,
-                      prefix=str(tmp_path / "ft"), about={})
+                      prefix=str(tmp_path / "ft"), hashes={})
     analyze.verdict(study, {"behavior": behavior, "probe": probe})
     v = json.loads((tmp_path / "ft.verdict.json").read_text())
     assert (v["verdict"], v["probe_block"], v["others_asked_fell_most"]) == (word, 2, 0)
