@@ -1,8 +1,8 @@
 """
 What is promised of compiled models: they compute what their program means, at every position and
 size; they agree with the Tracr library's own, whose parameters can be imported; they pass through
-the stages like any other checkpoint, and their analyses find what is planted. Programs are checked
-against interpret(), that against tables made by hand, answers against slow code.
+the stages like any other checkpoint. Programs are checked against interpret(), that against tables
+made by hand, answers against slow code.
 """
 import copy
 import itertools
@@ -21,7 +21,7 @@ import data
 import finetune
 import pretrain
 from data import Relation, UserError, rng
-from model import accuracy, activations, load, predict, weight_edits
+from model import activations, load
 from setups import tracr
 from setups.tracr import (LOGIT_SCALE, MLP_EXACTNESS, PROGRAMS, Aggregate, Compiled, Map, Program,
                           SelectorWidth, balance, compile_program, import_tracr)
@@ -121,8 +121,7 @@ def test_interpret_by_hand():
     assert values["answer"] == [3, 2, 1, 3, 2, 3, 0, 0]
 
 
-CASES = {  # a student's programs: variables of variables, several steps of a kind, heads with more
-    #        values than keys
+CASES = {  # a student's programs: variables of variables, several steps of a kind
     "unique": [SelectorWidth("n", "tokens", "tokens", operator.eq),
                Map("unique", "n", lambda n: n == 1)],
     "after a": [Map("is_a", "tokens", lambda t: t == "a"),
@@ -162,9 +161,6 @@ def test_compiled_variables_are_those_of_the_program(case):
                     assert torch.equal(logits[row, i + 1], LOGIT_SCALE * resid[row, i + 1, dims])
     with pytest.raises(KeyError, match="letters"):
         compile_program([*steps, Map("new", "letters", len)], alphabet, n)
-
-
-# ---------------------------------------------------------------- exactness
 
 
 @pytest.mark.parametrize("scale, exactness", [
@@ -227,10 +223,8 @@ def test_balance(setup):
 
 
 def test_noise():
-    """
-    Normal, on every weight but the output map's, by the seed alone. That of 1e-3, the paper's,
-    leaves little of the counter as Tracr writes it, and most of the balanced one.
-    """
+    """Normal, on every weight but the output map's, by the seed alone. That of 1e-3, the paper's,
+    leaves little of the counter as Tracr writes it, and most of the balanced one."""
     clean, *noisy = compiled("tracr-max"), *(
         with_noise(compiled("tracr-max"), .02, seed) for seed in (0, 0, 1))
     a, b, c = ([p - old for p, old in zip(model.parameters(), clean.parameters())]
@@ -279,9 +273,6 @@ def test_numbers_of_the_library(setup, string, answer, residuals, attention):
         x = cache[f"blocks.{block}.attn.pattern"][0, 0, query, key].item()
         assert abs(x - value) < 1e-5, (block, query, key)
     assert Compiled(setup).output_names[logits[0, 2].argmax()] == answer
-
-
-# ---------------------------------------------------------------- import
 
 
 def arrays_of(model, alphabet, values, seed=0):
@@ -356,7 +347,7 @@ def test_what_cannot_be_imported(tmp_path):
             {"param/layer_0/layer_norm/scale": np.ones(92)}, {query: right[query][:, :5]},
             {"vocab": ["a"] * 11}, {"vocab": right["vocab"].astype(object)})):
         np.savez(tmp_path / f"{i}.npz", **{**right, **wrong})
-    (tmp_path / "half.npz").write_bytes((tmp_path / "0.npz").read_bytes()[:9000])
+    (tmp_path / "text.npz").write_text("no archive")
     for path in (*tmp_path.iterdir(), tmp_path / "none.npz"):
         with pytest.raises(UserError, match=path.name) as error:
             import_tracr(path)
@@ -463,14 +454,13 @@ def test_import_from_the_command_line(tmp_path, monkeypatch):
     start = ["--setup", "tracr-count", "--no-balance", *TINY, "--params"]
     pretrain.main([*start, "small.npz"])
     finetune.main(["--steps", "2", "--operand", "d", *TINY])
-    imported, ckpt = load("out/pre.pt")
+    imported, _ = load("out/pre.pt")
     for (name, x), y in zip(model.state_dict().items(), imported.state_dict().values()):
         assert torch.allclose(x, y, rtol=1e-6, atol=0) if "head" in name else torch.equal(x, y)
     assert imported.config == model.config
-    setup = data.setup_of(ckpt)
+    setup = Compiled("tracr-count")
     setup.open(Namespace(**load("out/ft.pt")[1]["args"]))
-    assert (setup.alphabet, setup.max_seq_len, setup.length) == (list("abcd"), 12, 12)
-    assert setup.output_names == values
+    assert (setup.alphabet, setup.length, setup.output_names) == (list("abcd"), 12, values)
     for i, arrays in enumerate((arrays_of(compile_program(steps, "ab", 25), "ab", range(26)),
                                 arrays_of(model, "abcd", range(1, 14)))):
         np.savez(f"{i}.npz", **arrays)
@@ -499,81 +489,11 @@ def test_a_program_is_one_entry(tmp_path, monkeypatch, capsys):
 
 # ---------------------------------------------------------------- analyses
 
-COUNT = Relation("count", "a", "b", 1)
-
-
-def counter(noise=0.):
-    """A copy of the compiled Counter, with noise; its units of pruning; its setup."""
-    base = balance(compiled("tracr-count"))
-    model = with_noise(copy.deepcopy(base), noise)
-    return model, tracr.Weights(Namespace(base=base)), Compiled("tracr-count")
-
-
-def test_single_weights():
-    """All weights but the output map; zeros of the program apart; random ones matched in this."""
-    model, units, setup = counter(1e-3)
-    base = dict(units.program.named_parameters())
-    slopes = analyze.gradients(model, setup.test(COUNT, "b", "c0", 64, 0))
-    scores = analyze.unit_scores(units, model, slopes)
-    prunable = {n: p for n, p in model.named_parameters() if n != "head.weight"}
-    assert sum(map(len, scores.values())) == sum(p.numel() for p in prunable.values())
-    pools = units.pools(scores)
-    assert pools["all"] is scores
-    nonzero = sum(int((x == -torch.inf).sum()) for x in pools["zero-in-program"].values())
-    assert nonzero == sum(int((base[n] != 0).sum()) for n in prunable) == 375
-    assert set(units.orders("all")) == {*analyze.ORDERS, "exhaustive"}
-
-    def is_zero(u):
-        [(name, index, _)] = units.edits(model, [u])
-        return u[0], u[1], base[name][index].item() == 0
-    chosen = analyze.ranked_units(scores, 60)
-    random = analyze.matched_units(units, model, chosen, torch.Generator().manual_seed(0))
-    assert [is_zero(u) for u in random] == [is_zero(u) for u in chosen]
-    assert {u[:3] for u in random} != {u[:3] for u in chosen}
-    zeros = analyze.ranked_units(pools["zero-in-program"], 60)
-    assert all(is_zero(u)[2] for u in zeros) and not all(is_zero(u)[2] for u in chosen)
-    row = model.config.residual.index("n_a:2")
-    u = (1, "down.weight", row * model.config.d_mlp + 4, 0.)
-    assert units.label(model, *u[:3]) == "blocks.1.down.weight[n_a:2, 4]"
-    assert units.label(model, 1, "up.bias", 3) == "blocks.1.up.bias[3]"
-    assert units.label(model, 1, "attn.out.bias", row) == "blocks.1.attn.out.bias[n_a:2]"
-    with weight_edits(model, units.edits(model, [u])):
-        p = model.blocks[1].down.weight
-        assert p[row, 4] == 0 and (p == 0).sum() == 1
-
-
-def test_a_planted_wrapper_is_found_and_a_broken_model_is_not():
-    """
-    Positive control: one bias drowns every answer in a five; it is the weight that is tried best,
-    and without it the old answer is back. Negative control: the letter's own weight is gone.
-    """
-    model, units, setup = counter()
-    test, dim = setup.test(COUNT, "a", "natural", 100, 0), model.config.residual.index("answer:5")
-
-    def right():
-        return accuracy(predict(model, test.examples), test.examples.answer)
-
-    def best():
-        slopes = analyze.gradients(model, test)
-        ranked = analyze.ranked_units(analyze.unit_scores(units, model, slopes), 100)
-        first = tracr.exhaustive(units, model, ranked, test)[0]
-        with weight_edits(model, units.edits(model, [first])):
-            return first[:3], right()
-    assert right() == 1
-    model.blocks[1].down.bias.data[dim] = 2
-    assert right() < .2 and best() == ((1, "down.bias", dim), 1)
-    model.blocks[1].down.bias.data[dim] = 0
-    model.tok.weight.data[2, model.config.residual.index("tokens:a")] = 0
-    assert right() < .35 and best()[1] < .5
-
-
 def test_program_overlap_by_hand():
     """Three positions, the last two of them letters; the program's first letter looks right."""
     uniform, letters = torch.full((1, 3, 3), 1 / 3), slice(1, 3)
-    program = uniform.clone()
-    program[0, 1] = torch.tensor([0., 0., 1.])
-    wrong = uniform.clone()
-    wrong[0, 1] = torch.tensor([0., 1., 0.])
+    program, wrong = uniform.clone(), uniform.clone()
+    program[0, 1], wrong[0, 1] = torch.eye(3)[2], torch.eye(3)[1]
     for pattern, kept, order in ((program, 1, 1), (wrong, .5, 0), (uniform, 2 / 3, .5)):
         overlap = tracr.program_overlap(pattern, program, letters)
         assert overlap["kept"] == pytest.approx([kept, 2 / 3])
