@@ -32,7 +32,6 @@ def generator(seed=0):
 
 
 def setup_with(**constants):
-    """Stories of the embedded corpus, small, with other constants."""
     setup = st.Stories("stories")
     setup.open(Namespace(data=None))
     vars(setup).update(constants)
@@ -46,13 +45,12 @@ def setup():
 
 @pytest.fixture(scope="module")
 def records():
-    """20,000 records of the embedded corpus."""
     rng = random.Random(1)
     return [st.write_story(st.random_features(rng), rng) for _ in range(20000)]
 
 
-def tiny_model(setup, d=16, n_layer=2):
-    sizes = dict(n_layer=n_layer, n_head=2, d_model=d, d_head=8, d_mlp=32)
+def tiny_model(setup, d=16):
+    sizes = dict(n_layer=2, n_head=2, d_model=d, d_head=8, d_mlp=32)
     return GPT(Config(**{**setup.config(), **sizes})).init_weights(generator())
 
 
@@ -176,7 +174,6 @@ def write_file(path, records):
 
 
 def assert_holds(corpus, records):
-    """The corpus has these records, token for token."""
     for i, record in zip(range(len(corpus.index)), records, strict=True):
         encoded, reference = corpus.record(i), record.encode(corpus.tokenizer)
         assert encoded.ids.tolist() == reference.ids.tolist() and encoded[1:] == reference[1:]
@@ -469,8 +466,8 @@ def test_training_never_meets_the_test_sets():
         labels = setup.test(feature, split, 200, 0).examples.labels
         assert (labels[:, i] == (split == "with")).all()
         assert len(labels.unique(dim=0)) > 5  # the other features go on
-    deletion = setup.test("Twist", "deletion", 50, 0, "randomise").examples.tokens
-    assert (deletion == setup.tokenizer.encode(" Twist")[0]).any(1).all()
+    tokens = setup.test("Twist", "deletion", 50, 0, "randomise").examples.tokens
+    assert (tokens == setup.tokenizer.encode(" Twist")[0]).any(1).all()
 
 
 @torch.no_grad()
@@ -544,10 +541,9 @@ def test_sampling_follows_the_softmax():
         assert st.sample_next_token(logits, torch.tensor([u])).tolist() == [token]
 
 
-def test_samples_depend_on_the_seed_and_not_on_who_ends_when():
+def test_samples_do_not_depend_on_who_ends_when():
     gpt = loud()
-    free, other = (st.generate(gpt, PROMPTS, 9, generator(seed), end=-1) for seed in (1, 2))
-    assert free != other
+    free = st.generate(gpt, PROMPTS, 9, generator(1), end=-1)
     for end in {token for row in free for token in row}:
         rows = st.generate(gpt, PROMPTS, 9, generator(1), end=end)
         assert rows == [row[:row.index(end)] if end in row else row for row in free]
@@ -621,9 +617,11 @@ def test_the_classifier_of_real_text(records, monkeypatch):
     """Where the rule is known, it agrees on features that words tell."""
     setup = setup_with()
     setup.corpus.has_rule = False
-    monkeypatch.setattr(st, "FIT_STEPS", 600)
-    study = Namespace(setup=setup, base=None, model=tiny_model(setup, d=256, n_layer=1),
-                      device="cpu", args=Namespace(judge=None, eval_size=50))
+    monkeypatch.setattr(st, "FIT_STEPS", 1000)
+    model = tiny_model(setup, d=128)
+    model.head = torch.nn.Identity()  # slow, and nobody looks at logits
+    study = Namespace(setup=setup, base=None, model=model, device="cpu",
+                      args=Namespace(judge=None, eval_size=100))
     accuracy = st.fit_classifier(study)
     assert accuracy["MoralValue"] > .95 and accuracy["BadEnding"] > .8
     answers = setup.corpus.classify([record.story for record in records[:200]])
