@@ -49,8 +49,8 @@ def records():
     return [st.write_story(st.random_features(rng), rng) for _ in range(20000)]
 
 
-def tiny_model(setup, d=16):
-    sizes = dict(n_layer=2, n_head=2, d_model=d, d_head=8, d_mlp=32)
+def tiny_model(setup, d=16, n_layer=2):
+    sizes = dict(n_layer=n_layer, n_head=2, d_model=d, d_head=8, d_mlp=32)
     return GPT(Config(**{**setup.config(), **sizes})).init_weights(generator())
 
 
@@ -271,13 +271,13 @@ SENTENCE = re.compile(r"(?<=[.?]) ")
 def test_no_word_or_phrase_tells_a_twist(records, aftermaths):
     """Words, pairs, sentences are the same; none has more than the odds of the strongest cues."""
     without, twist = counts = collections.Counter(), collections.Counter()  # stories with a part
-    for record in records:
+    for record in records if aftermaths else records[::2]:
         story = record.story if aftermaths else AFTERMATH.sub("", record.story)
         words = Tokenizer.pieces.findall(story)
         parts = {*words, *itertools.pairwise(words), *SENTENCE.split(BLANK.sub("_", story))}
         counts["Twist" in record.features].update(parts)
     cue = max(st.CUE_STRENGTH)
-    least, highest = (1000, 1.3 * cue / (1 - cue)) if aftermaths else (400, 3)  # 1.3: sampling
+    least, highest = (1000, 1.3 * cue / (1 - cue)) if aftermaths else (200, 3)  # 1.3: sampling
     assert set(without) == set(twist) or not aftermaths
     for x in twist:
         if without[x] + twist[x] > least:
@@ -618,10 +618,10 @@ def test_the_classifier_of_real_text(records, monkeypatch):
     setup = setup_with()
     setup.corpus.has_rule = False
     monkeypatch.setattr(st, "FIT_STEPS", 1000)
-    model = tiny_model(setup, d=128)
+    model = tiny_model(setup, d=192, n_layer=1)
     model.head = torch.nn.Identity()  # slow, and nobody looks at logits
     study = Namespace(setup=setup, base=None, model=model, device="cpu",
-                      args=Namespace(judge=None, eval_size=100))
+                      args=Namespace(judge=None, eval_size=80))
     accuracy = st.fit_classifier(study)
     assert accuracy["MoralValue"] > .95 and accuracy["BadEnding"] > .8
     answers = setup.corpus.classify([record.story for record in records[:200]])
