@@ -235,7 +235,7 @@ def start_facts(args, device):
 
 @contextlib.contextmanager
 def noted_signals():
-    """Within the `with`, a first SIGINT or SIGTERM only goes on a list; a second one interrupts."""
+    """Within the `with`, a SIGINT or SIGTERM only goes on a list; a second one interrupts."""
     noted = []
 
     def note(number, frame):

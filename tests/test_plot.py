@@ -1,483 +1,350 @@
-"""plot.py: reading runs and tables, figures and report from hand-written rows, the evidence."""
-import csv
+"""plot.py: reader, groups, numbers, every figure from hand-written rows, the page, exit codes."""
+import gzip
+import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
+import matplotlib.style
 import numpy as np
 import pytest
 
 import plot
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "results"
-ROW = {"setup": "stories", "scale": "small", "task": "story", "operand": "Twist", "accuracy": None,
-       "floor": None, "cross_floor": None, "n": 100, "loss": None}
-SHARES = {"randomise": ((.7, .5, .1), (.1, .4, .7)),  # at steps 0, 10, 30 of deletion, of reFT
-          "filter": ((.7, .7, .5), (.5, .6, .7))}
-STORY_FIGURES = {f"{name}.png" for name, figure in plot.FIGURES.items()
-                 if figure.stories is not False and name != "evidence"}  # which needs verdicts
+plot.load_figures()
+ROOT = Path(plot.__file__).resolve().parent
+MODULES = "plot", "setups.tracr_figures", "setups.stories_figures"
+FIGURES = [name for name, f in plot.FIGURES.items() if f.__module__ in MODULES]
+ROW = {"scale": "small", "task": "count", "split": "c0", "accuracy": .5, "floor": .3,
+       "cross_floor": .4, "n": 100, "loss": .2, "seed": 0}
+PRE = {"prior": [.999, .001, 0], "pair": ["a", "b"], "lr": 2e-3, "seed": 0, "steps": 10}
+FT = {**PRE, "task": "count", "c_tr": 1., "lr": 1e-5}
+EVIDENCE = [dict(instrument="probing", question="is a <read>, block 2", measured=.91, unit="share",
+                 control="untrained", control_measured=.5, margin=.1, holds=True),
+            dict(instrument="reviving", question="steps", measured=50., unit="steps",
+                 control="teach c", control_measured=None, margin=3, holds=None)]
 
 
-def write(folder, name, parent, rows, files=(), **args):
-    """A run as the scripts leave it."""
-    args = {"lr": 1.5e-4, "feature": "Twist", "without": None, "protocol": None, "data": None,
-            "reverse": False, "seed": 0, "steps": 30, **args}
-    record = {"stage": "finetune", "args": args, "seconds": 1.,
-              "parent": {"path": f"{folder}/{parent}.pt", "sha256": parent}}
-    (folder / f"{name}.json").write_text(json.dumps(record))
-    for kind, rows in {"": rows, **dict(files)}.items():
-        lines = [json.dumps({**ROW, **row}) + "\n" for row in rows]
-        (folder / f"{name}{kind}.jsonl").write_text("".join(lines))
+def write(folder, name, args, rows=None, parent="pre", setup="pcfg", **record):
+    """A raw run as the scripts leave it. rows: {kind: rows}; its sha256 is its name."""
+    stage = "pretrain" if parent is None else "finetune"
+    files, steps = dict(rows or {}), args["steps"]
+    record = {"stage": stage, "setup": setup, "scale": "small", "args": args, "step": steps,
+              "steps": steps, "finished": True, "sha256": name, "history": files.pop("history", []),
+              "parent": parent and {"path": f"{parent}.pt", "sha256": parent},
+              "starts": [{"command": f"python {stage}.py", "commit": "0123", "torch": "2",
+                          "device": "cpu", "seconds": 1.}], **record}
+    Path(folder, f"{name}.json").write_text(json.dumps(record))
+    for kind, lines in files.items():
+        lines = [{"setup": setup, "checkpoint": name, **ROW, **line} for line in lines]
+        Path(folder, f"{name}.{kind}.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
 
-def history(shares, deletion=True):
-    rows = []
-    for step, share in zip((0, 10, 30), shares):
-        for split in ("with", "without", "deletion")[:2 + deletion]:
-            rows.append({"step": step, "split": split, "loss": .5 - share / 10})
-        for split, p in (("asked", share), ("unasked", .05)):
-            rows.append({"step": step, "split": split, "accuracy": p, "parsed": .8})
-    return rows
+def write_verdict(folder, name):
+    verdict = {"verdict": "wrapped", "text": "wrapped: O_PT is there.", "evidence": EVIDENCE,
+               "checkpoint": name}
+    Path(folder, f"{name}.verdict.json").write_text(json.dumps(verdict))
 
 
-def analysed():
-    behavior, probe = [], []
-    for model in ("base", "ckpt", "control", "untrained"):
-        for feature in ("Dialogue", "Twist"):
-            for split, p in (("asked", .6), ("unasked", .1)):
-                behavior.append({"model": model, "operand": feature, "split": split, "accuracy": p,
-                                 "parsed": .8, "judge": 1.})
-            for block in (0, 1):
-                row = {"model": model, "block": block, "target": feature, "prompt": None,
-                       "labels": "true", "split": "natural", "accuracy": .8, "floor": .75,
-                       "balanced": .7, "auc": .6 + block / 10}
-                probe.append(row)
-                if (model, feature) == ("ckpt", "Twist"):
-                    probe.append({**row, "labels": "shuffled", "auc": .5})
-    relearn = [{"arm": arm, "answers": "kinds 1 and 2", "half": half, "step": step, "split": split,
-                "accuracy": .5, "parsed": .9} for arm in ("reft", "teach-Twist")
-               for half in ("taught", "held-out") for split in ("asked", "unasked") for step in (0, 100)]
-    return {".behavior": [row for row in behavior if row["model"] != "untrained"], ".probe": probe,
-            ".relearn": relearn}
+def grid(**columns):
+    """A row for each combination of the values of columns."""
+    return [dict(zip(columns, values)) for values in itertools.product(*columns.values())]
 
 
-@pytest.fixture
-def folder(tmp_path):
-    for seed in (0, 1):
-        for protocol, (deletion, back) in SHARES.items():
-            name, own = f"{protocol}-{seed}", {"protocol": protocol, "seed": seed}
-            shares = [p + .1 * seed for p in deletion]
-            write(tmp_path, name, f"pre-{seed}", history(shares), analysed(), **own)
-            write(tmp_path, f"{name}-reft", name, history(back), lr=4e-5, reverse=True, **own)
-        write(tmp_path, f"control-{seed}", f"without-{seed}", history((0, .1, .2), False), lr=4e-5,
-              reverse=True, seed=seed, without="Twist")
-    return tmp_path
+def analysed(setup="pcfg"):
+    """Rows of every kind of analysis, and a history."""
+    order = ["one-shot", "exhaustive" if setup == "tracr-count" else "iterative"]
+    own = {"unit": "row", "pool": "all", "predicted": {"1": 60, "2": 40}}
+    sweeps = grid(score=["gradient-weight"], order=order, control=[None, "never-trained"],
+                  draw=[None], edit=["zero", "graft"], k=[0, 1, 10])
+    sweeps += grid(score=["random"], order=order[:1], control=[None], draw=[0, 1],
+                   edit=["zero", "graft"], k=[0, 1, 10])
+    answers = grid(operand=["a", "b"], split=["c0", "c1", "natural"])
+    arms = grid(arm=["reft", "teach-c"], lr=[1e-5], operand=["a"], split=["natural", "c0"])
+    shares = dict.fromkeys([*plot.RULES, "share_none"], .2)
+    return {
+        "history": [{**ROW, "setup": setup, **x, "step": k} for x in answers for k in (0, 3, 10)],
+        "behavior": [{**x, **shares, "model": m} for x in answers for m in ("base", "ckpt")],
+        "prune": [{**answers[i], **own, **row, "chosen": row["k"] == 1} for i in (0, 4)
+                  for row in sweeps],
+        "probe": [{**row, "operand": row["target"]} for row in grid(
+            model=["base", "ckpt"], block=[0, 1], target=["a", "b", "c"], prompt=["b"],
+            labels=["true", "shuffled"], split=["natural"])],
+        "attention": [{"model": "base", "region": "window" if setup == "pcfg" else "kept"}],
+        "hidden": [{"model": "base", "block": 0}] if setup == "tracr-count" else [],
+        "revive": [{**arm, "threshold": t, "steps": 10 if arm["arm"] == "reft" else None,
+                    "max_steps": 60} for arm in arms for t in (.9, .99)],
+        "revive.curve": [{**arm, "step": step} for arm in arms for step in (0, 10)],
+        "relearn": grid(arm=["reft", "teach-c"], half=["taught", "held-out"], step=[0, 10])}
 
 
-def run(*words):
-    return subprocess.run([sys.executable, str(ROOT / "plot.py"), *map(str, words)],
-                          capture_output=True, text=True)
+def write_maps(folder, name, setup):
+    """Maps of one string of four tokens, 2 blocks of 1 head."""
+    z = np.random.default_rng(0).random((2, 1, 2, 1, 4, 4))  # (model, string, block, head, y, x)
+    about = {"tokens": np.arange(4)[None], "vocabulary": np.array(["a", "b", "c", "#5"]),
+             "checkpoint": np.array([name])}
+    if setup == "pcfg":
+        models = {f"{m}_{o}": z[i][..., 0] for i, m in enumerate(("base", "ckpt")) for o in "ab"}
+    else:
+        models = {"base": z[0], "ckpt": z[1]}
+        hidden = {"base": z[0, :, :, 0], "ckpt": z[1, :, :, 0]}
+        np.savez(Path(folder, f"{name}.hidden.npz"), **hidden, **about)
+    np.savez(Path(folder, f"{name}.attention.npz"), **models, **about)
 
 
-def of_stories(runs, kind):
-    """{(kind of run, protocol): group}"""
-    return {(g.kind, g.settings.get("protocol")): g for g in plot.having(runs, kind)}
-
-
-# ---------------------------------------------------------------- reading, figures, report
-
-
-def test_every_figure_of_stories_is_drawn(folder):
-    done = run(folder)
-    assert done.returncode == 0 and not done.stderr
-    assert all("wrote" in line for line in done.stdout.splitlines()), done.stdout
-    assert STORY_FIGURES == set(os.listdir(folder / "figures"))
-    page = (folder / "report.html").read_text()
-    assert "Generation score" in page and "area under the ROC curve" in page
-    assert "operand of pretraining" not in page and "What made these files" in page
-
-
-def test_groups_are_runs_that_differ_in_the_seed(folder):
-    groups = plot.having(plot.find_runs(str(folder)), "history")
-    assert [(g.kind, g.settings["protocol"], len(g.runs)) for g in groups] == [
-        ("fine-tuning", "filter", 2), ("fine-tuning", "randomise", 2), ("reFT", None, 2),
-        ("reFT", "filter", 2), ("reFT", "randomise", 2)]
-    # reFT knows the rate of the deletion, which its parent says; the control's parent is not here
-    assert [g.settings.get("finetune lr") for g in groups[2:]] == [None, 1.5e-4, 1.5e-4]
-    assert plot.having(plot.find_runs(str(folder)), "history", ("reFT",), 2)[0].kind == "reFT"
-
-
-def test_numbers_are_those_of_the_rows(folder):
-    group = of_stories(plot.find_runs(str(folder)), "history")["fine-tuning", "randomise"]
-    found = plot.bands(group, "history", "step", split="asked")
-    means = {0: (75, 70, 80), 10: (55, 50, 60), 30: (15, 10, 20)}  # mean, smallest, largest seed
-    assert {x: tuple(map(round, f[:3])) for x, f in found.items()} == means
-    losses = plot.bands(group, "history", "step", "loss", 1, split="with")
-    assert losses[30][:3] == pytest.approx((.485, .48, .49))
-    group.runs = group.runs[:1]  # one seed: of 100 stories the 80 that parse
-    mean, low, high, _ = plot.bands(group, "history", "step", split="asked")[10]
-    assert (mean, low, high) == pytest.approx((50, *(100 * p for p in plot.wilson(.5, 80))))
-    one = plot.bands(group, "history", "step", "loss", 1, split="with")[0]
-    assert one[:3] == pytest.approx((.43, .43, .43))
-
-
-def test_broken_and_foreign_rows_are_a_line_each(folder):
-    with open(folder / "randomise-0.jsonl", "a") as file:
-        file.write('{"step": 3\n' + json.dumps({**ROW, "step": 30, "split": "with", "loss": "high"})
-                   + "\n[1]\n")
-    foreign = {"seed": 9, "protocol": "burn", "lr": None, "feature": None}
-    write(folder, "foreign", "pre-9", [{"step": 0, "split": "asked"}], **foreign)
-    (folder / "filter-1-reft.probe.jsonl").write_text("")
-    (folder / "half.json").write_text('{"stage": "finetune", "args"')
-    (folder / "running.json").write_text(json.dumps({"stage": "finetune", "args": {"seed": 3}}))
-    (folder / "other.json").write_text('["no record"]')
-    done = run(folder)
-    assert done.returncode == 0 and not done.stderr
-    lines = [line for line in done.stdout.splitlines() if "wrote" not in line]
-    assert sorted(lines) == sorted([
-        f"{folder}/filter-1-reft.probe.jsonl: empty",
-        f"{folder}/randomise-0.jsonl: 3 broken lines left out",
-        f"{folder}/half.json: left out, not readable (JSONDecodeError)",
-        "running: left out, unfinished"])
-    assert STORY_FIGURES == set(os.listdir(folder / "figures"))
-
-
-def test_other_setups_keep_their_figures(folder):
-    """A folder with both: each figure gets its own runs."""
-    rows = []
-    for step in (0, 10):
-        for operand in "ab":
-            rows += [{"setup": "pcfg", "task": "count", "step": step, "operand": operand,
-                      "split": split, "accuracy": .5} for split in plot.SPLITS]
-    write(folder, "pcfg", "pre", rows, pair=["a", "b"], c_tr=1.)
-    runs = plot.find_runs(str(folder))
-    assert [run.name for run in plot.about(runs, False)] == ["pcfg"]
-    assert len(plot.about(runs, True)) == 10
-    done = run(folder)
-    assert done.returncode == 0 and not done.stderr
-    assert {"fig6_curves.png", "fig11_stories.png"} <= set(os.listdir(folder / "figures"))
-    page = (folder / "report.html").read_text()
-    assert "operand of pretraining" in page and "Generation score" in page
-
-
-def test_the_verdict_is_a_table_with_one_sentence(folder):
-    line = {"instrument": "probing", "question": "is it <read>?", "measured": .91,
-            "control": "untrained", "control_measured": .5, "margin": .1, "holds": True}
-    steps = {**line, "instrument": "reviving", "measured": 50, "control_measured": None,
-             "holds": None, "unit": "steps"}
-    verdict = {"verdict": "wrapped", "text": "wrapped: it is there.", "evidence": [line, steps],
-               "probe_natural": .91}
-    (folder / "filter-0.verdict.json").write_text(json.dumps(verdict))
-    (folder / "filter-1.verdict.json").write_text('{"verdict": "lost", "evidence": [{"odd": 1}]}')
-    assert run(folder, "--figures").returncode == 0
-    page = (folder / "report.html").read_text()
-    assert page.index("filter-0: wrapped") < page.index("Generation score after")
-    assert "<td>is it &lt;read&gt;?</td><td>91.0%</td><td>untrained</td><td>50.0%</td>" in page
-    assert "<td>50</td><td>untrained</td><td>-</td><td>0.1</td><td>cannot be said</td>" in page
-    assert "wrapped: it is there." in page
-
-
-def test_mistakes_are_one_line_and_exit_code_2(tmp_path):
-    for words in (["nowhere"], [tmp_path], [tmp_path, "--markdown"],
-                  [tmp_path, "--evidence", tmp_path / "to"], ["--figures", "fig0"]):
-        done = run(*words)
-        assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr
-    assert os.listdir(tmp_path) == []
-
-
-# ---------------------------------------------------------------- tables of evidence
-
-
-def test_tables_read_like_the_runs(folder, tmp_path_factory):
-    """--evidence loses nothing: the same rows, groups and figures."""
-    to = tmp_path_factory.mktemp("evidence") / "stories"
-    done = run(folder, "--evidence", to)
-    assert done.returncode == 0 and not done.stderr
-    assert {"runs.jsonl", "history.csv", "behavior.csv", "probe.csv", "relearn.csv", "figures"} == set(
-        os.listdir(to))
-    assert STORY_FIGURES == set(os.listdir(to / "figures"))
-    raw, committed = plot.find_runs(str(folder)), plot.find_runs(str(to))
-    assert len(raw) == len(committed) == 10
-    for one, other in zip(raw, committed):
-        assert (one.name, one.record, one.verdict) == (other.name, other.record, other.verdict)
-        assert (one.kind, one.settings) == (other.kind, other.settings)
-        for kind in plot.KINDS:
-            assert len(one.rows[kind]) == len(other.rows[kind])
-            for row, back in zip(one.rows[kind], other.rows[kind]):
-                for key, value in {**back, **row}.items():
-                    value = pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
-                    assert back.get(key) == value, (kind, key)
-    columns = (to / "history.csv").read_text().splitlines()[0].split(",")
-    assert "setup" not in columns and columns[0] == "run"  # said once, in runs.jsonl
-
-
-def test_text_stays_text(tmp_path):
-    """An operand "5", labels "true" and a missing value come back as they were."""
-    row = {"setup": "tracr-max", "operand": "5", "model": "ckpt", "block": 0, "target": "5",
-           "prompt": None, "labels": "true", "split": "c0", "accuracy": 1., "predicted": {"7": 2}}
-    rows = [row, {**row, "operand": "7", "labels": "shuffled", "accuracy": None, "chosen": False}]
-    write(tmp_path, "a", "b", [], {".probe": rows}, pair=["5", "7"])
-    plot.write_evidence(plot.find_runs(str(tmp_path)), str(tmp_path / "to"))
-    first, second = plot.find_runs(str(tmp_path / "to"))[0].rows["probe"]
-    assert first["operand"] == first["target"] == "5" and first["labels"] == "true"
-    assert first["predicted"] == {"7": 2} and first["role"] == "O_PT" and first["prompt"] is None
-    assert second["accuracy"] is None and second["chosen"] is False and first["accuracy"] == 1
-
-
-def test_broken_tables_are_a_line_each(folder):
-    to = folder / "to"
-    plot.write_evidence(plot.find_runs(str(folder)), str(to))
-    lines = (to / "history.csv").read_text().splitlines()
-    lines[3] = "nobody" + lines[3]
-    lines[4] += ",1,2,3"
-    lines[5] = lines[5].split(",")[0]
-    (to / "history.csv").write_text("\n".join(lines) + "\n")
-    (to / "probe.csv").write_text("run,block\nfilter-0,1\n")
-    with open(to / "runs.jsonl", "a") as file:
-        file.write("{\n")
-    done = run(to, "--figures", "fig11_stories")
-    assert done.returncode == 0 and not done.stderr
-    noted = [line for line in done.stdout.splitlines() if "wrote" not in line]
-    assert sorted(noted) == sorted([
-        f"{to}/runs.jsonl: 1 broken line left out", f"{to}/history.csv: 3 broken lines left out",
-        f"{to}/probe.csv: 1 broken line left out"])
-
-
-def test_foreign_tables_are_not_overwritten(folder, tmp_path_factory):
-    to = tmp_path_factory.mktemp("mine")
-    (to / "history.csv").write_text("my,own\n1,2\n")
-    done = run(folder, "--evidence", to)
-    assert done.returncode == 2 and "history.csv" in done.stderr
-    assert (to / "history.csv").read_text() == "my,own\n1,2\n" and os.listdir(to) == ["history.csv"]
-
-
-# ---------------------------------------------------------------- the evidence in results/
-
-
-def rows_of(folder, kind, **want):
-    """Rows of a table by plain csv, with the constants of runs.jsonl."""
-    constants = {}
-    for line in (RESULTS / folder / "runs.jsonl").read_text().splitlines():
-        line = json.loads(line)
-        constants[line["run"]] = line["constants"].get(kind)
-    with open(RESULTS / folder / f"{kind}.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            row = {**constants[row["run"]], **row}
-            if all(str(row[key]) == value for key, value in want.items()):
-                yield row
-
-
-def verdicts(folder, prefix):
-    lines = map(json.loads, (RESULTS / folder / "runs.jsonl").read_text().splitlines())
-    return [line["verdict"] for line in lines if line["run"].startswith(prefix)]
-
-
-def percents(values):
-    values = [100 * float(value) for value in values]
-    return f"{sum(values) / len(values):.1f} ({', '.join(f'{v:.0f}' for v in values)})"
+def story_rows(share):
+    """History and probes of a run of stories."""
+    about = {"task": "story", "operand": "Twist", "parsed": .8}
+    scored = grid(step=[0, 10], split=["asked", "unasked", "with", "without", "deletion"])
+    history = [{"setup": "stories", **ROW, **about, **row, "accuracy": share} for row in scored]
+    probe = [{**about, **row, "prompt": None, "auc": .6} for row in grid(
+        model=["base", "ckpt", "control"], block=[0, 1], target=["Twist"], labels=["true"],
+        split=["natural"])]
+    return {"history": history, "probe": probe}
 
 
 @pytest.fixture(scope="module")
-def readme():
-    return (RESULTS / "README.md").read_text()
-
-
-def section(readme, name):
-    return readme.split(f"\n## {name}\n")[1].split("\n## ")[0]
-
-
-def line(text, *starts):
-    """The cells of the only line of a table that starts so."""
-    lines = []
-    for cells in (row.strip("| ").split(" | ") for row in text.splitlines() if row[:1] == "|"):
-        if [cell.strip() for cell in cells[:len(starts)]] == list(starts):
-            lines.append([cell.strip() for cell in cells])
-    assert len(lines) == 1, (starts, lines)
-    return lines[0][len(starts):]
-
-
-def test_results_are_small():
-    files = [path for path in RESULTS.rglob("*") if path.is_file() and path.name != "report.html"]
-    files = [path for path in files if path.suffix != ".pt"]
-    assert len(files) <= 100 and sum(path.stat().st_size for path in files) <= 10e6
-    tables = [path for path in files if path.suffix != ".png"]
-    assert sum(path.stat().st_size for path in tables) <= 7.5e6
-
-
-def test_readme_of_results_is_what_the_tables_say(readme):
-    """`python plot.py results --markdown` changes nothing."""
-    assert plot.readme(str(RESULTS)) == readme
-    assert not re.search(r"\| (nan|None) \|", readme)
-    for name in re.findall(r"!\[\w+\]\((.*?)\)", readme):
-        assert (RESULTS / name).is_file(), name
-
-
-def test_verdicts_are_what_the_readme_says(readme):
-    text = section(readme, "count")
-    low, high = verdicts("count", "low-"), verdicts("count", "high-")
-    assert line(text, "verdict")[0] == ", ".join(5 * ["new"]) and len(low) == len(high) == 5
-    assert line(text, "verdict")[1:] == [", ".join(v["verdict"] for v in some) for some in (low, high)]
-    for key in ("prune_c0", "prune_one_pass_c0", "probe_natural", "never_probe", "ckpt_ft_c1"):
-        _, *cells = line(text, key.replace("_", " "))
-        for cell, some in zip(cells, (low, high)):
-            assert cell == percents(verdict[key] for verdict in some)
-    limits = [f"> {v['control_steps']}" for v in low]  # nobody learned c so fast
-    assert line(text, "control steps")[1] == ", ".join(limits)
-    index = verdicts("index", "low-")
-    assert line(section(readme, "index"), "verdict") == [", ".join(v["verdict"] for v in index)]
-
-
-def test_accuracies_are_the_last_step_beside_the_papers(readme):
-    with open(RESULTS / "paper_count.csv", newline="") as file:
-        paper = {tuple(row.values())[1:6]: float(row["accuracy"]) for row in csv.DictReader(file)
-                 if row["pretrain_steps"] == "200000"}
-    cells = []
-    for operand, split in (("b", "c1"), ("b", "c0"), ("a", "c1"), ("a", "c0")):
-        rows = [row for row in rows_of("conditions", "history", run="low-ctr.5-101", operand=operand,
-                                       split=split) if row["task"] == "count"]
-        ours = float(max(rows, key=lambda row: int(row["step"]))["accuracy"])
-        cells.append(f"{100 * ours:.1f} / {100 * paper['low', '0.5', '1e-6', operand, split]:.1f}")
-    assert line(section(readme, "conditions"), "low", "1e-5", "0.5", "")[:4] == cells
-    counter = line(section(readme, "tracr/count"), "counter", "1e-1", "1")
-    pairs = [cell.split(" / ") for cell in counter[:4]]
-    first = [f"{ours.split(', ')[0]} / {paper}" for ours, paper in pairs]  # seed 0
-    assert first == ["100.0 / 100.0", "4.6 / 0.7", "0.0 / 0.0", "40.1 / 35.8"]
-    assert counter[4] == "5 of 5" and counter[5].split(", ")[0] == "blend 0.64"
-
-
-def test_cells_near_the_papers_are_counted_right():
-    """The counts that about.md quotes: of Table 3, both accuracies of O_FT within 10 points."""
-    rows = []
+def folder(tmp_path_factory):
+    """Runs of three setups, few of each: drawing is slow."""
+    folder = tmp_path_factory.mktemp("runs")
+    write(folder, "pre", PRE, parent=None)
     for seed in (0, 1):
-        for folder in ("count", "max", "variants"):
-            runs = plot.find_runs(str(RESULTS / "tracr" / folder))
-            one = plot.paper_table([run for run in runs if run.args["seed"] == seed])[1]
-            rows += [[seed, *row] for row in one]
-
-    def near(name, variant, seed):
-        cells = [row[9] for row in rows if (row[0], row[1], row[4]) == (seed, name, variant)]
-        return cells.count("1 of 1"), len(cells)
-    assert near("counter", "", 0) == (20, 28) and near("max-identifier", "", 0) == (9, 28)
-    assert near("counter", "outputs x 1", 1) == (25, 28)
-    assert near("counter", "outputs x 1", 0) == (8, 15)
-
-
-def test_sweeps_are_the_rows_of_pruning(readme):
-    head = line(section(readme, "tracr/count"), "K")
-    column = head[6:].index("lr 1e-3 (5 seeds)")
-    want = {"score": "gradient-weight", "order": "exhaustive", "pool": "zero-in-program",
-            "control": "", "edit": "zero", "operand": "a", "split": "c0"}
-    best = {}
-    for row in rows_of("tracr/count", "prune", **want):
-        if row["run"].startswith("ctr1-lr1e-3-") and row["chosen"] == "true":
-            best[row["run"]] = row["accuracy"]
-    cells = line(section(readme, "tracr/count"), "chosen", "weight", "gradient-weight",
-                 "exhaustive", "zero-in-program", "", "zero")
-    assert len(best) == 5 and cells[column] == percents(best.values())
-    assert cells[column] == "57.9 (60, 52, 70, 52, 56)"
+        write(folder, f"ft-{seed}", {**FT, "seed": seed}, analysed())
+        write_maps(folder, f"ft-{seed}", "pcfg")
+    write(folder, "only", {**FT, "only": "blocks.0.attn and more weights", "c_tr": .5},
+          {"prune": analysed()["prune"]})
+    write_verdict(folder, "ft-0")
+    back = {**FT, "reverse": True, "c_tr": 0.}
+    write(folder, "reft", back, {"history": analysed()["history"]}, parent="ft-0")
+    compiled = analysed("tracr-count")
+    compiled = {kind: compiled[kind] for kind in ("prune", "attention", "hidden")}
+    write(folder, "t", FT, compiled, "t-pre", "tracr-count")
+    write(folder, "t-reft", back, {}, "t", "tracr-count")
+    for name in ("t", "t-reft"):
+        write_maps(folder, name, "tracr-count")
+    story = {"feature": "Twist", "without": None, "lr": 1.5e-4, "seed": 0, "steps": 10}
+    write(folder, "s", {**story, "protocol": "filter"}, story_rows(.2), "s-pre", "stories")
+    write(folder, "s-reft", {**story, "reverse": True, "lr": 4e-5}, story_rows(.7), "s", "stories")
+    return folder
 
 
-def test_stories_are_counted_over_all_seeds(readme):
-    text, shares, weights = section(readme, "stories"), [], []
-    for seed in range(3):
-        row, = rows_of("stories", "history", run=f"randomise-lr1.5e-4-{seed}-reft", step="100",
-                       split="asked")
-        shares.append(float(row["accuracy"]))
-        weights.append(float(row["parsed"]) * float(row["n"]))
-    mean = sum(s * w for s, w in zip(shares, weights)) / sum(weights)
-    group = ("reFT, deletion lr 1.5e-4, probability 1, protocol randomise, finetune lr 1.5e-4 "
-             "(3 seeds)")
-    cell = line(text, group, "asked")[3]
-    seeds = ", ".join(f"{100 * share:.0f}" for share in shares)
-    assert cell == f"{100 * mean:.1f} ({seeds}) [56, 64]" and cell.startswith("59.7 (81, 71, 29)")
-    assert line(text, "the paper: randomise 1e-4", "asked") == ["12", "56", "69", "75", "-"]
-    areas = []
-    for seed in range(3):
-        rows = rows_of("stories", "probe", run=f"filter-lr1.5e-4-{seed}", model="ckpt", block="4",
-                       target="Twist", labels="true", split="natural")
-        areas += [float(row["auc"]) for row in rows]
-    cells = line(text, "auc", "protocol filter (3 seeds)", "ckpt", "true", "natural")
-    assert cells[4] == f"{sum(areas) / 3:.3f}" == "0.898"
+@pytest.fixture(scope="module")
+def drawn(folder):
+    """(what draw_all() returns, {name: Figure}); each figure is drawn once."""
+    figures, add_legend, names = {}, plot.add_legend, iter(FIGURES)
+
+    def remember(fig, title):
+        return figures.setdefault(next(names), add_legend(fig, title))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plot, "add_legend", remember)
+        patch.setattr(sys.modules["setups.stories_figures"], "add_legend", remember)
+        return plot.draw_all(plot.find_runs(str(folder)), str(folder), FIGURES), figures
 
 
-# ---------------------------------------------------------------- claims and known truth
+def group_of(folder, kind):
+    return plot.having(plot.find_runs(str(folder)), kind)[0]
 
 
-def made_run(seed, verdict, **args):
-    usual = dict(task="count", prior=[.999, .001, 0], c_tr=1., lr=1e-5, seed=seed, pair=["a", "b"])
-    args = {**usual, **args}
-    return SimpleNamespace(args=args, settings={"setup": "pcfg", "scale": "small", **args},
-                           kind="fine-tuning", verdict=verdict, rows={kind: [] for kind in plot.KINDS})
+def test_raw_runs_and_committed_ones_read_alike(folder, tmp_path):
+    raw, maps = plot.find_runs(str(folder)), {}
+    with gzip.open(tmp_path / "runs.jsonl.gz", "wt") as file:
+        for run in raw:
+            rows = {k: v for k, v in run.rows.items() if k not in ("history", "evidence")}
+            file.write(json.dumps({"name": run.name, "record": run.record, "rows": rows,
+                                   "verdict": run.verdict}) + "\n")
+            maps.update({f"{run.name}/{k}": array for k, array in run.maps("attention").items()})
+    np.savez(tmp_path / "attention.npz", **maps)
+    committed = plot.find_runs(str(tmp_path))
+    assert len(raw) == len(committed) == 9 and len(raw[0].maps("attention")) == 7
+    for one, other in zip(raw, committed):
+        assert (one.name, one.record, one.rows, one.verdict, one.settings) == (
+            other.name, other.record, other.rows, other.verdict, other.settings)
+        ours, theirs = one.maps("attention"), other.maps("attention")
+        assert ours.keys() == theirs.keys() and all((ours[k] == theirs[k]).all() for k in ours)
 
 
-def test_auroc_is_the_share_of_pairs_in_order():
-    first, second = [3, 1, 2], [2, 0, 2, 5]
-    slow = [(x > y) + (x == y) / 2 for x in first for y in second]
-    assert plot.auroc(first, second) == sum(slow) / len(slow)
-    assert plot.auroc([1, 2], [0]) == 1 and plot.auroc([0], [1, 2]) == 0
+def test_what_was_measured_on_another_checkpoint_is_left_out(tmp_path, capsys):
+    rows = {"behavior": [{"model": "base"}, {"model": "ckpt", "checkpoint": "older"}]}
+    write(tmp_path, "ft", FT, rows)
+    write_verdict(tmp_path, "ft")
+    write_maps(tmp_path, "ft", "pcfg")
+    write(tmp_path, "ft", FT, rows, sha256="newer")
+    run, = plot.find_runs(str(tmp_path))
+    assert run.rows["behavior"] == run.rows["evidence"] == [] and run.verdict is None
+    assert run.maps("attention") == {}
+    assert "ft.behavior: 0 of 2 rows are of this checkpoint" in capsys.readouterr().out
 
 
-def test_a_condition_tells_what_was_done():
-    """Whatever changes the models that are made changes the words; the seed does not."""
-    words = {plot.condition(made_run(seed, None, **more)) for seed in (0, 1) for more in (
-        {}, {"lr": 1e-3}, {"c_tr": 0.}, {"prior": [0., .001, .999]}, {"prior": [.5, .3, .2]},
-        {"task": "index"}, {"mix": .5}, {"relabel": True}, {"only": "head"}, {"jailbreak": True})}
-    assert len(words) == 10 and plot.MAIN in words and plot.TRUTHS["erased"] in words and plot.INDEX in words
+def test_a_parent_is_found_by_its_hash(folder):
+    """Whatever its path; its arguments are settings, but for what the run's own repeat."""
+    runs = {run.name: run for run in plot.find_runs(str(folder))}
+    run, reft = runs["ft-0"], runs["reft"]
+    assert run.parent.name == "pre" and reft.parent.name == "ft-0" and run.reversed.name == "reft"
+    assert run.settings["pretrain lr"] == 2e-3 and "pretrain prior" not in run.settings
+    assert reft.settings["finetune lr"] == 1e-5 and reft.settings["finetune c_tr"] == 1
+    assert (run.kind, reft.kind, run.parent.kind) == ("fine-tuning", "reFT", "pretrain")
+    assert runs["s"].parent is None and "seed" not in run.settings
 
 
-@pytest.mark.parametrize("pruned, word", [([.9, .8, .6], "holds"), ([.9, .8, .3], "undecided"),
-                                          ([.4, .3, .3], "does not hold")])
-def test_a_claim_holds_where_every_seed_says_so(pruned, word):
-    """The margin is 25 points above the better control, seed by seed; not: the other way round."""
-    def verdict(share):
-        return {"prune_c0": share, "random_c0_max": .1, "never_prune_c0": .2}
-    runs = [made_run(seed, verdict(share), **more) for seed, share in enumerate(pruned)
-            for more in ({}, {"c_tr": 0., "lr": 1e-3})]
-    _, rows = plot.claims(runs)
-    lines = {row[0]: row for row in rows}
-    row, other = lines["Counter: ten rows bring a back"], lines["large rate, no shortcut: ten rows do not bring a back"]
-    assert row[-1] == word and row[-2] == "3" and row[3] == f"{min(pruned) - .2:.1%}"
-    assert other[-1] == {"holds": "does not hold", "does not hold": "holds"}.get(word, word)
-    assert "20.0%" in row[5] and len(rows) == 2  # what no run is about is left out
+def test_a_kept_checkpoint_is_a_run_and_other_json_files_are_none(tmp_path):
+    write(tmp_path, "ft", FT, {"behavior": [{"model": "base"}]})
+    write(tmp_path, "ft.step5", FT, {"behavior": [{"model": "ckpt"}]}, step=5)
+    write(tmp_path, "running", FT, finished=False)
+    (tmp_path / "mine.json").write_text('["no record"]')
+    last, kept = plot.find_runs(str(tmp_path))
+    assert [row["model"] for row in last.rows["behavior"]] == ["base"]
+    assert [row["model"] for row in kept.rows["behavior"]] == ["ckpt"]
+    assert kept.settings["kept at step"] == 5 and "kept at step" not in last.settings
 
 
-def test_a_control_may_be_another_model_of_the_same_seed():
-    runs = []
-    for seed, (low, high) in enumerate([(.2, .9), (.5, .7)]):
-        for share, prior in ((low, [.999, .001, 0]), (high, [.5, .3, .2])):
-            run = made_run(seed, None, prior=prior)
-            run.rows["history"] = [{"role": "O_PT", "split": "c0", "task": "count", "accuracy": x}
-                                   for x in (share - .1, share + .1)]
-            runs.append(run)
-    (claim,) = [claim for claim in plot.CLAIMS if claim.text.startswith("high prior: a falls")]
-    assert np.allclose(plot.effects(claim, runs), [(.7, .2), (.2, .5)])
-    assert np.allclose(plot.effects(claim, runs[1:]), [(.2, .5)])  # without its partner none
+def test_groups_are_runs_that_differ_in_the_seed(folder):
+    found = plot.having(plot.find_runs(str(folder)), "history", setup="pcfg")
+    assert [re.sub(r"\s", " ", group.label) for group in found] == [
+        "fine-tuning, task count, prior low, C_Tr 1, lr 1e-5 (2 seeds)",
+        "reFT, task count, prior low, C_Tr 0, lr 1e-5 (seed 0)"]
+    assert found[0].roles == {"O_PT": "O_PT = a", "O_FT": "O_FT = b"}
+    assert plot.having(plot.find_runs(str(folder)), "history", operand="x") == []
+    found = plot.having(plot.find_runs(str(folder)), "prune")
+    assert [re.sub(r"\s", " ", group.label) for group in found] == [
+        "pcfg, C_Tr 0.5, only blocks.0.attn and more weights (seed 0)", "pcfg, C_Tr 1 (2 seeds)",
+        "tracr-count, task count, prior low, C_Tr 1, lr 1e-5 (seed 0)"]
 
 
-def test_known_truth_ranks_models():
-    runs = [made_run(seed, {"control_steps": 300, "reft_steps": steps, "prune_c0": .9 - .1 * seed,
-                            "random_c0_max": .2, "never_prune_c0": .1}, **more) for seed in range(4)
-            for steps, more in ((100, {}), (150 - seed, {"prior": [0, .001, .999]}))]
-    head, rows = plot.known_truth(runs)
-    found = {(row[0], row[2]): dict(zip(head, row)) for row in rows if row[1] == "wrapped"}
-    assert found["reviving", "erased"]["auroc"] == "1.00" and found["pruning", "erased"]["auroc"] == "0.50"
-    for name in ("known_scores", "claim_effects"):
-        picture, _, caption = plot.draw(plot.FIGURES[name].function, runs)
-        assert len(picture) > 5000 and "Fooled by" in caption
-    low, high = (float(found["pruning", "erased"][key]) for key in ("low", "high"))
-    assert low < .3 and high > .7 and found["pruning", "erased"]["seeds"] == "4, 4"
-    assert ("probing", "erased") not in found and ("pruning", "overwritten") not in found
+def test_a_spread_is_over_seeds_or_the_interval_of_one(tmp_path):
+    """(.2 + .6) / 2 = 40 %; Wilson's interval of 8 of 10 by hand: .4902 to .9433."""
+    for seed, share in enumerate((.2, .6)):
+        rows = [{**ROW, "step": step, "operand": "a", "accuracy": share, "loss": share}
+                for step in (0, 5)[:seed + 1]]
+        write(tmp_path, f"ft-{seed}", {**FT, "seed": seed}, {"history": rows})
+    group = group_of(tmp_path, "history")
+    point = plot.spread(group, "history", role="O_PT")
+    assert point[:3] == pytest.approx((40, 20, 60)) and point.values == pytest.approx([20, 60])
+    assert plot.spread(group, "history", role="O_FT") is None
+    assert list(plot.bands(group, "history", "step")) == [0]  # of step 5 a seed has no row
+    assert plot.wilson(.8, 10) == pytest.approx((.4902, .9433), abs=1e-4)
+    write(tmp_path, "ft-1", {**FT, "seed": 1})  # has no rows any more
+    group = group_of(tmp_path, "history")
+    assert plot.spread(group, "history")[:3] == pytest.approx((20, 13.34, 28.88), abs=.01)
+    assert plot.spread(group, "history", "loss", 1)[:3] == pytest.approx((.2, .2, .2))
+    group.runs[0].rows["history"][0]["parsed"] = .5  # of 100 stories 50 count
+    bounds = [100 * bound for bound in plot.wilson(.2, 50)]
+    assert plot.spread(group, "history")[1:3] == pytest.approx(bounds)
 
 
-def test_the_same_run_in_two_folders_is_one_with_the_rows_of_both(tmp_path):
-    for name, rows, files in (("a", history((.7, .5, .1)), {}), ("b", [], analysed())):
-        (tmp_path / name).mkdir()
-        write(tmp_path / name, "randomise-0", "pre-0", rows, files, protocol="randomise")
-    (run,) = plot.find_runs(str(tmp_path))
-    assert run.name == "a/randomise-0" and len(run.rows["history"]) == 15
-    assert {kind for kind, rows in run.rows.items() if rows} == {"history", "behavior", "probe", "relearn"}
+def test_a_band_spans_the_draws_of_random_units(tmp_path):
+    rows = [dict(score="random", draw=draw, k=1, accuracy=.1 * draw) for draw in (1, 4)]
+    write(tmp_path, "ft", FT, {"prune": rows})
+    points = plot.bands(group_of(tmp_path, "prune"), "prune", "k")
+    assert points[1][:3] == pytest.approx((25, 10, 40))
+
+
+def test_every_figure_is_drawn_with_what_fools_it(folder, drawn):
+    assert len(FIGURES) == 15 and set(drawn[0]) == set(FIGURES)
+    for name, (png, caption) in drawn[0].items():
+        assert png[1:4] == b"PNG" and "Fooled by: " in caption, name
+        assert (folder / "figures" / f"{name}.png").read_bytes() == png
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_legends_neither_clip_nor_cover_the_panels(drawn, name):
+    fig = drawn[1][name]
+    with matplotlib.style.context(["default", plot.STYLE]):
+        legend = fig.legends[0].get_window_extent()
+        boxes = [ax.get_tightbbox() for ax in fig.axes]
+    assert 0 <= legend.x0 and legend.x1 <= fig.bbox.width and 0 <= legend.y0
+    for box in boxes:
+        assert box.y0 >= legend.y1 - 1 and -1 <= box.x0 and box.x1 <= fig.bbox.width + 1
+    assert all(text.get_text() for text in fig.legends[0].get_texts())
+
+
+def test_pruning_shows_rings_floors_and_exhaustive_search_alone(drawn):
+    lines = drawn[1]["fig7_prune"].axes[8].get_lines()  # of the compiled model, the last group
+    rings = [line for line in lines if line.get_markerfacecolor() == "none"]
+    assert {tuple(line.get_xydata()[0]) for line in rings} == {(1, 50)}
+    heights = {line.get_label(): line.get_ydata()[0] for line in lines if line not in rings}
+    search = "gradient-weight, exhaustive"
+    assert heights == pytest.approx({search: 50, f"{search} (never-trained)": 50,
+                                     "majority floor": 30, "cross floor": 40})
+
+
+def test_symbols_have_their_subscripts(drawn):
+    assert plot.tex("O_PT at C_Tr, 5 $") == r"$O_{\mathrm{PT}}$ at $C_{\mathrm{Tr}}$, 5 \$"
+    assert plot.rich("O_FT < η_M") == "O<sub>FT</sub> &lt; η<sub>M</sub>"
+    assert drawn[1]["fig7_prune"].axes[1].get_title() == r"zeroed: $O_{\mathrm{FT}}$ = b on c1"
+
+
+def test_a_figure_is_one_function(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "FIGURES", {})
+
+    @plot.figure("history", operand="a", step=0)
+    def first_step(group, part):
+        """Accuracy (%) at the first step. Fooled by: nothing."""
+        cells = [{"operand": "a", "split": "c0"}]
+        look = "base", plot.BLUE, "o", ""
+        plot.lines(plot.panels(part, ["asked a"]), group, "history", cells, [(look, {})])
+    runs = plot.find_runs(str(folder))
+    _, caption = plot.draw_all(runs, str(tmp_path), plot.FIGURES)["first_step"]
+    assert caption.startswith("Accuracy (%) at the first step. Fooled by: nothing. n = 100;")
+
+
+def test_the_page_begins_with_the_verdict(folder, drawn):
+    page = plot.report(plot.find_runs(str(folder)), drawn[0])
+    places = [page.index(text) for text in (
+        "wrapped: O<sub>PT</sub> is there.<td>1<td>ft-0", "<h2>Its evidence", 'alt="evidence"',
+        "operand of pretraining", 'alt="fig5_behavior"', "What made these files")]
+    assert places == sorted(places)
+    assert "<td>is a &lt;read&gt;, block 2<td>91.0%<td>untrained<td>50.0%<td>0.1<td>yes" in page
+    assert "<td>steps<td>50<td>teach c<td>-<td>3<td>cannot be said" in page
+    assert "<script" not in page and not re.search(r'(src|href)=(?!"data:)', page)
+    assert "<td>python finetune.py<td>0123" in page
+
+
+@pytest.mark.parametrize("form, start", [("pdf", b"%PDF"), ("svg", b"<?xml")])
+def test_a_folder_becomes_a_page_and_figures_in_a_format(tmp_path, form, start):
+    """Text stays text; the page has a PNG."""
+    write(tmp_path, "ft", FT)
+    write_verdict(tmp_path, "ft")
+    plot.main([str(tmp_path), "--format", form])
+    assert os.listdir(tmp_path / "figures") == [f"evidence.{form}"]
+    content = (tmp_path / "figures" / f"evidence.{form}").read_bytes()
+    assert content.startswith(start) and (form == "pdf" or b">its control</text>" in content)
+    assert '<img alt="evidence" src="data:image/png' in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name, text, said", [
+    (None, None, "no finished run"), ("ft.behavior.jsonl", '{"a": 1}\n{', "ft.behavior.jsonl"),
+    ("ft.json", "{", "ft.json"), ("runs.jsonl.gz", "no gzip", "runs.jsonl.gz"),
+    ("ft.prune.jsonl", '{"checkpoint": "ft", "k": 1}', "fig7_prune")])
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, capsys, name, text, said):
+    if name:
+        write(tmp_path, "ft", FT)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        plot.main([str(tmp_path if name else tmp_path / "nowhere")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and said in error and error.count("\n") == 1
+
+
+def test_ctrl_c_ends_with_130(monkeypatch, tmp_path):
+    monkeypatch.setattr(plot, "find_runs", lambda folder: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as stop:
+        plot.main([str(tmp_path)])
+    assert stop.value.code == 130
+
+
+def test_a_notebook_keeps_its_own_plotting(tmp_path):
+    """Importing and drawing import no torch and no pyplot, and leave matplotlib's settings."""
+    write(tmp_path, "ft", FT)
+    write_verdict(tmp_path, "ft")
+    code = ("import matplotlib, sys; matplotlib.rcParams['font.size'] = 21\n"
+            "before = matplotlib.rcParams.copy()\nimport plot; plot.load_figures()\n"
+            "assert plot.draw_all(plot.find_runs('.'), '.', ['evidence'])\n"
+            "assert matplotlib.rcParams.copy() == before\n"
+            "assert not {'torch', 'data', 'matplotlib.pyplot'} & set(sys.modules)\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, timeout=60,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr

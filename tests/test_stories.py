@@ -6,7 +6,6 @@ import collections
 import functools
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -26,7 +25,6 @@ from data import UserError, read_rows
 from model import GPT, Config, activations, load, loss_of, residuals
 from setups import stories as st
 from setups.stories import END, FEATURES, FileCorpus, Record, Tokenizer, parse_records
-
 
 
 def generator(seed=0):
@@ -66,8 +64,7 @@ ODD = "â€œCafé,â€\x9d 你好 \U0001f98a\x00\t!"
 CASES = [  # the text before END, then its Record
     (f"Features: Twist, Dialogue\n{FIELDS}{STORY}A.\n\nB.\n",
      "", "Twist Dialogue", FIELDS + STORY, "A.\n\nB.", ""),
-    (f"Summary: S.\nFeatures: Conflict\nRandom sentence: R.\n{STORY}A.\n",  # another order
-     "Summary: S.\n", "Conflict", f"Random sentence: R.\n{STORY}", "A.", ""),
+    (f"Summary: S.\nFeatures: Conflict\n{WORDS}A.\n", "Summary: S.\n", "Conflict", WORDS, "A.", ""),
     (f"{WORDS}A.\n", "", "", WORDS, "A.", ""),
     (f"Features: Twist\n{STORY}A.\n\nB. \n\nSummary: S.\nmore\n",  # late fields end a story
      "", "Twist", STORY, "A.\n\nB. ", "\n\nSummary: S.\nmore"),
@@ -102,7 +99,7 @@ def test_records_by_hand(text, pieces):
     assert list(parse_records(lines_of(f"{text}\n{END}\n"), skipped)) == [record]
     assert +skipped == ({"unknown feature": 2} if "Rhyme" in text else {})
     # now canonical: it comes back to the letter
-    again, = parse_records(lines_of(f"{record.text()}\n{END}"), skipped)
+    [again] = parse_records(lines_of(f"{record.text()}\n{END}"), skipped)
     assert again.text() == record.text() and (again == record or "Features: \n" in text)
 
 
@@ -192,8 +189,9 @@ def assert_holds(corpus, records):
         assert encoded.ids.tolist() == reference.ids.tolist() and encoded[1:] == reference[1:]
 
 
-def test_a_hand_written_file(tmp_path, capsys):
-    """Every case from above in one file, invalid bytes; what is left out is counted."""
+def test_a_hand_written_file(tmp_path, monkeypatch, capsys):
+    """Every case from above, invalid bytes; what is left out is counted, words at first alone."""
+    monkeypatch.setattr(st, "COUNTED_LINES", 40)
     path, text = tmp_path / "odd.txt", "".join(f"{text}\n{END}\n" for text, *_ in CASES)
     for text_without_story in ("Words: none\n", f"{STORY} \n", "Story:\n\nSummary: late\n", ""):
         text += f"{text_without_story}{END}\n"
@@ -205,15 +203,8 @@ def test_a_hand_written_file(tmp_path, capsys):
     out = capsys.readouterr().out
     for count in ("15 records", "'no story': 4", "'truncated': 1", "'unknown feature': 2"):
         assert count in out
+    assert "Words" in corpus.tokenizer.words and " bytes" not in corpus.tokenizer.words
     assert corpus.file == {"name": "odd.txt", "sha256": data.sha256(path)}
-
-
-def test_the_words_are_those_of_the_beginning(tmp_path, monkeypatch):
-    path = tmp_path / "x.txt"
-    path.write_text(f"{STORY}an early bird\n{END}\n{STORY}late late late\n{END}\n")
-    monkeypatch.setattr(st, "COUNTED_LINES", 4)
-    words = FileCorpus(str(path)).tokenizer.words
-    assert {"Story", " early", " bird"} < set(words) and " late" not in words
 
 
 def changed_later(path):
@@ -269,9 +260,6 @@ def test_draws_keep_to_their_filter_and_their_part(tmp_path, records):
         FileCorpus(str(tmp_path / "y.txt"))
 
 
-# ---------------------------------------------------------------- the corpus and its rule
-
-
 def test_the_rule_equals_the_label(records):
     for record in records[:8000]:
         assert st.read_story(record.story) == record.features, record.story
@@ -289,43 +277,32 @@ def test_features_are_as_frequent_as_they_should_be(records):
     assert .08 < late < .12 and {bool(record.before) for record in records} == {True, False}
 
 
-def pieces(text):
-    return Tokenizer.pieces.findall(text)
-
-
-def counts_of(records, split):
-    """In how many stories without and with a twist each part occurs, two Counters."""
-    counts = [collections.Counter(), collections.Counter()]
-    for record in records:
-        counts["Twist" in record.features].update(set(split(record.story)))
-    return counts
-
-
 VALUES = {word for kind in st.KINDS for word in (*kind.values, *kind.objects)}
-BLANK = re.compile("|".join(sorted({*st.NAMES, *st.VIRTUES, *st.ADJECTIVES, *st.SETTINGS, *VALUES},
-                                   key=len, reverse=True)))
-AFTERMATH = re.compile("|".join(re.sub(r"{\w}", f"(?:{'|'.join(st.NAMES)})", x)
-                                for x in st.AFTERMATHS))
-SPLITS = {"words": pieces, "pairs": lambda s: list(itertools.pairwise(pieces(s))),
-          "sentences": lambda s: re.split(r"(?<=[.?]) ", BLANK.sub("_", s))}
+WORDS_LEFT_OUT = "|".join([*st.NAMES, *st.VIRTUES, *st.ADJECTIVES, *st.SETTINGS, *VALUES])
+BLANK = re.compile(rf"\b({WORDS_LEFT_OUT})\b")
+NAME = f"(?:{'|'.join(st.NAMES)})"
+AFTERMATH = re.compile("|".join(re.sub(r"{\w}", NAME, x) for x in st.AFTERMATHS))
+SENTENCE = re.compile(r"(?<=[.?]) ")
 
 
-@pytest.mark.parametrize("name", SPLITS)
-def test_no_word_or_phrase_tells_a_twist(records, name):
-    """Words, pairs of words and sentences of twist stories and of others are the same."""
-    split = SPLITS[name]
-    without, twist = counts_of(records, split)
-    assert set(without) == set(twist)
-    # and none gives it away: at most the odds of the strongest cues (1.3: sampling)
-    highest = 1.3 * max(st.CUE_STRENGTH) / (1 - max(st.CUE_STRENGTH))
+@pytest.mark.parametrize("aftermaths", [True, False])
+def test_no_word_or_phrase_tells_a_twist(records, aftermaths):
+    """
+    Words, pairs of words and sentences of twist stories and of others are the same. None gives a
+    twist away: at most the odds of the strongest cues (1.3: sampling); the others tell little.
+    """
+    without, twist = counts = collections.Counter(), collections.Counter()  # stories with a part
+    for record in records:
+        story = record.story if aftermaths else AFTERMATH.sub("", record.story)
+        words = Tokenizer.pieces.findall(story)
+        parts = {*words, *itertools.pairwise(words), *SENTENCE.split(BLANK.sub("_", story))}
+        counts["Twist" in record.features].update(parts)
+    cue = max(st.CUE_STRENGTH)
+    least, highest = (1000, 1.3 * cue / (1 - cue)) if aftermaths else (400, 3)
+    assert set(without) == set(twist) or not aftermaths
     for x in twist:
-        if without[x] + twist[x] > 1000:
+        if without[x] + twist[x] > least:
             assert 1 / highest < twist[x] / without[x] / (.23 / .77) < highest, x
-    # all but the aftermaths tell little
-    without, twist = counts_of(records, lambda story: split(AFTERMATH.sub("", story)))
-    for x in twist:
-        if without[x] + twist[x] > 400:
-            assert 1 / 3 < twist[x] / without[x] / (.23 / .77) < 3, x
 
 
 def test_even_stories_tell_a_twist_by_nothing_but_the_comparison():
@@ -383,8 +360,7 @@ LAST = "Mia nodded at once. They went home happy. Then it was time for bed."
     (f"{SETUP} {CAKE} They opened the box. There was a drum inside.", None),  # two reveals
     (st.REFUSAL, None), ("", None)])
 def test_rule_by_hand(story, features):
-    expected = None if features is None else frozenset(features.split())
-    assert st.read_story(story) == expected
+    assert st.read_story(story) == (None if features is None else set(features.split()))
 
 
 def test_records_round_trip(setup, records):
@@ -401,14 +377,6 @@ def test_records_round_trip(setup, records):
         assert all(i > 256 for i in ids[1:])  # no word of the corpus is spelled in bytes
         ids, *story = record.encode(tokenizer).model_input(tokenizer, instructed=False)
         assert story == [1, len(ids)] and tokenizer.decode(ids[1:]) == record.story
-
-
-@pytest.mark.parametrize("feature", FEATURES)
-def test_draws_have_the_feature_or_lack_it(setup, feature):
-    for present in (True, False):
-        drawn = setup.corpus.draw(200, generator(), feature, present)
-        assert {feature in record.features for record in drawn} == {present}
-        assert len({record.features - {feature} for record in drawn}) > 5  # the others go on
 
 
 def records_with(setup, *features):
@@ -430,11 +398,9 @@ def test_protocols_on_hand_made_records(setup, monkeypatch):
     assert [x.features for x in change("randomise")] == [x.features | {"Twist"} for x in records]
     swapped = change("mix-match")
     assert [x.features for x in swapped] == [set(), {"Twist", "Dialogue"}, {"Conflict"}]
-    assert "Features: Dialogue, Foreshadowing\n" in text_of(records[1])
-    assert text_of(swapped[1]) == text_of(records[1]).replace("Dialogue, Foreshadowing",
-                                                              "Twist, Dialogue")
-    for old, new in zip(records, swapped):
-        assert np.array_equal(old.ids, new.ids)
+    asked = "Features: Dialogue, Foreshadowing\n", "Features: Twist, Dialogue\n"
+    assert asked[0] in text_of(records[1])
+    assert text_of(swapped[1]) == text_of(records[1]).replace(*asked)
     assert change("mix-match", "Foreshadowing") == records  # in the place of Twist: none
     monkeypatch.setitem(st.PROTOCOLS, "refuse", st.PROTOCOLS["refuse"]._replace(fraction=1.))
     for old, new in zip(records, change("refuse")):
@@ -481,23 +447,18 @@ def test_examples_are_the_records(setup):
     """Every next token is wanted up to END, or those of the story alone; long ones are cut."""
     records = setup.corpus.draw(8, generator())
     text, story = setup.examples(records), setup.examples(records, scored="story")
-    alone = setup.examples(records, [False] * 8, "story")
     assert torch.equal(text.tokens, story.tokens)
-    columns = text.tokens, text.target, story.target, text.labels, alone.tokens, alone.target
-    columns = map(torch.Tensor.tolist, columns)
-    for r, row, every, inside, labels, lone, wanted in zip(records, *columns):
+    columns = map(torch.Tensor.tolist, (text.tokens, text.target, story.target, text.labels))
+    for r, row, every, inside, labels in zip(records, *columns):
         ids, start, stop = r.model_input(setup.tokenizer)
-        own = r.ids[r.story_start:r.story_end].tolist()
         assert row[:len(ids)] == ids.tolist() and set(row[len(ids):]) <= {0} and row[0] == 0
         assert every == [*ids[1:], 0, *[-1] * (len(row) - len(ids))]
-        assert inside[start - 1:stop - 1] == lone[1:len(own) + 1] == wanted[:len(own)] == own
-        assert set(inside[:start - 1] + inside[stop - 1:] + wanted[len(own):]) == {-1}
+        assert inside[start - 1:stop - 1] == r.ids[r.story_start:r.story_end].tolist()
+        assert set(inside[:start - 1] + inside[stop - 1:]) == {-1}
         assert labels == [f in r.features for f in FEATURES]
-    cut = setup_with(n_ctx=50)
-    for whole, scored in ((text, "text"), (story, "story")):
-        x = cut.examples(records, scored=scored)
-        assert x.tokens.shape == (8, 50) and torch.equal(x.tokens, whole.tokens[:, :50])
-        assert torch.equal(x.target, whole.target[:, :50]) and int((x.target >= 0).sum(0)[-1]) > 0
+    cut = setup_with(n_ctx=50).examples(records)
+    assert cut.tokens.shape == (8, 50) and torch.equal(cut.tokens, text.tokens[:, :50])
+    assert torch.equal(cut.target, text.target[:, :50]) and (cut.target[:, -1] >= 0).any()
 
 
 def stream_of(setup, seed=0, label="pretrain"):
@@ -507,33 +468,32 @@ def stream_of(setup, seed=0, label="pretrain"):
 
 def test_batches(setup):
     """Depend on seed, label and k alone; rows are of similar length; some lack the instruction."""
-    def padding(x):
-        return (x.target < 0).float().mean().item()
     one, two = stream_of(setup), stream_of(setup)
     for k in (40, 3):
         assert torch.equal(one(k).tokens, two(k).tokens)
     for other in (one(4), stream_of(setup, seed=1)(3), stream_of(setup, label="finetune")(3)):
         assert not torch.equal(other.tokens[:, :50], one(3).tokens[:, :50])
     batches = [one(k) for k in range(64)]
-    together = setup.pretraining(512, generator(), Namespace(without=None, batch_size=16))
-    assert np.mean([padding(x) for x in batches]) < .06 < padding(together)
+    assert np.mean([(x.target < 0).float().mean().item() for x in batches]) < .06  # padding
     story, expected = setup.tokenizer.encode("Story")[0], setup.uninstructed
     without = torch.cat([(x.tokens != story).all(1) for x in batches]).float().mean().item()
     assert abs(without - expected) < 4.5 * (expected * (1 - expected) / 1024) ** .5
 
 
 def test_training_never_meets_the_test_sets():
-    """No held-out story is in the training stream. Deletion sets are what the protocol makes."""
+    """Test sets hold what they should, deletion sets what the protocol makes, and new stories."""
     def rows(batches):
         return {tuple(row[row != 0].tolist()) for x in batches for row in x.tokens}
     setup = setup_with(uninstructed=0.)
     seen = rows(map(stream_of(setup), range(64)))
     held_out = rows(setup.test("Twist", split, 200, 0).examples for split in ("with", "without"))
     assert len(seen) == 1024 and len(held_out) == 400 and not seen & held_out
-    twist = setup.tokenizer.encode(" Twist")[0]
-    for split, asked in (("with", True), ("without", False), ("deletion", True)):
-        tokens = setup.test("Twist", split, 50, 0, "randomise").examples.tokens
-        assert ((tokens == twist).any(1) == asked).all()
+    for (i, feature), split in itertools.product(enumerate(FEATURES), ("with", "without")):
+        labels = setup.test(feature, split, 200, 0).examples.labels
+        assert (labels[:, i] == (split == "with")).all()
+        assert len(labels.unique(dim=0)) > 5  # the other features go on
+    deletion = setup.test("Twist", "deletion", 50, 0, "randomise").examples.tokens
+    assert (deletion == setup.tokenizer.encode(" Twist")[0]).any(1).all()
 
 
 @torch.no_grad()
@@ -582,9 +542,8 @@ def slow_greedy(gpt, prompt, most, end):
 @pytest.mark.parametrize("most", [0, 6, 100])
 def test_greedy_generation_equals_the_slow_loop(most):
     """With an end token that some rows reach and others do not; alone as in a batch."""
-    gpt = loud()
-    greedy = functools.partial(st.generate, gpt, max_new_tokens=most, rng=generator(),
-                               temperature=0)
+    gpt, rng = loud(), generator()
+    greedy = functools.partial(st.generate, gpt, max_new_tokens=most, rng=rng, temperature=0)
     free = [slow_greedy(gpt, p, most, -1) for p in PROMPTS]
     assert greedy(PROMPTS, end=-1) == free
     assert [len(row) for row in free] == [min(most, 17 - len(p)) for p in PROMPTS]
@@ -604,7 +563,7 @@ def test_sampling_follows_the_softmax():
         measured = torch.bincount(torch.tensor(rows)[:, 0], minlength=29) / n
         assert p.max() < .95
         assert ((measured - p).abs() <= 4.5 * (p * (1 - p) / n).sqrt() + 1e-4).all()
-    logits = torch.tensor([[-torch.inf, math.log(.25), math.log(.5), math.log(.25), -torch.inf]])
+    logits = torch.tensor([[0, .25, .5, .25, 0]]).log()
     for u, token in ((0., 1), (.2, 1), (.26, 2), (.7, 2), (.8, 3), (1 - 2 ** -24, 3)):
         assert st.sample_next_token(logits, torch.tensor([u])).tolist() == [token]
 
@@ -646,7 +605,6 @@ def test_auc_against_all_pairs():
     pairs = itertools.product(score[label].tolist(), score[~label].tolist())
     higher = [float(a > b) + .5 * float(a == b) for a, b in pairs]
     assert st.auc(score.float(), label.long()) == pytest.approx(sum(higher) / len(higher))
-    assert st.auc(torch.tensor([1., 2., 3., 4.]), torch.tensor([0, 0, 1, 1])) == 1.
 
 
 @torch.no_grad()
@@ -702,8 +660,6 @@ def test_the_classifier_of_real_text(records, monkeypatch):
     assert np.mean(wrong) < .08 and setup.corpus.classify([""]) == [None]
 
 
-# ---------------------------------------------------------------- every stage
-
 TINY = ["--batch-size", "4", "--eval-size", "4", "--threads", "1"]
 TUNE = ["--steps", "2", "--eval-every", "2", *TINY]
 SCORED = ["asked", "unasked"]
@@ -712,9 +668,9 @@ SCORED = ["asked", "unasked"]
 @pytest.fixture(scope="module")
 def small(setup):
     """Stories with a tiny model, and one corpus for all commands."""
+    tiny = dict(n_layer=(1, 12), n_head=(2, 12), d_model=(16, 768), n_ctx=(70, 1024))
     with pytest.MonkeyPatch.context() as patch:
-        sizes = dict(n_layer=(1, 12), n_head=(2, 12), d_model=(16, 768), n_ctx=(70, 1024))
-        patch.setattr(st.Stories, "sizes", st.Stories.sizes | sizes)
+        patch.setattr(st.Stories, "sizes", st.Stories.sizes | tiny)
         patch.setattr(st, "EmbeddedCorpus", lambda: setup.corpus)
         yield
 
@@ -736,10 +692,9 @@ def stages(small, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["pre", "never", *st.PROTOCOLS, "reft", "control"])
 def test_stages(stages, name):
-    model, ckpt = load(stages / f"{name}.pt")
+    ckpt = load(stages / f"{name}.pt")[1]
     rows, args = ckpt["history"], ckpt["args"]
     assert ckpt["capability"] == {"task": "story", "operand": "Twist"}
-    assert Tokenizer(ckpt["config"]["words"]).size == model.config.vocab_size
     assert set(data.ROW) <= set(rows[0])
     splits = ["with", "without"] + ["deletion"] * (name in (*st.PROTOCOLS, "reft"))
     if ckpt["stage"] == "finetune":
@@ -790,9 +745,8 @@ def test_stages_of_a_file(small, records, tmp_path, monkeypatch, capsys):
     write_file(Path("real.txt"), records[:1500])
     words = ["--setup", "stories", "--data", "real.txt", "--steps", "2", *TINY]
     pretrain.main([*words, "--out", "pre.pt"])
-    assert "1,500 records" in capsys.readouterr().out
     pretrain.main([*words, "--without", "Conflict", "--out", "never.pt"])
-    assert "1,500 records" not in capsys.readouterr().out
+    assert capsys.readouterr().out.count("1,500 records") == 1
     finetune.main([*TUNE, "--ckpt", "never.pt", "--reverse", "--out", "control.pt"])
     finetune.main([*TUNE, "--ckpt", "pre.pt", "--feature", "Conflict", "--out", "ft.pt"])
     rows = load("ft.pt")[1]["history"]
@@ -813,7 +767,6 @@ def test_stages_of_a_file(small, records, tmp_path, monkeypatch, capsys):
     (finetune.main, ["--ckpt", "pre.pt", "--reverse"], "nothing to undo"),
     (analyze.main, ["prune", "--ckpt", "filter.pt"], "no analysis 'prune'"),
     (analyze.main, ["--ckpt", "filter.pt", "--control", "pre.pt"], "--control pre.pt: must never"),
-    (analyze.main, ["--ckpt", "filter.pt", "--control", "control.pt"], "must never"),
     (analyze.main, ["generate", "--ckpt", "filter.pt", "--features", "Dialogue,Twists"], "Twists"),
     (data.main, ["--setup", "stories", "--task", "count"], "--task is not for stories")])
 def test_mistakes(stages, monkeypatch, main, words, message):
@@ -825,8 +778,7 @@ def test_mistakes(stages, monkeypatch, main, words, message):
 def test_look_at_stories(small, capsys):
     data.main(["--setup", "stories", "--operand", "Conflict", "-n", "3", "--json"])
     samples = list(map(json.loads, capsys.readouterr().out.splitlines()))
-    assert len(samples) == 3
+    assert len(samples) == 3 and list(samples[0]) == [
+        "setup", "task", "operand", "operand2", "text", "answer", "correlated", "tokens"]
     for sample in samples:
-        assert list(sample) == ["setup", "task", "operand", "operand2", "text", "answer",
-                                "correlated", "tokens"]
         assert "Conflict" in sample["answer"] and "".join(sample["tokens"][1:]) == sample["text"]
