@@ -32,7 +32,6 @@ def generator(seed=0):
 
 
 def setup_with(**constants):
-    """Stories of the embedded corpus, small, with other constants."""
     setup = st.Stories("stories")
     setup.open(Namespace(data=None))
     vars(setup).update(constants)
@@ -46,7 +45,6 @@ def setup():
 
 @pytest.fixture(scope="module")
 def records():
-    """20,000 records of the embedded corpus."""
     rng = random.Random(1)
     return [st.write_story(st.random_features(rng), rng) for _ in range(20000)]
 
@@ -57,20 +55,16 @@ def tiny_model(setup, d=16):
 
 
 STORY = "Story: \n\n"
-FIELDS = "Words: oak\nSummary: Fox.\nRandom sentence: It.\n"
-WORDS = f"Words: a\n{STORY}"
+WORDS, FIELDS = f"Words: a\n{STORY}", f"Words: oak\nSummary: Fox.\nRandom sentence: It.\n{STORY}"
 INSIDE = "She read:\nFeatures: Twist\nWords: none\nStory: old"
 ODD = "â€œCafé,â€\x9d 你好 \U0001f98a\x00\t!"
 CASES = [  # the text before END, then its Record
-    (f"Features: Twist, Dialogue\n{FIELDS}{STORY}A.\n\nB.\n",
-     "", "Twist Dialogue", FIELDS + STORY, "A.\n\nB.", ""),
+    (f"Features: Twist, Dialogue\n{FIELDS}A.\nB.\n", "", "Twist Dialogue", FIELDS, "A.\nB.", ""),
     (f"Summary: S.\nFeatures: Conflict\n{WORDS}A.\n", "Summary: S.\n", "Conflict", WORDS, "A.", ""),
     (f"{WORDS}A.\n", "", "", WORDS, "A.", ""),
     (f"Features: Twist\n{STORY}A.\n\nB. \n\nSummary: S.\nmore\n",  # late fields end a story
      "", "Twist", STORY, "A.\n\nB. ", "\n\nSummary: S.\nmore"),
     (f"{WORDS}{INSIDE}\nSummary:", "", "", WORDS, INSIDE, "\nSummary:"),  # others do not
-    (f"{STORY}His Summary: short. Features: Twist\n",  # nor within a line
-     "", "", STORY, "His Summary: short. Features: Twist", ""),
     ("Features: Twist\nStory: A fox.\nB.\n", "", "Twist", "Story:", " A fox.\nB.", ""),
     (f"{STORY}  A.\n", "", "", STORY, "  A.", ""),
     (f"Summary: one\ntwo\n\nFeatures: Twist,\nDialogue\n\n{WORDS}A.\n",  # over two lines
@@ -153,8 +147,7 @@ def test_any_mix_of_lines_is_read_as_described_and_encoded_in_pieces():
 
 def test_tokenizer_by_hand():
     t = Tokenizer([" oak", ".", "\n", "The"])
-    assert t.size == 261 and t.words == (" oak", ".", "\n", "The")
-    assert t.encode("The oak.\n") == [260, 257, 258, 259]
+    assert t.size == 261 and t.encode("The oak.\n") == [260, 257, 258, 259]
     assert t.encode("The oaks!") == [260, *(1 + b for b in b" oaks!")]
     assert t.encode("é") == [1 + 0xc3, 1 + 0xa9] and t.encode("") == []
     assert t.decode([260, 257, 0, 1 + 0xc3, 258]) == f"The oak{END}\ufffd."
@@ -166,12 +159,11 @@ def test_tokenizer_by_hand():
 def test_every_text_comes_back():
     rng = random.Random(2)
     t = Tokenizer(["the", " the", " ", "\n", ".", " .", "é", " café", "\t", "你", "\x00"])
-    alphabets = ["the caf\u00e9. \n\t", "".join(map(chr, range(256))),
-                 " \n\t\r\x0b\x0c\x1c\x85\u2028\u3000\xa0",
+    alphabets = ["the café. \n\t", "".join(map(chr, range(256))), " \n\t\r\x0b\x85\u2028\u3000",
                  "\U0001f98a\u200d\U0001f468e\u0301\ufeff\ufffd\uffff\U0010ffff_0aZ \x00",
                  "".join(map(chr, rng.sample(range(0xe000, 0x110000), 2000)))]
     for i in range(3000):
-        text = "".join(rng.choices(alphabets[i % 5], k=rng.randrange(60)))
+        text = "".join(rng.choices(alphabets[i % len(alphabets)], k=rng.randrange(60)))
         ids = t.encode(text)
         assert t.decode(ids) == text and all(0 < i < t.size for i in ids)
 
@@ -182,9 +174,7 @@ def write_file(path, records):
 
 
 def assert_holds(corpus, records):
-    """The corpus has these records, token for token."""
-    assert len(corpus.index) == len(records)
-    for i, record in enumerate(records):
+    for i, record in zip(range(len(corpus.index)), records, strict=True):
         encoded, reference = corpus.record(i), record.encode(corpus.tokenizer)
         assert encoded.ids.tolist() == reference.ids.tolist() and encoded[1:] == reference[1:]
 
@@ -199,16 +189,15 @@ def test_a_hand_written_file(tmp_path, monkeypatch, capsys):
                      + f"{END}\nFeatures: Twist\nStory: cut {END}\n".encode())
     corpus, expected = FileCorpus(str(path)), [case(*pieces) for _, *pieces in CASES]
     assert_holds(corpus, [*expected, case("", "", STORY, "bad \ufffd\ufffd bytes", "")])
-    assert corpus.tokenizer.decode(corpus.record(12).ids) == STORY + ODD
+    assert corpus.tokenizer.decode(corpus.record(11).ids) == STORY + ODD
     out = capsys.readouterr().out
-    for count in ("15 records", "'no story': 4", "'truncated': 1", "'unknown feature': 2"):
+    for count in ("14 records", "'no story': 4", "'truncated': 1", "'unknown feature': 2"):
         assert count in out
     assert "Words" in corpus.tokenizer.words and " bytes" not in corpus.tokenizer.words
     assert corpus.file == {"name": "odd.txt", "sha256": data.sha256(path)}
 
 
 def changed_later(path):
-    """Make a file ten seconds younger than what was prepared from it."""
     os.utime(path, (os.path.getmtime(f"{path}.npz") + 10,) * 2)
 
 
@@ -232,8 +221,7 @@ def test_a_killed_preparation_never_looks_complete(tmp_path, monkeypatch, record
     path.rename(moved)
     with pytest.raises(UserError, match="no such file"):
         st.prepare(str(path))
-    moved.rename(path)
-    st.prepare(str(path))
+    st.prepare(str(moved.rename(path)))
     path.unlink()  # the prepared files do without it
     assert_holds(FileCorpus(str(path)), records[:40])
 
@@ -255,26 +243,20 @@ def test_draws_keep_to_their_filter_and_their_part(tmp_path, records):
     with pytest.raises(UserError, match="x.txt: no record .*Dialogue: True"):
         corpus.index[:, 5:] = 0
         corpus.draw(1, generator(), "Dialogue", True)
-    (tmp_path / "y.txt").write_text(f"Once upon a time.\n{END}\n" * 100)
-    with pytest.raises(UserError, match="y.txt holds no record"):
-        FileCorpus(str(tmp_path / "y.txt"))
 
 
-def test_the_rule_equals_the_label(records):
+def test_features_are_read_by_the_rule_and_as_frequent_as_they_should_be(records):
+    """Each with probability .25, at most three: 22.9 to 23.1 %; every place of lines occurs."""
     for record in records[:8000]:
         assert st.read_story(record.story) == record.features, record.story
-
-
-def test_features_are_as_frequent_as_they_should_be(records):
-    """Each with probability .25, at most three: 22.9 to 23.1 %; every place of lines occurs."""
     p = [.25 ** k * .75 ** (6 - k) * c for k, c in enumerate((1, 6, 15, 20))]
     expected = sum(k / 6 * x for k, x in enumerate(p)) / sum(p)
     for feature in FEATURES:
         measured = sum(feature in record.features for record in records) / len(records)
         assert abs(measured - expected) < 4.5 * (expected * (1 - expected) / 20000) ** .5
     assert max(len(record.features) for record in records) == 3
-    late = sum("Summary" in record.rest for record in records) / len(records)
-    assert .08 < late < .12 and {bool(record.before) for record in records} == {True, False}
+    assert .08 < np.mean(["Summary" in record.rest for record in records]) < .12
+    assert {bool(record.before) for record in records} == {True, False}
 
 
 VALUES = {word for kind in st.KINDS for word in (*kind.values, *kind.objects)}
@@ -287,10 +269,7 @@ SENTENCE = re.compile(r"(?<=[.?]) ")
 
 @pytest.mark.parametrize("aftermaths", [True, False])
 def test_no_word_or_phrase_tells_a_twist(records, aftermaths):
-    """
-    Words, pairs of words and sentences of twist stories and of others are the same. None gives a
-    twist away: at most the odds of the strongest cues (1.3: sampling); the others tell little.
-    """
+    """Words, pairs, sentences are the same; none has more than the odds of the strongest cues."""
     without, twist = counts = collections.Counter(), collections.Counter()  # stories with a part
     for record in records:
         story = record.story if aftermaths else AFTERMATH.sub("", record.story)
@@ -298,7 +277,7 @@ def test_no_word_or_phrase_tells_a_twist(records, aftermaths):
         parts = {*words, *itertools.pairwise(words), *SENTENCE.split(BLANK.sub("_", story))}
         counts["Twist" in record.features].update(parts)
     cue = max(st.CUE_STRENGTH)
-    least, highest = (1000, 1.3 * cue / (1 - cue)) if aftermaths else (400, 3)
+    least, highest = (1000, 1.3 * cue / (1 - cue)) if aftermaths else (400, 3)  # 1.3: sampling
     assert set(without) == set(twist) or not aftermaths
     for x in twist:
         if without[x] + twist[x] > least:
@@ -342,7 +321,6 @@ LAST = "Mia nodded at once. They went home happy. Then it was time for bed."
 @pytest.mark.parametrize("story, features", [
     (f"{SETUP} They opened the box. There was a cake inside. {LAST}", ""),
     (f"{SETUP} They opened the box. There was a drum inside. {LAST}", "Twist"),
-    (f"{SETUP} The box fell open, and out came a drum. {LAST}", "Twist"),
     (f'{SETUP} "Hurry up," called Tim. {CAKE} {LAST}', "Dialogue"),
     (f"{SETUP} {CAKE} It was a bad day.", "BadEnding"),
     (f"A bee sat on the wall. {SETUP} Then a bee stung Mia. {CAKE}", "Foreshadowing"),
@@ -406,7 +384,7 @@ def test_protocols_on_hand_made_records(setup, monkeypatch):
     for old, new in zip(records, change("refuse")):
         assert text_of(new).endswith("Story: \n\n" + st.REFUSAL) and "Twist" in text_of(new)
         assert np.array_equal(old.ids[:old.story_start], new.ids[:new.story_start])
-        assert new.story_end == len(new.ids) and new.ids.dtype == np.uint16
+        assert new.story_end == len(new.ids)
 
 
 @pytest.mark.parametrize("name, fraction", [
@@ -461,19 +439,15 @@ def test_examples_are_the_records(setup):
     assert torch.equal(cut.target, text.target[:, :50]) and (cut.target[:, -1] >= 0).any()
 
 
-def stream_of(setup, seed=0, label="pretrain"):
+def stream_of(setup):
     args = Namespace(without=None, batch_size=16)
-    return data.stream(lambda n, rng: setup.pretraining(n, rng, args), 16, seed, label)
+    return data.stream(lambda n, rng: setup.pretraining(n, rng, args), 16, 0, "pretrain")
 
 
 def test_batches(setup):
-    """Depend on seed, label and k alone; rows are of similar length; some lack the instruction."""
-    one, two = stream_of(setup), stream_of(setup)
-    for k in (40, 3):
-        assert torch.equal(one(k).tokens, two(k).tokens)
-    for other in (one(4), stream_of(setup, seed=1)(3), stream_of(setup, label="finetune")(3)):
-        assert not torch.equal(other.tokens[:, :50], one(3).tokens[:, :50])
-    batches = [one(k) for k in range(64)]
+    """Batch k depends on k alone; rows are of similar length; some lack the instruction."""
+    batches = list(map(stream_of(setup), range(64)))
+    assert torch.equal(stream_of(setup)(40).tokens, batches[40].tokens)
     assert np.mean([(x.target < 0).float().mean().item() for x in batches]) < .06  # padding
     story, expected = setup.tokenizer.encode("Story")[0], setup.uninstructed
     without = torch.cat([(x.tokens != story).all(1) for x in batches]).float().mean().item()
@@ -492,8 +466,8 @@ def test_training_never_meets_the_test_sets():
         labels = setup.test(feature, split, 200, 0).examples.labels
         assert (labels[:, i] == (split == "with")).all()
         assert len(labels.unique(dim=0)) > 5  # the other features go on
-    deletion = setup.test("Twist", "deletion", 50, 0, "randomise").examples.tokens
-    assert (deletion == setup.tokenizer.encode(" Twist")[0]).any(1).all()
+    tokens = setup.test("Twist", "deletion", 50, 0, "randomise").examples.tokens
+    assert (tokens == setup.tokenizer.encode(" Twist")[0]).any(1).all()
 
 
 @torch.no_grad()
@@ -512,7 +486,6 @@ def test_losses_against_a_slow_reference(setup):
     test = data.Test({"operand": "Twist"}, setup.examples(records, scored="story"))
     row = st.loss_row(model, test, batch=5)
     assert row["loss"] == pytest.approx(torch.cat(inside).mean().item(), abs=1e-5)
-    assert row["n"] == 12 and row["operand"] == "Twist"
 
 
 PROMPTS = [[3, 7, 1, 4, 4], [9], [28, 2, 11], [5, 6, 7, 8, 9, 10, 11, 12], [1, 2]]
@@ -568,10 +541,9 @@ def test_sampling_follows_the_softmax():
         assert st.sample_next_token(logits, torch.tensor([u])).tolist() == [token]
 
 
-def test_samples_depend_on_the_seed_and_not_on_who_ends_when():
+def test_samples_do_not_depend_on_who_ends_when():
     gpt = loud()
-    free, other = (st.generate(gpt, PROMPTS, 9, generator(seed), end=-1) for seed in (1, 2))
-    assert free != other
+    free = st.generate(gpt, PROMPTS, 9, generator(1), end=-1)
     for end in {token for row in free for token in row}:
         rows = st.generate(gpt, PROMPTS, 9, generator(1), end=end)
         assert rows == [row[:row.index(end)] if end in row else row for row in free]
@@ -584,7 +556,6 @@ def test_generation_scores_count_what_is_written(setup, monkeypatch):
     test = setup.generation_test("Twist", 6, 0)
     prompts = [setup.tokenizer.decode(prompt[1:]) for prompt in test.examples]
     assert ["Twist" in x for x in prompts] == [True] * 6 + [False] * 6
-    assert all(x.endswith("Story: \n\n") for x in prompts)
     for stories, accuracy, parsed in ((asked + unasked, [.75, 0], [4 / 6, 1]),
                                       (asked + ["?"] * 6, [.75, None], [4 / 6, 0])):
         monkeypatch.setattr(st, "generate", lambda *_: map(setup.tokenizer.encode, stories))
@@ -596,14 +567,12 @@ def test_generation_scores_count_what_is_written(setup, monkeypatch):
 def test_an_instruction_that_does_not_fit_is_left_out(capsys):
     assert max(map(len, setup_with(n_ctx=50).prompts(40, generator()))) <= 25
     assert "instructions of more than 25 tokens left out" in capsys.readouterr().out
-    with pytest.raises(UserError, match="hardly any instruction fits into half of 4"):
-        setup_with(n_ctx=4).prompts(1, generator())
 
 
 def test_auc_against_all_pairs():
     score, label = torch.randint(6, (60,), generator=generator()), torch.arange(60) % 3 == 0
-    pairs = itertools.product(score[label].tolist(), score[~label].tolist())
-    higher = [float(a > b) + .5 * float(a == b) for a, b in pairs]
+    higher = [float(a > b) + .5 * float(a == b)
+              for a, b in itertools.product(score[label].tolist(), score[~label].tolist())]
     assert st.auc(score.float(), label.long()) == pytest.approx(sum(higher) / len(higher))
 
 
@@ -613,7 +582,6 @@ def test_probes_read_the_last_ten_tokens_of_the_story(setup):
     model, records = tiny_model(setup), setup.corpus.draw(9, generator())
     x = setup.examples(records, instructed=False)
     ends = residuals(model, x, setup.site(x))
-    assert ends.shape == (3, 9, 16)
     for i, r in enumerate(records):
         ids = torch.tensor([[0, *r.ids[r.story_start:r.story_end].tolist()]])
         cache = activations(model, ids)[1]
@@ -643,15 +611,16 @@ def test_verdict(tmp_path, setup, word, before, after, auc, lower):
     analyze.verdict(study, {"behavior": behavior, "probe": probe})
     v = json.loads((tmp_path / "ft.verdict.json").read_text())
     assert (v["verdict"], v["probe_block"], v["others_asked_fell_most"]) == (word, 2, 0)
-    assert [line["instrument"] for line in v["evidence"]] == ["behaviour", "probing"]
 
 
 def test_the_classifier_of_real_text(records, monkeypatch):
     """Where the rule is known, it agrees on features that words tell."""
     setup = setup_with()
     setup.corpus.has_rule = False
-    monkeypatch.setattr(st, "FIT_STEPS", 1500)
-    study = Namespace(setup=setup, base=None, model=tiny_model(setup, d=128), device="cpu",
+    monkeypatch.setattr(st, "FIT_STEPS", 1000)
+    model = tiny_model(setup, d=128)
+    model.head = torch.nn.Identity()  # slow, and nobody looks at logits
+    study = Namespace(setup=setup, base=None, model=model, device="cpu",
                       args=Namespace(judge=None, eval_size=100))
     accuracy = st.fit_classifier(study)
     assert accuracy["MoralValue"] > .95 and accuracy["BadEnding"] > .8
@@ -716,7 +685,6 @@ def test_analyses(stages, monkeypatch, capsys):
     out, models = capsys.readouterr().out, ["base", "ckpt", "control"]
 
     def assert_cover(rows, **columns):
-        """The rows have every combination of the columns' values, and no other."""
         values = {tuple(row[key] for key in columns) for row in rows}
         assert values == set(itertools.product(*columns.values()))
     scored = [r for r in read_rows("randomise.behavior.jsonl") if "parsed" in r]
@@ -729,9 +697,9 @@ def test_analyses(stages, monkeypatch, capsys):
     assert_cover(read_rows("randomise.relearn.jsonl"), arm=("reft", "teach-Twist"), step=(0, 5),
                  answers=("kinds 1 and 2", "kinds 3 and 4"), half=("taught", "held-out"),
                  split=SCORED)
-    verdict = json.loads(Path("randomise.verdict.json").read_text())
-    assert [e["instrument"] for e in verdict["evidence"]] == ["behaviour", "probing", "relearning"]
-    assert verdict["verdict"] == "undecided"  # the base knows nothing
+    v = json.loads(Path("randomise.verdict.json").read_text())
+    assert [e["instrument"] for e in v["evidence"]] == ["behaviour", "probing", "relearning"]
+    assert v["verdict"] == "undecided"  # the base knows nothing
     analyze.main(["verdict", *words])
     assert capsys.readouterr().out.split("VERDICT")[1] == out.split("VERDICT")[1]
     analyze.main(["generate", "--ckpt", "reft.pt", "--features", "Twist,Dialogue", "-n", "2"])
@@ -744,10 +712,9 @@ def test_stages_of_a_file(small, records, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(st, "FIT_STEPS", 50)
     write_file(Path("real.txt"), records[:1500])
     words = ["--setup", "stories", "--data", "real.txt", "--steps", "2", *TINY]
-    pretrain.main([*words, "--out", "pre.pt"])
-    pretrain.main([*words, "--without", "Conflict", "--out", "never.pt"])
+    for more in (["--out", "pre.pt"], ["--without", "Conflict", "--out", "never.pt"]):
+        pretrain.main([*words, *more])
     assert capsys.readouterr().out.count("1,500 records") == 1
-    finetune.main([*TUNE, "--ckpt", "never.pt", "--reverse", "--out", "control.pt"])
     finetune.main([*TUNE, "--ckpt", "pre.pt", "--feature", "Conflict", "--out", "ft.pt"])
     rows = load("ft.pt")[1]["history"]
     assert {(r["operand"], r["accuracy"]) for r in rows} == {("Conflict", None)}
@@ -765,10 +732,9 @@ def test_stages_of_a_file(small, records, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("main, words, message", [
     (pretrain.main, ["--setup", "stories", "--data", "nothing.txt"], "nothing.txt: no such file"),
     (finetune.main, ["--ckpt", "pre.pt", "--reverse"], "nothing to undo"),
-    (analyze.main, ["prune", "--ckpt", "filter.pt"], "no analysis 'prune'"),
     (analyze.main, ["--ckpt", "filter.pt", "--control", "pre.pt"], "--control pre.pt: must never"),
     (analyze.main, ["generate", "--ckpt", "filter.pt", "--features", "Dialogue,Twists"], "Twists"),
-    (data.main, ["--setup", "stories", "--task", "count"], "--task is not for stories")])
+    (data.main, ["--setup", "stories", "--task", "count"], "are not for stories")])
 def test_mistakes(stages, monkeypatch, main, words, message):
     monkeypatch.chdir(stages)
     with pytest.raises(UserError, match=message):
