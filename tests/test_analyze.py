@@ -399,7 +399,7 @@ def test_every_analysis(folder, capsys, name, task):
         assert rows, kind
         for row in rows:
             assert keys is None or ROW | keys <= set(row), kind
-            assert row["checkpoint"] == ckpt["sha256"] and "base_checkpoint" not in row
+            assert row["checkpoint"] == ckpt["sha256"] and row["base_checkpoint"] is None
             for share in ("accuracy", "floor", "cross_floor", "mass", "chance"):
                 assert row.get(share) is None or 0 <= row[share] <= 1.0001, (kind, share)
     verdict = json.loads(Path(f"out/{name}.verdict.json").read_text())
@@ -432,7 +432,7 @@ def test_the_verdict_from_rows_that_are_there(folder, capsys):
     path.write_text(re.sub('"checkpoint": "[0-9a-f]+"', '"checkpoint": "0"', path.read_text()))
     with pytest.raises(UserError, match="run them first"):
         analyze.main(["verdict", *ckpt])
-    assert "left out" in capsys.readouterr().out
+    assert "of another checkpoint" in capsys.readouterr().out
     analyze.main([*SMALL, "--ckpt", "out/pre.pt"])  # only what applies
     assert not Path("out/pre.prune.jsonl").exists() and Path("out/pre.probe.jsonl").exists()
 
