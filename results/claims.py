@@ -109,7 +109,9 @@ def effects(claim, runs):
 
 
 def span(values, times):
-    """The Spread of effects as they are (times), or in points."""
+    """The Spread of effects as they are (times), or in points; None without one."""
+    if not np.size(values):
+        return None
     factor = 1 if times else 100
     return Spread(*(f(values) * factor for f in (np.mean, np.min, np.max)), [])
 
@@ -169,6 +171,8 @@ def known_scores(runs):
     It works where what is wrapped or planted lies right of what is overwritten or erased.
     Fooled by: five seeds; what is called overwritten is so by its training, not by proof.
     """
+    if not scores(runs, "wrapped", "behaviour"):
+        return None
     fig, parts = plot.grid(list(INSTRUMENTS), 3, 1.7)
     for part, name in zip(parts, INSTRUMENTS):
         ax, = panels(part, [""])
@@ -292,6 +296,8 @@ def claim_effects(runs):
     it has to reach in every seed (of claims that something does not happen: in none).
     Fooled by: margins, which are chosen; controls that were stopped at three times reFT's steps.
     """
+    if not all(effects(claim, runs) for claim in CLAIMS):
+        return None
     colors = {"holds": BLUE, "undecided": ORANGE, "does not hold": RED}
     fig, parts = plot.grid(["", ""], 1, 4.2)
     for part, times in zip(parts, (False, True)):

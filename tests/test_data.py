@@ -14,7 +14,6 @@ import random
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 from argparse import Namespace
 
@@ -532,12 +531,12 @@ def test_mistakes(words, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_mistake_ends_the_script_with_code_2():
+def test_a_mistake_ends_the_script_with_code_2(capsys):
     """One line on stderr, whether argparse or the setup finds it."""
-    done = subprocess.run([sys.executable, data.__file__, "--task", "none"], capture_output=True,
-                          text=True)
-    assert done.returncode == 2 and not done.stdout
-    assert re.fullmatch(r".*data.py: --task none: there are .*\n", done.stderr)
+    with pytest.raises(SystemExit, match="2"):
+        data.run_script(lambda: data.main(["--task", "none"]))
+    out, err = capsys.readouterr()
+    assert not out and re.fullmatch(r".*: --task none: there are .*\n", err)
     for words in ("-n 0", "-n 1.5", "--seed -1", "--scale big", "--c 2", "--c x"):
         with pytest.raises(SystemExit, match="2"):
             data.main(words.split())

@@ -3,22 +3,35 @@ Changes that researchers make, each as text in a copy of the project: how many f
 and whether the changed study does what it should.
 """
 import difflib
-import os
+import importlib.util
+import inspect
 import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 
+import analyze
 import data
 from model import load, predict
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--batch-size", "8", "--eval-size", "8", "--threads", "1", "--dtype", "float32"]
-TUNE = ["finetune.py", "--steps", "12", "--lr", "1e-3", *TINY]
+TUNE = ["--steps", "12", "--lr", "1e-3", *TINY]
+
+
+def edited(text, replacements):
+    """(the text with replacements, the number of lines added)"""
+    after = text
+    for old, new in replacements:
+        assert after.count(old) == 1, old
+        after = after.replace(old, new)
+    lines = difflib.ndiff(text.splitlines(), after.splitlines())
+    return after, sum(line.startswith("+ ") for line in lines)
 
 
 class Fork:
@@ -30,13 +43,8 @@ class Fork:
             shutil.copy(path, folder)
         self.folder, self.added = folder, {}
         for name, replacements in edits.items():
-            before = after = (folder / name).read_text()
-            for old, new in replacements:
-                assert after.count(old) == 1, old
-                after = after.replace(old, new)
-            (folder / name).write_text(after)
-            lines = difflib.ndiff(before.splitlines(), after.splitlines())
-            self.added[name] = sum(line.startswith("+ ") for line in lines)
+            text, self.added[name] = edited((folder / name).read_text(), replacements)
+            (folder / name).write_text(text)
 
     def run(self, *words, launcher=()):
         command = [sys.executable, *launcher, *map(str, words)]
@@ -45,23 +53,27 @@ class Fork:
         return done.stdout
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    """The project as it is, with a pretraining and a fine-tuning."""
-    fork = Fork(tmp_path_factory.mktemp("original"), {})
-    fork.run("pretrain.py", "--steps", "20", *TINY)
-    fork.run(*TUNE)
-    return fork
+@pytest.fixture
+def folder(tmp_path, monkeypatch, tiny):
+    """A working folder with a pretraining at out/pre.pt and a fine-tuning at out/ft.pt."""
+    shutil.copytree(tiny / "out", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def forked(tmp_path, original, edits):
-    fork = Fork(tmp_path, edits)
-    shutil.copytree(original.folder / "out", fork.folder / "out")
-    return fork
+def mine(folder, replacements, *words):
+    """Run finetune.py, copied to mine.py and edited, in this process. Returns the lines added."""
+    text, added = edited((ROOT / "finetune.py").read_text(), replacements)
+    (folder / "mine.py").write_text(text)
+    spec = importlib.util.spec_from_file_location("mine", folder / "mine.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main([*words, *TINY])
+    return added
 
 
-def weights(folder, name="ft"):
-    return load(folder / f"out/{name}.pt")[0].state_dict()
+def weights(name):
+    return load(f"out/{name}.pt")[0].state_dict()
 
 
 SIGN_SGD = {"finetune.py": [
@@ -85,13 +97,12 @@ def train_only('''),
      "    optimizer = SignSGD([p for p in model.parameters() if p.requires_grad], args.lr)\n")]}
 
 
-def test_another_optimizer(tmp_path, original):
+def test_another_optimizer(folder):
     """finetune.py alone, at most 20 lines."""
-    fork = forked(tmp_path, original, SIGN_SGD)
-    assert list(fork.added) == ["finetune.py"] and fork.added["finetune.py"] <= 20
-    fork.run("finetune.py", "--steps", "1", "--lr", "1e-3", "--out", "out/sign.pt", *TINY)
-    before, after = weights(fork.folder, "pre"), weights(fork.folder, "sign")
-    # 1e-3 in steps of a constant warm-up: a fifth of one step is that step
+    words = "--steps", "1", "--lr", "1e-3", "--out", "out/sign.pt"
+    assert mine(folder, SIGN_SGD["finetune.py"], *words) <= 20
+    before, after = weights("pre"), weights("sign")
+    # every weight with a gradient moves by the rate of the one step
     moved = torch.cat([(after[k] - before[k]).flatten().abs() for k in before])
     moved = moved[moved > 1e-7]
     assert len(moved) > 1000 and torch.allclose(moved, moved.median().expand_as(moved), rtol=.02)
@@ -113,63 +124,60 @@ KL = {"finetune.py": [
 ''')]}
 
 
-def divergence(folder, name):
+def divergence(name):
     """KL of a fine-tuned model to its base on natural strings that ask for a."""
     setup = data.Grammar("pcfg")
     x = setup.test(data.Relation("count", "a", "b", 1), "a", "natural", 200, 9).examples
-    base, model = (predict(load(folder / f"out/{n}.pt")[0], x) for n in ("pre", name))
+    base, model = (predict(load(f"out/{n}.pt")[0], x) for n in ("pre", name))
     return (base.softmax(-1) * (base.log_softmax(-1) - model.log_softmax(-1))).sum(1).mean().item()
 
 
-def test_a_penalty_in_the_loss(tmp_path, original):
-    """A KL to the base on natural strings: finetune.py alone, 12 lines, and correct in two processes."""
-    fork = forked(tmp_path, original, KL)
-    assert list(fork.added) == ["finetune.py"] and fork.added["finetune.py"] <= 12
-    fork.run(*TUNE, "--out", "out/kl.pt")
-    assert divergence(fork.folder, "kl") < .5 * divergence(fork.folder, "ft")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    fork.run(*TUNE, "--out", "out/two.pt", launcher=launcher)
-    one, two = weights(fork.folder, "kl"), weights(fork.folder, "two")
-    assert all(torch.allclose(one[k], two[k], atol=1e-5) for k in one)
+def test_a_penalty_in_the_loss(folder):
+    """A KL to the base on natural strings: finetune.py alone, at most 12 lines."""
+    mine(folder, [], *TUNE, "--out", "out/plain.pt")
+    assert mine(folder, KL["finetune.py"], *TUNE, "--out", "out/kl.pt") <= 12
+    assert divergence("kl") < .5 * divergence("plain")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_a_penalty_in_the_loss_compiled(tmp_path, original):
-    fork = forked(tmp_path, original, KL)
-    fork.run(*TUNE, "--out", "out/kl.pt")
-    fork.run(*TUNE, "--out", "out/compiled.pt", "--compile")
-    one, compiled = weights(fork.folder, "kl"), weights(fork.folder, "compiled")
-    assert all(torch.allclose(one[k], compiled[k], atol=1e-4) for k in one)
+def test_a_penalty_in_the_loss_of_two_processes_and_compiled(folder):
+    """The same weights but for rounding."""
+    fork = Fork(folder, KL)
+    fork.run("finetune.py", *TUNE, "--out", "out/kl.pt")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    fork.run("finetune.py", *TUNE, "--out", "out/two.pt", launcher=launcher)
+    fork.run("finetune.py", *TUNE, "--out", "out/compiled.pt", "--compile")
+    one = weights("kl")
+    for name, tolerance in (("two", 1e-5), ("compiled", 1e-4)):
+        other = weights(name)
+        assert all(torch.allclose(one[k], other[k], atol=tolerance) for k in one), name
 
 
-PROBE_AT_EOT = {"data.py": [("        weights[:, examples.at] = 1\n",
-                             "        weights[:, examples.at - 1] = 1  # EOT\n")]}
-
-
-def test_another_probe_position(tmp_path, original):
-    """One line of data.py; the other analyses stay as they are."""
-    words = ["analyze.py", "probe", "behavior", "--steps", "5", "--eval-size", "8", "--threads", "1"]
-    rows = []
-    for edits in ({}, PROBE_AT_EOT):
-        folder = tmp_path / str(len(rows))
-        folder.mkdir()
-        fork = forked(folder, original, edits)
-        fork.run(*words)
-        rows.append([(fork.folder / f"out/ft.{kind}.jsonl").read_text() for kind in ("probe",
-                                                                                     "behavior")])
-    assert fork.added == {"data.py": 1}
+def test_another_probe_position(folder, monkeypatch):
+    """One line of data.py, in site(); the other analyses stay as they are."""
+    words = ["probe", "attention", "--steps", "5", "--eval-size", "8", "--threads", "1"]
+    source = inspect.getsource(data.Grammar.site)
+    changed, added = edited(source, [("weights[:, examples.at] = 1\n",
+                                      "weights[:, examples.at - 1] = 1  # EOT\n")])
+    rows, namespace = [], {"torch": torch}
+    exec(textwrap.dedent(changed), namespace)
+    for site in (data.Grammar.site, namespace["site"]):
+        monkeypatch.setattr(data.Grammar, "site", site)
+        analyze.main(words)
+        rows.append([Path(f"out/ft.{name}.jsonl").read_text() for name in ("probe", "attention")])
+    assert added == 1
     assert rows[0][0] != rows[1][0] and rows[0][1] == rows[1][1]
 
 
-def test_a_copy_of_a_script_is_a_script(tmp_path, original):
+def test_a_copy_of_a_script_is_a_script(folder):
     """cp finetune.py mine.py: what is changed in mine.py happens."""
-    fork = forked(tmp_path, original, {})
-    text = (fork.folder / "finetune.py").read_text()
-    changed = text.replace("loss = loss_of(run.forward, batch(step))",
-                           "loss = 0 * loss_of(run.forward, batch(step))")
-    (fork.folder / "mine.py").write_text(changed)
-    fork.run("mine.py", *TUNE[1:], "--out", "out/mine.pt")
-    mine, ft, pre = (weights(fork.folder, name)["blocks.0.up.weight"] for name in ("mine", "ft", "pre"))
-    assert not torch.equal(mine, ft) and torch.allclose(mine, pre, rtol=2e-3)  # weight decay alone
-    assert re.search('"command": "python mine.py', (fork.folder / "out/mine.json").read_text())
+    fork = Fork(folder, {})
+    text, _ = edited((folder / "finetune.py").read_text(),
+                     [("loss = loss_of(run.forward, batch(step))",
+                       "loss = 0 * loss_of(run.forward, batch(step))")])
+    (folder / "mine.py").write_text(text)
+    fork.run("mine.py", *TUNE, "--out", "out/mine.pt")
+    before, after = (weights(name)["blocks.0.up.weight"] for name in ("pre", "mine"))
+    assert torch.allclose(before, after, rtol=2e-3)  # weight decay alone
+    assert re.search('"command": "python mine.py', (folder / "out/mine.json").read_text())

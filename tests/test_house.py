@@ -211,7 +211,7 @@ def test_commands_of_the_readme(tmp_path, monkeypatch):
     """Each one runs, in order, with tiny sizes."""
     monkeypatch.chdir(tmp_path)
     commands = list(readme_commands())
-    assert len(commands) > 25 and {name for name, _ in commands} == set(MAINS)
+    assert len(commands) > 20 and {name for name, _ in commands} == set(MAINS)
     for name, words in commands:
         tiny = list(TINY[name])
         if name == "data.py" or "ask" in words:

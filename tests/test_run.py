@@ -113,7 +113,7 @@ def test_a_second_signal_acts_at_once(folder, monkeypatch):
 def test_a_killed_run_goes_on(finished, folder):
     """kill -9 at moments that nobody chose, again and again, until a start gets through."""
     words, draws = [*PRETRAIN[:5], "1", *TINY], np.random.default_rng(0)
-    for _ in range(3):
+    for _ in range(2):
         process = script("pretrain.py", *words)
         while process.poll() is None and not os.path.exists("out/pre.pt.part"):
             time.sleep(.002)

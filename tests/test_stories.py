@@ -613,6 +613,7 @@ def test_verdict(tmp_path, setup, word, before, after, auc, lower):
     assert (v["verdict"], v["probe_block"], v["others_asked_fell_most"]) == (word, 2, 0)
 
 
+@pytest.mark.slow
 def test_the_classifier_of_real_text(records, monkeypatch):
     """Where the rule is known, it agrees on features that words tell."""
     setup = setup_with()
