@@ -207,11 +207,16 @@ def readme_commands():
             yield command[0], shlex.split(command[1])
 
 
+def test_the_readme_has_commands_of_every_script():
+    commands = list(readme_commands())
+    assert len(commands) > 20 and {name for name, _ in commands} == set(MAINS)
+
+
+@pytest.mark.slow
 def test_commands_of_the_readme(tmp_path, monkeypatch):
     """Each one runs, in order, with tiny sizes."""
     monkeypatch.chdir(tmp_path)
     commands = list(readme_commands())
-    assert len(commands) > 20 and {name for name, _ in commands} == set(MAINS)
     for name, words in commands:
         tiny = list(TINY[name])
         if name == "data.py" or "ask" in words:

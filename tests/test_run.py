@@ -110,10 +110,11 @@ def test_a_second_signal_acts_at_once(folder, monkeypatch):
         pretrain.main(PRETRAIN)
 
 
-def test_a_killed_run_goes_on(finished, folder):
-    """kill -9 at moments that nobody chose, again and again, until a start gets through."""
-    words, draws = [*PRETRAIN[:5], "1", *TINY], np.random.default_rng(0)
-    for _ in range(2):
+def test_a_killed_run_goes_on(finished, folder, request):
+    """kill -9 at a moment that nobody chose (slow: again and again), until a start gets through."""
+    words, draws = [*PRETRAIN[:5], "1", *TINY], np.random.default_rng()
+    slow = request.config.getoption("--slow")
+    for _ in range(1 + 2 * slow):
         process = script("pretrain.py", *words)
         while process.poll() is None and not os.path.exists("out/pre.pt.part"):
             time.sleep(.002)

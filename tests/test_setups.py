@@ -188,6 +188,7 @@ analyze.main(["behavior", "--eval-size", "8", "--threads", "1"])
 '''
 
 
+@pytest.mark.slow
 def test_a_task(tmp_path):
     """
     Sampled, pretrained, fine-tuned with its relation, analysed. As text in a copy: the vocabulary
@@ -218,6 +219,7 @@ def test_a_prior(folder, monkeypatch, capsys):
     assert load("out/pre.pt")[1]["args"]["prior"] == [.4, .4, .2]
 
 
+@pytest.mark.slow
 def test_a_protocol(folder, monkeypatch, capsys):
     """Stories are deleted by it and scored on it."""
     monkeypatch.setitem(stories.PROTOCOLS, "alone", stories.Protocol(
