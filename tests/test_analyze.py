@@ -387,7 +387,8 @@ def folder(runs, monkeypatch):
     return runs
 
 
-@pytest.mark.parametrize("name, task", [("ft", "count"), ("index", "index")])
+@pytest.mark.parametrize("name, task", [
+    ("ft", "count"), pytest.param("index", "index", marks=pytest.mark.slow)])
 def test_every_analysis(folder, capsys, name, task):
     """Files and rows as promised, with the checkpoint's hash; the verdict with all its evidence."""
     analyze.main([*SMALL, "--draws", "1", "--ckpt", f"out/{name}.pt"])

@@ -170,6 +170,7 @@ def test_another_probe_position(folder, monkeypatch):
     assert rows[0][0] != rows[1][0] and rows[0][1] == rows[1][1]
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_script_is_a_script(folder):
     """cp finetune.py mine.py: what is changed in mine.py happens."""
     fork = Fork(folder, {})

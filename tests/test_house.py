@@ -223,7 +223,7 @@ def test_commands_of_the_readme(tmp_path, monkeypatch):
             tiny = []
         elif name == "analyze.py":
             stories = any("stories" in word for word in words)
-            tiny += [] if stories else ["--draws", "1"]
+            tiny = ["--steps", "2", "--eval-size", "4"] if stories else [*tiny, "--draws", "1"]
         elif "tracr-count" in words:
             tiny = ["--eval-size", "8"]
         elif name == "finetune.py" and "--keep" in words:

@@ -110,7 +110,7 @@ def rows_of(path):
 def test_every_analysis_of_compiled_models(tmp_path, monkeypatch, capsys, setup):
     """Compiled, taught, analysed; the untouched program attends as it is written."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tracr, "EXHAUSTIVE", 12)
+    monkeypatch.setattr(analyze, "KS", (0, 1, 5, 10))
     tiny = ["--batch-size", "4", "--eval-size", "16", "--threads", "1"]
     pretrain.main(["--setup", setup, *tiny[2:]])
     finetune.main([*tiny, "--steps", "3"])
