@@ -209,7 +209,7 @@ def readme_commands():
 
 def test_the_readme_has_commands_of_every_script():
     commands = list(readme_commands())
-    assert len(commands) > 20 and {name for name, _ in commands} == set(MAINS)
+    assert len(commands) > 17 and {name for name, _ in commands} == set(MAINS)
 
 
 @pytest.mark.slow
