@@ -8,8 +8,7 @@ flags, and Run, a training run and its files.
     $ torchrun --nproc-per-node 2 pretrain.py         # two processes share every batch
 
 Strings are drawn on the fly and never reused. The prior P_T(a, b, c) decides which operands a model
-of the grammar learns: under the low prior a, hardly b, never c (paper section 3). On two cores this
-takes a minute; "count a" is then right on 99 % of natural strings.
+of the grammar learns: under the low prior a, hardly b, never c (paper section 3).
 """
 import argparse
 import atexit
@@ -59,7 +58,7 @@ def constant(lr, warmup=20):
 def update(model, optimizer, loss, lr, clip=1.):
     """One step of training at a rate; processes that train together average their gradients."""
     for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(lr)  # float32: the weights are those of the committed evidence
+        group["lr"] = torch.tensor(lr)  # float32, so that weights equal those in results/
     loss.backward()
     if processes()[1] > 1:
         for p in model.parameters():
@@ -71,15 +70,15 @@ def update(model, optimizer, loss, lr, clip=1.):
     optimizer.zero_grad()
 
 
-def autocast(name, setup):
-    """The context of a training's forward pass: --dtype; auto: bfloat16 if the device has it."""
+def training_dtype(name, setup):
+    """The dtype of a training's forward pass: --dtype; auto: bfloat16 if the device has it."""
     if name == "auto" and setup.device.type == "cuda":
         fast = torch.cuda.get_device_capability(setup.device) >= (8, 0)
     else:
         can = torch.cpu.get_capabilities() if setup.device.type == "cpu" else {}
         fast = can.get("avx512_bf16") or can.get("amx_bf16")
     on = not setup.exact and (name == "bfloat16" or name == "auto" and bool(fast))
-    return torch.autocast(setup.device.type, torch.bfloat16, on, cache_enabled=False)
+    return "bfloat16" if on else "float32"
 
 
 def start_device(args):
@@ -218,6 +217,7 @@ def parse(parser, words, script):
 
 # ---------------------------------------------------------------- a run and its files
 
+ADVICE = "give another --out, or --force to replace it"
 FREE = ("out", "ckpt", "force", "save_every", "device", "threads", "command")  # may differ later
 
 
@@ -258,12 +258,16 @@ class Run:
     def __init__(self, args, stage, model, optimizer, setup, parent=None):
         self.args, self.model, self.optimizer, self.setup = args, model, optimizer, setup
         self.first, self.finished, self.history, self.starts = 0, False, [], []
-        relation = setup.relation(args)
+        args.dtype, relation = training_dtype(args.dtype, setup), setup.relation(args)
         self.facts = {
             "stage": stage, "setup": setup.name, "scale": setup.scale, "config": vars(model.config),
             "args": {k: v for k, v in vars(args).items() if k not in FREE},
             "parent": parent and {k: parent[k] for k in ("path", "sha256")}, "steps": args.steps,
             "capability": {"task": relation.task, "operand": relation.pt}}
+        if parent and os.path.realpath(args.out) == os.path.realpath(parent["path"]):
+            raise UserError(f"--out {args.out} is what this run starts from")
+        if os.path.isdir(args.out):
+            raise UserError(f"--out {args.out} is a folder")
         if not args.force:
             self.resume()
         self.leads = processes()[0] == 0  # this process scores, saves and prints
@@ -271,7 +275,8 @@ class Run:
         self.starts = [*self.starts, {**start_facts(args, setup.device), "step": self.first}]
         mode = "reduce-overhead" if setup.device.type == "cuda" else None
         self.forward = torch.compile(model, mode=mode) if args.compile else model
-        self.autocast = autocast(args.dtype, setup)
+        self.autocast = torch.autocast(setup.device.type, torch.bfloat16,
+                                       args.dtype == "bfloat16", cache_enabled=False)
         often = args.eval_every or (max(1, args.steps // 25) if stage == "pretrain" else 0)
         self.evals = eval_steps(args.steps, often)
 
@@ -280,13 +285,11 @@ class Run:
         out, record = self.args.out, json_path(self.args.out)
         if not os.path.exists(out):
             if os.path.exists(record):
-                raise UserError(f"{record} is not of this program: there is no {out}; give another "
-                                "--out, or --force to replace it")
+                raise UserError(f"{record} is not of this program: there is no {out}; {ADVICE}")
             return
         _, earlier = load(out, self.setup.device, unfinished=True)
         if differences := self.differences(earlier):
-            raise UserError(f"{out} is another run, of {', '.join(differences)}: give another "
-                            "--out, or --force to replace it")
+            raise UserError(f"{out} is another run, of {', '.join(differences)}: {ADVICE}")
         self.finished, self.first = earlier["finished"], earlier["step"]
         self.history, self.starts = earlier["history"], earlier["starts"]
         self.model.load_state_dict(earlier["model"])
@@ -312,7 +315,7 @@ class Run:
             if self.leads:
                 write_record(args.out)  # a kill may have come between the two files
             return self.print(f"{args.out}: already done ({args.steps} steps, same arguments)")
-        fresh = self.first == 0
+        fresh = not self.history
         given = {k: v for k, v in vars(args).items() if k != "command"}
         self.print(f"{self.facts['stage']}:", ", ".join(f"{k} {v}" for k, v in given.items()))
         bar = tqdm(total=args.steps, initial=self.first, desc=self.facts["stage"],
@@ -352,7 +355,7 @@ class Run:
             self.print(f"step {step}", shown)
 
     def check_finite(self, step):
-        """End a run whose weights are not finite any more: they are neither scored nor saved."""
+        """End a run whose weights are not finite: they are neither scored nor saved."""
         if not all(p.isfinite().all() for p in self.model.parameters()):
             sys.exit(f"step {step}: the weights are not finite any more; --lr {self.args.lr} is "
                      f"too large. The last good checkpoint, if any, is {self.args.out}")

@@ -29,7 +29,7 @@ from torch import nn
 import data
 from analyze import fit_probes, residuals
 from model import GPT, Config, loss_of
-from pretrain import add_machine_flags, autocast, start_device, table, update
+from pretrain import add_machine_flags, start_device, table, update
 
 COLUMNS = "what variant median low high unit ratio n how device torch".split()
 ARGS = SimpleNamespace(prior=data.PRIORS["low"], task="count", pair="ab", q=1, operand="b", c_tr=1.,
@@ -103,7 +103,9 @@ def our_step(setup, batch, lr, dtype, compiled=False):
     model = new_model(setup)
     mode = "reduce-overhead" if setup.device.type == "cuda" else None  # as Run's
     forward = torch.compile(model, mode=mode) if compiled else model
-    optimizer, cast = setup.optimizer(model, 0.), autocast(dtype, setup)
+    optimizer = setup.optimizer(model, 0.)
+    cast = torch.autocast(setup.device.type, torch.bfloat16, dtype == "bfloat16",
+                          cache_enabled=False)
 
     def step(k):
         with cast:

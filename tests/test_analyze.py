@@ -135,7 +135,8 @@ def test_relearning_scores_each_half_by_itself(monkeypatch):
         assert row["floor"] == labels.unique(return_counts=True)[1].max() / len(labels)
     assert {row["step"] for row in rows} == pretrain.eval_steps(100, 0)
     v = {}
-    line, = analyze.relearn_evidence(SimpleNamespace(relation=COUNT, control_operand="c"), rows, v)
+    line, = analyze.relearn_evidence(study, rows, v)
+    assert line.control == "guess from b, or never-trained c"
     assert line.measured == 0 and line.holds is False and v["never_relearn_held_out"] == 0
     assert line.control_measured == max(row["cross_floor"] for row in rows if row["half"] ==
                                         "held-out" and row["arm"] == "reft") > .5

@@ -98,6 +98,22 @@ def test_a_stopped_run_goes_on(finished, folder, monkeypatch, main, words, out, 
     assert [start["step"] for start in read(out)["starts"]] == [0, step + 1]
 
 
+def test_stopped_while_the_untouched_model_is_scored(finished, folder, monkeypatch):
+    """It is not scored again."""
+    evaluate = pretrain.evaluate
+
+    def stopping(*args):
+        if not os.path.exists("out/pre.pt"):
+            os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(*args)
+
+    monkeypatch.setattr(pretrain, "evaluate", stopping)
+    with pytest.raises(SystemExit, match="130"):
+        pretrain.main(PRETRAIN)
+    pretrain.main(PRETRAIN)
+    assert_same_run("out/pre.pt", finished / "out/pre.pt")
+
+
 def test_a_second_signal_acts_at_once(folder, monkeypatch):
     """In the middle of a step that never ends, say."""
     def endless(*args):
@@ -172,6 +188,14 @@ def test_another_parent_is_refused(finished, folder):
     pretrain.main(["--steps", "1", *TINY])
     with pytest.raises(UserError, match="another parent"):
         finetune.main([*FINETUNE, "--out", "ft.pt"])
+
+
+def test_a_parent_is_not_replaced(finished, folder):
+    (folder / "pre.pt").write_bytes((finished / "out/pre.pt").read_bytes())
+    with pytest.raises(UserError, match="pre.pt is what this run starts from"):
+        finetune.main([*FINETUNE, "--ckpt", "pre.pt", "--out", str(folder / "pre.pt"), "--force"])
+    with pytest.raises(UserError, match="is a folder"):
+        finetune.main([*FINETUNE, "--ckpt", "pre.pt", "--out", str(folder), "--force"])
 
 
 @pytest.mark.parametrize("name", ("pre.json", "pre.pt"))
@@ -358,13 +382,11 @@ def test_dtype(monkeypatch):
     setup = Namespace(device=torch.device("cpu"), exact=False)
     for can, enabled in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({}, False)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda can=can: can)
-        with pretrain.autocast("auto", setup):
-            assert torch.is_autocast_enabled("cpu") == enabled
+        assert (pretrain.training_dtype("auto", setup) == "bfloat16") == enabled
     for name, exact, enabled in (("bfloat16", False, True), ("bfloat16", True, False),
                                  ("float32", False, False)):
         setup.exact = exact
-        with pretrain.autocast(name, setup):
-            assert torch.is_autocast_enabled("cpu") == enabled
+        assert (pretrain.training_dtype(name, setup) == "bfloat16") == enabled
 
 
 # ---------------------------------------------------------------- several processes
