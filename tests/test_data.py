@@ -14,7 +14,6 @@ import random
 import re
 import shlex
 import statistics
-import sys
 from argparse import Namespace
 
 import numpy as np
