@@ -206,7 +206,7 @@ def test_steps_of_reviving(monkeypatch, reft, limit, reached):
 MADE_UP = dict(  # findings, as the analyses would have them
     ckpt_pt=0., ckpt_ft=0., ckpt_c1=1., base_pt=1., base_ft=0., shortcut=.9, pruned=.9, random=.05,
     never_pruned=.2, probe=.99, untrained=.7, never_read=.5, reft=50, control=None, max_steps=150,
-    has_control=True)
+    has_control=True, lr=1e-5)
 
 
 def made_up_rows(made):
@@ -237,19 +237,22 @@ def made_up_rows(made):
             probes.append(dict(model=model, target=target, prompt="b", labels="true", split=split,
                                block=1, floor=.4, accuracy=x))
     for arm, steps in (("reft", made.reft), ("teach-c", made.control))[:1 + made.has_control]:
-        revive.append(dict(arm=arm, split="natural", threshold=.99, lr=1e-5, steps=steps,
-                           max_steps=made.max_steps))
+        for threshold in analyze.THRESHOLDS:
+            revive.append(dict(arm=arm, split="natural", threshold=threshold, lr=made.lr,
+                               steps=steps, max_steps=made.max_steps))
     return {"behavior": behavior, "prune": prune, "probe": probes, "revive": revive}
 
 
-def verdict_of(folder, without=(), more=(), **made):
-    """The verdict on made-up findings, without the rows of some analyses."""
+def verdict_of(folder, without=(), more=(), flags=(), **made):
+    """The verdict on made-up findings, without the rows of some analyses; flags: of some rows."""
     made, model = SimpleNamespace(**{**MADE_UP, **made}), object()
     study = SimpleNamespace(
         relation=COUNT, control_operand="c", units=ROWS, control={}, setup=data.Grammar("pcfg"),
         never_trained=(model, None, "c") if made.has_control else None,
-        prefix=str(folder / "x"), hashes={"checkpoint": "0"})
+        prefix=str(folder / "x"), hashes={"checkpoint": "0"}, ckpt={"args": {"lr": 1e-5}})
     rows = made_up_rows(made)
+    for name, part in rows.items():
+        rows[name] = [{**row, "flags": dict(flags).get(name, "")} for row in part]
     analyze.verdict(study, {**rows, **{name: [] for name in without}}, more)
     return json.loads((folder / "x.verdict.json").read_text())
 
@@ -273,6 +276,41 @@ def verdict_of(folder, without=(), more=(), **made):
 ])
 def test_verdict(tmp_path, word, made):
     assert verdict_of(tmp_path, **made)["verdict"] == word
+
+
+@pytest.mark.parametrize("flags, text", [
+    ({"prune": "--eval-size 40 --draws 1"}, " Of a run with --eval-size 40 --draws 1: prune."),
+    ({"probe": "--seed 9", "revive": "--seed 9"}, " Of a run with --seed 9: probe, revive."),
+    (dict.fromkeys(("behavior", "prune", "probe", "revive"), "--eval-size 9"),
+     " Of a run with --eval-size 9: behavior, prune, probe, revive.")])
+def test_verdict_names_the_flags_of_its_rows(tmp_path, flags, text):
+    usual, other = verdict_of(tmp_path), verdict_of(tmp_path, flags=flags)
+    assert other["text"] == usual["text"] + text and "run with" not in usual["text"]
+    assert other["flags"] == {**usual["flags"], **flags}
+
+
+@pytest.mark.parametrize("place, made, flags, holds, word", [
+    # 3 x 45 steps are more than the control was given; 3 x 30 are not
+    (4, {"reft": 45, "max_steps": 100}, "revive", None, "wrapped"),
+    (4, {"reft": 30, "max_steps": 100}, "revive", True, "wrapped"),
+    (4, {"reft": 45, "control": 100, "max_steps": 100}, "revive", False, "wrapped"),
+    (4, {"reft": None, "max_steps": 100, "pruned": .1, "probe": .7}, "revive", None, "undecided"),
+    (4, {"reft": None, "max_steps": 600, "pruned": .1, "probe": .7}, "", False, "lost"),
+    (4, {"lr": 1e-3, "pruned": .1, "probe": .7}, "revive", None, "undecided"),  # no usual rate
+    (3, {"probe": .7, "pruned": .1, "reft": 60, "control": 70}, "probe", None, "undecided"),
+    (3, {"probe": .7, "pruned": .1, "reft": 60, "control": 70}, "", False, "lost")])
+def test_what_was_cut_off_is_not_no(tmp_path, place, made, flags, holds, word):
+    found = verdict_of(tmp_path, flags={flags: "--steps 100"}, **made)
+    assert found["evidence"][place]["holds"] is holds and found["verdict"] == word
+
+
+def test_relearning_that_was_cut_off_is_not_no():
+    def holds(flags, accuracy):
+        rows = [dict(half="held-out", step=9, split="c0", arm=arm, accuracy=x, cross_floor=.5,
+                     flags=flags) for arm, x in (("reft", accuracy), ("teach-c", .3))]
+        study = SimpleNamespace(relation=COUNT, never_trained=("ft", None, "c"))
+        return analyze.relearn_evidence(study, rows, {})[0].holds
+    assert [holds("", .4), holds("--steps 9", .4), holds("--steps 9", .7)] == [False, None, True]
 
 
 def test_verdict_tells_the_ways_of_being_intact_apart(tmp_path):
@@ -351,7 +389,7 @@ def test_a_tiny_model_learns_to_count_what_it_is_taught_and_nothing_else():
 # ---------------------------------------------------------------- end to end
 
 ROW = {"setup", "scale", "task", "operand", "split", "accuracy", "floor", "cross_floor", "n",
-       "loss", "seed", "checkpoint"}
+       "loss", "seed", "checkpoint", "flags"}
 SWEEP = {"score", "order", "pool"}  # what describes a ranking; in the rows of a sweep also:
 FILES = {"behavior": {"model"},
          "prune": SWEEP | {"unit", "control", "edit", "k", "draw"}, "prune.rows": None,
@@ -402,6 +440,7 @@ def test_every_analysis(folder, capsys, name, task):
         for row in rows:
             assert keys is None or ROW | keys <= set(row), kind
             assert row["checkpoint"] == ckpt["sha256"] and row["base_checkpoint"] is None
+            assert row["flags"] == "--eval-size 4 --draws 1 --steps 3 --batch-size 2"
             for share in ("accuracy", "floor", "cross_floor", "mass", "chance"):
                 assert row.get(share) is None or 0 <= row[share] <= 1.0001, (kind, share)
     verdict = json.loads(Path(f"out/{name}.verdict.json").read_text())
