@@ -320,7 +320,8 @@ LAST = "Mia nodded at once. They went home happy. Then it was time for bed."
 
 @pytest.mark.parametrize("story, features", [
     (f"{SETUP} They opened the box. There was a cake inside. {LAST}", ""),
-    (f"{SETUP} They opened the box. There was a drum inside. {LAST}", "Twist"),
+    (f"{SETUP} They opened the box. There was a bell inside. {LAST}", "Twist"),
+    (f"{SETUP} They opened the box. There was a drum inside. {LAST}", "Mistake"),
     (f'{SETUP} "Hurry up," called Tim. {CAKE} {LAST}', "Dialogue"),
     (f"{SETUP} {CAKE} It was a bad day.", "BadEnding"),
     (f"A bee sat on the wall. {SETUP} Then a bee stung Mia. {CAKE}", "Foreshadowing"),
@@ -550,18 +551,26 @@ def test_samples_do_not_depend_on_who_ends_when():
 
 
 def test_generation_scores_count_what_is_written(setup, monkeypatch):
-    """Half of the stories asked for parse, three in four of these have the feature."""
-    asked = [f"{SETUP} {CAKE.replace('cake', x)}" for x in "drum ball bell cake ? ?".split()]
+    """Four of six stories asked for parse; half of these have a twist, one a mistake."""
+    asked = [f"{SETUP} {CAKE.replace('cake', x)}" for x in "bell ball bell cake ? ?".split()]
     unasked = [f"{SETUP} {CAKE}\nSummary: drum"] * 6
     test = setup.generation_test("Twist", 6, 0)
     prompts = [setup.tokenizer.decode(prompt[1:]) for prompt in test.examples]
     assert ["Twist" in x for x in prompts] == [True] * 6 + [False] * 6
-    for stories, accuracy, parsed in ((asked + unasked, [.75, 0], [4 / 6, 1]),
-                                      (asked + ["?"] * 6, [.75, None], [4 / 6, 0])):
+    for stories, accuracy, parsed in ((asked + unasked, [.5, 0], [4 / 6, 1]),
+                                      (asked + ["?"] * 6, [.5, None], [4 / 6, 0])):
         monkeypatch.setattr(st, "generate", lambda *_: map(setup.tokenizer.encode, stories))
         rows = setup.score(None, test)
         assert [r["split"] for r in rows] == ["asked", "unasked"] and rows[0]["n"] == 6
         assert [r["accuracy"] for r in rows] == accuracy and [r["parsed"] for r in rows] == parsed
+        assert rows[0]["mistaken"] == .25 and rows[1]["mistaken"] == rows[1]["accuracy"]
+
+
+def test_the_counterpart_of_a_counterpart_is_the_value_itself():
+    for kind in st.KINDS:
+        pairs = {value: kind.counterpart(value) for value in kind.values}
+        assert len(pairs) == 10 and sorted(pairs.values()) == sorted(pairs)
+        assert all(pairs[other] == value != other for value, other in pairs.items())
 
 
 def test_an_instruction_that_does_not_fit_is_left_out(capsys):
