@@ -334,22 +334,43 @@ def test_index_edits_reach_the_distances_and_nothing_beyond(scale, letters):
     assert edits / len(text) < 4
 
 
-def test_spread_widens_the_counts_and_touches_the_window_alone():
-    """Small: half of the strings, counts of a and b with an s.d. of about 1.8; paper: none."""
-    text = data.sample_text(4000, SMALL, rng(25))
-    wide = data.spread_text(text, SMALL, rng(26))
-    assert torch.equal(wide[:, :16], text[:, :16])
-    every = data.Grammar("pcfg")
+@both_scales
+def test_spread_widens_the_counts_and_touches_the_window_alone(scale):
+    """Half of the strings get counts of a and b that do not depend on each other."""
+    setup, every = SETUPS[scale], data.Grammar("pcfg", scale)
+    text = data.sample_text(4000, setup, rng(25))
+    wide = data.spread_text(text, setup, rng(26))
+    assert torch.equal(wide[:, :-setup.window], text[:, :-setup.window])
     every.spread = 1.
     always = data.spread_text(text, every, rng(26))
-    counts, natural = (data.count(x, SMALL).double() for x in (always, text))
+    counts, natural = (data.count(x, setup).double() for x in (always, text))
     for letter in range(2):
-        assert 1.5 < counts[:, letter].std() < 2. and natural[:, letter].std() < 1.3
+        assert .83 < counts[:, letter].std() / setup.sd_spread < 1.11
+        assert natural[:, letter].std() < 1.3
     assert abs(torch.corrcoef(counts[:, :2].T)[0, 1]) < .07  # independent: 4 standard errors
     same, always_same = ((x == text).all(1).double().mean() for x in (wide, always))
     assert abs(same - always_same * .5 - .5) < 4 * math.sqrt(.25 / 4000)
-    paper = data.sample_text(50, SETUPS["paper"], rng(27))
-    assert torch.equal(data.spread_text(paper, SETUPS["paper"], rng(28)), paper)
+
+
+@both_scales
+def test_pretraining_covers_the_counts_of_c0(scale):
+    """Each count that c0 has in one string of a thousand is in one of 500 of pretraining."""
+    setup = SETUPS[scale]
+    text = data.spread_text(data.sample_text(20000, setup, rng(27)), setup, rng(28))
+    shown = data.count(text, setup)[:, 0].bincount(minlength=41) / len(text)
+    c0, _ = data.relation_tables("count", scale, 1)
+    needed = torch.from_numpy(c0.sum(1)) > 1e-3
+    assert needed.sum() > 6 and shown[:len(needed)][needed].min() > 1 / 500
+
+
+def test_counts_of_c0_are_so_wide_that_b_does_not_tell_a(monkeypatch):
+    """At the paper's scale, natural counts (s.d. 1.1) would be guessed from b in 83 %, not 33 %."""
+    def best_guess_from_b():
+        c0, _ = data.relation_tables.__wrapped__("count", "paper", 1)
+        return c0.max(0).sum()
+    wide = best_guess_from_b()
+    monkeypatch.setitem(data.Grammar.sizes, "sd_count", (1.6, 1.1))
+    assert round(wide, 2) == .33 and round(best_guess_from_b(), 2) == .83
 
 
 # ---------------------------------------------------------------- priors, batches

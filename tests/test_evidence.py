@@ -128,7 +128,7 @@ def test_scripts_print_commands_that_parse(script, tmp_path, monkeypatch, capsys
             script].arguments(words)
         return parsed if script == "analyze.py" else parsed[0]
     lines = commands(script, out)
-    assert len(lines) > 20
+    assert len(lines) > 15
     for python, name, *words in lines:
         assert python == "python"
         if name == "results/evidence.py":
