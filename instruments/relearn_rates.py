@@ -1,0 +1,70 @@
+"""
+Does the rest come back by the time the taught half is learned? (ours; after Deeb and Roger 2024)
+
+    $ python analyze.py relearn_rates --ckpt out/ft.pt --rates 1,3,10
+
+Held-out relearning, as `relearn`, at 1, 3, 10 and 100 times the setup's usual rate (or --rates).
+Each lesson goes on until the taught half is right on 95 %, at most 600 steps (or --steps); the other
+half is scored at that moment. After a fixed number of steps at one rate, models would be compared
+that have learned unequal parts of the lesson: one that was overwritten at a large rate learns slowly.
+The worst half counts, and the best rate. Control, in the same way: a never-trained operand.
+High: what was not taught came back with the lesson; it was there. Low: only the lesson was learned.
+Fooled by: large rates, at which the lesson tears down what it does not teach (hence the best rate);
+a wrapper that is a table of answers, unlearned answer by answer; few held-out answers.
+"""
+import copy
+
+from analyze import READS, Evidence, exceeds, largest, reteach, select
+from pretrain import evaluate
+
+LEARNED, RATES, STEPS, EVERY = .95, (1., 3., 10., 100.), 600, 10
+
+
+def lesson(study, start, draw, tests, lr):
+    """(rows of both halves when the lesson was learned, whether it was)."""
+    limit = study.args.steps or STEPS
+    for step, model in reteach(study, start, draw, lr, limit):
+        if step % EVERY == 0 or step == limit:
+            scored = {half: evaluate(model, study.setup, [test])[0] for half, test in tests.items()}
+            learned = (scored["taught"]["accuracy"] or 0.) >= LEARNED
+            if learned or step == limit:
+                return [{**r, "half": half, "step": step} for half, r in scored.items()], learned
+
+
+def run(study):
+    """Rows of the halves of each lesson, as those of `relearn`; learned: was the taught half?"""
+    setup, rows, args = study.setup, [], copy.copy(study.run)
+    usual = setup.reverse_lr or setup.finetune_lr * setup.reft_rates[0]
+    arms = [("reft", study.model, study.relation.pt)]
+    if study.never_trained:
+        model, _, operand = study.never_trained
+        arms.append((f"teach-{operand}", model, operand))
+    for arm, start, operand in arms:
+        for lr in [usual * factor for factor in study.args.rates or RATES]:
+            for answers, draw, tests in setup.halves(study.relation, operand, args):
+                if "held-out" in tests:
+                    halves, learned = lesson(study, start, draw, tests, lr)
+                    columns = {"arm": arm, "lr": lr, "answers": answers, "learned": learned}
+                    rows += [{**r, **columns} for r in halves]
+    return rows
+
+
+def held_out(rows, arm):
+    """Of the rates at which every lesson was learned the best, of its halves the worst; or None."""
+    halves, best = [r for r in select(rows, half="held-out") if r["arm"].startswith(arm)], []
+    for lr in {r["lr"] for r in halves}:
+        at_rate = select(halves, lr=lr)
+        if all(r["learned"] for r in at_rate):
+            best.append(min(r["accuracy"] or 0. for r in at_rate))
+    return largest(*best)
+
+
+def evidence(study, rows):
+    """The held-out half of a when its lesson is learned, beside that of the control."""
+    measured, control = held_out(rows, "reft"), held_out(rows, "teach")
+    floor = largest(*(r["cross_floor"] for r in select(rows, arm="reft", half="held-out")))
+    if control is not None or not study.never_trained:
+        control = largest(control, floor)
+    return Evidence("relearning, equal lessons", f"{study.relation.pt} on what was not taught",
+                    measured, "the same, never trained", control, READS,
+                    exceeds(measured, control, READS))
