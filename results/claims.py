@@ -206,7 +206,7 @@ FASTER, COME_BACK = ("reFT is faster than teaching c", "Fig. 9"), (
 
 # rules and rows: time and commit of the last change in substance, of the first row
 FIRST, TENTH, PARTS, FLOORS = ("2026-11-26 16:47 f77b205", "2026-11-26 16:58 db89cf4",
-                               "2026-11-26 17:28 4938852", "2026-11-30 15:30 0000000")
+                               "2026-11-26 17:28 4938852", "2026-11-30 15:20 d43233f")
 FIVE_SEEDS, BEYOND, APPENDIX = ("2026-11-26 18:00 f0aa395", "2026-11-26 18:02 a19b868",
                                 "2026-11-26 18:31 747b9bc")
 NOISE_SEEDS, THREE_STORIES = "2026-11-23 07:45 6713994", "2026-11-25 23:46 976367f"
