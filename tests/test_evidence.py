@@ -23,6 +23,7 @@ RESULTS = os.path.join(HERE, "results")
 sys.path.insert(0, RESULTS)
 import claims  # noqa: E402
 import evidence  # noqa: E402
+import known  # noqa: E402
 
 
 def read(*path):
@@ -73,9 +74,28 @@ def test_collected_runs_are_read_back_as_they_were(tmp_path):
 
 
 def test_auroc_by_hand():
-    assert claims.auroc([3, 2], [1, 2]) == (1 + 1 + 1 + .5) / 4
-    assert claims.auroc([1, 1], [1]) == .5
-    assert claims.auroc([0, 5], [1, 2, 3]) == .5
+    assert known.auroc([3, 2], [1, 2]) == (1 + 1 + 1 + .5) / 4
+    assert known.auroc([1, 1], [1]) == .5
+    assert known.auroc([0, 5], [1, 2, 3]) == .5
+
+
+def test_exact_numbers_by_hand():
+    """Intervals from Clopper and Pearson's tables; a sign test is a binomial tail."""
+    for seen, bounds in {(5, 5): (.4782, 1), (0, 5): (0, .5218), (4, 5): (.2836, .9949),
+                         (3, 10): (.0667, .6525)}.items():
+        assert known.exact_interval(*seen) == pytest.approx(bounds, abs=1e-4)
+    assert [claims.chance(k, 5) for k in (5, 4, 0)] == [1 / 32, 6 / 32, 1]
+    found, lacking = np.array([(1, .9), (1, .5), (2, .9), (3, 1)]), np.array([(1, .6), (2, .8)])
+    assert known.seeds_right(found, lacking) == [False, True]  # of seed 3 nothing lacks a
+
+
+def test_what_the_control_alone_says():
+    """A lower control ranks as more of a; of reviving more steps of c."""
+    runs = [model(seed, 1e-5, probe_natural=1, probe_untrained=.7, never_probe=.7,
+                  control_steps=90, reft_steps=30) for seed in (1, 2)]
+    assert known.scores(runs, "wrapped", "probing").tolist() == [[1, 1 - .7], [2, 1 - .7]]
+    assert known.scores(runs, "wrapped", "probing", True).tolist() == [[1, -.7], [2, -.7]]
+    assert known.scores(runs, "wrapped", "reviving", True).tolist() == [[1, 90], [2, 90]]
 
 
 def model(seed, lr, **verdict):
@@ -92,15 +112,67 @@ def test_effects_by_hand():
     runs = [model(1, 1e-5, found=.9, floor=.2, other=.5, reft=10, control=40),
             model(2, 1e-5, found=.6, floor=.5, other=.1, reft=0, control=30),
             model(1, 1e-3, found=.3)]
-    claim = claims.Claim("", "", "count low 1 1e-5", "found", "the larger", "floor other", .25)
-    assert claims.effects(claim, runs) == [(pytest.approx(.4), .5), (pytest.approx(.1), .5)]
-    assert claims.outcome(claim, [.4, .1]) == "undecided"
-    assert claims.outcome(claim, [.4, .25]) == "holds"
-    assert claims.outcome(claim._replace(below=True), [.4, .3]) == "does not hold"
-    ratio = claim._replace(measured="control", control="reft", margin=3.)
-    assert claims.effects(ratio, runs) == [(4., 10), (30., 0)]
-    paired = claim._replace(control=("count low 1 1e-3", "found"))
-    assert claims.effects(paired, runs) == [(pytest.approx(.6), .3)]  # seed 2 has no partner
+    claim = claims.Claim("", "", "", "count low 1 1e-5", "found", "both", "floor other", .25)
+
+    def effects(**changes):
+        return [(round(effect.value, 9), effect.control)
+                for effect in claims.effects(claim._replace(**changes), runs)]
+    assert effects() == [(.4, .5), (.1, .5)]
+    assert effects(below=True) == [(.7, .2), (.5, .1)]  # each control: the lowest
+    assert effects(measured="control", control="reft", margin=3.) == [(4., 10), (30., 0)]
+    assert effects(control=("count low 1 1e-3", "found")) == [(.6, .3)]  # seed 2 has no partner
+    runs[0].verdict["ckpt_ft_c1"], runs[1].verdict["ckpt_ft_c1"] = .89, .9
+    assert effects(learned=True) == [(.1, .5)]  # seed 1 did not learn the shortcut
+
+
+def test_outcomes_by_hand():
+    """Few seeds never refute a claim; what was cut off decides no further than it got."""
+    claim = claims.Claim("", "", "", "", "", "", "", .25)
+
+    def outcome(*values, **changes):
+        found = [claims.Effect(value, value, .5, None) for value in values]
+        return claims.outcome(claim._replace(**changes), found)
+    assert outcome(.4, .25, .3, .3, .9) == "holds"
+    assert outcome(.4, .25, .3, .3, .1) == "undecided"
+    assert outcome(.1, .1, .1, .1, .2) == "does not hold"
+    assert outcome(.1, .1, .1, .1, .2, below=True) == "holds"
+    assert outcome(.3, .3, .3, .3, .4, below=True) == "does not hold"
+    assert outcome(.4, .3) == "holds (2 seeds)" and outcome(.4, .1) == "undecided (2 seeds)"
+    assert outcome(.1, .1) == "too few seeds"
+    cut = claims.AtLeast
+    assert outcome(cut(4.), cut(3.), 3., 3., 5., margin=3.) == "holds"
+    assert outcome(cut(2.), 3., 3., 3., 5., margin=3.) == "cannot be said"
+    assert outcome(cut(2.), 3., 1., 3., 5., margin=3.) == "undecided"
+    assert outcome(*[cut(2.)] * 5, margin=3.) == "cannot be said"
+
+
+def test_steps_that_were_cut_off_are_known_as_such():
+    """From verdicts and from rows; of several rates the best, a lower bound where that was cut."""
+    run = model(1, 1e-5, control_steps=90, control_reached=False, reft_steps=30, reft_reached=True)
+    assert claims.is_cut(claims.number(run, "control_steps"))
+    assert not claims.is_cut(claims.number(run, "reft_steps"))
+    run.rows["revive"] = [dict(arm="scratch", lr=lr, split="natural", threshold=.99, steps=steps,
+                               max_steps=90) for lr, steps in ((1e-5, None), (1e-4, 90))]
+    own, best = (claims.number(run, claims.steps("scratch", best)) for best in (False, True))
+    assert (own, claims.is_cut(own), best, claims.is_cut(best)) == (90, True, 90, False)
+    run.rows["revive"][1]["steps"] = 120
+    assert claims.is_cut(claims.number(run, claims.steps("scratch", True)))
+
+
+def test_kinds_of_claims_are_what_git_says():
+    """Rules and rows: the times and commits that claims name exist, in this order."""
+    words = {word for claim in claims.CLAIMS for word in (claim.rule, claim.rows)}
+    for word in words:
+        when, commit = word.rsplit(" ", 1)
+        done = subprocess.run(["git", "show", "-s", "--date=format-local:%Y-%m-%d %H:%M",
+                               "--format=%ad", commit], cwd=HERE, text=True, capture_output=True,
+                              env={**os.environ, "TZ": "UTC"})
+        if done.returncode == 0:  # a copy without history has no such commit
+            assert done.stdout.strip() == when, word
+    kinds = [claims.kind_of(claim) for claim in claims.CLAIMS]
+    assert set(kinds) == {"confirmatory", "exploratory"}
+    changed = [claim for claim in claims.CLAIMS if claim.below or claim.learned]
+    assert changed and {claims.kind_of(claim) for claim in changed} == {"exploratory"}
 
 
 def commands(script, out):

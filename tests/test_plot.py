@@ -137,8 +137,8 @@ def drawn(folder):
     """(what draw_all() returns, {name: Figure}); each figure is drawn once."""
     figures, add_legend, names = {}, plot.add_legend, iter(FIGURES)
 
-    def remember(fig, title):
-        return figures.setdefault(next(names), add_legend(fig, title))
+    def remember(fig):
+        return figures.setdefault(next(names), add_legend(fig))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plot, "add_legend", remember)
         patch.setattr(sys.modules["setups.stories_figures"], "add_legend", remember)
@@ -204,13 +204,14 @@ def test_a_kept_checkpoint_is_a_run_and_other_json_files_are_none(tmp_path):
 def test_groups_are_runs_that_differ_in_the_seed(folder):
     found = plot.having(plot.find_runs(str(folder)), "history", setup="pcfg")
     assert [re.sub(r"\s", " ", group.label) for group in found] == [
-        "fine-tuning, task count, prior low, C_Tr 1, lr 1e-5 (2 seeds)",
+        "fine-tuning, task count, prior low, C_Tr 1, lr 1e-5 (2 seeds, 1 pretrained)",
         "reFT, task count, prior low, C_Tr 0, lr 1e-5 (seed 0)"]
     assert found[0].roles == {"O_PT": "O_PT = a", "O_FT": "O_FT = b"}
     assert plot.having(plot.find_runs(str(folder)), "history", operand="x") == []
     found = plot.having(plot.find_runs(str(folder)), "prune")
     assert [re.sub(r"\s", " ", group.label) for group in found] == [
-        "pcfg, C_Tr 0.5, only blocks.0.attn and more weights (seed 0)", "pcfg, C_Tr 1 (2 seeds)",
+        "pcfg, C_Tr 0.5, only blocks.0.attn and more weights (seed 0)",
+        "pcfg, C_Tr 1 (2 seeds, 1 pretrained)",
         "tracr-count, task count, prior low, C_Tr 1, lr 1e-5 (seed 0)"]
 
 
@@ -252,6 +253,8 @@ def test_every_figure_is_drawn_with_what_fools_it(folder, drawn):
 @pytest.mark.parametrize("name", FIGURES)
 def test_legends_neither_clip_nor_cover_the_panels(drawn, name):
     fig = drawn[1][name]
+    if not fig.legends:
+        return
     with matplotlib.style.context(["default", plot.STYLE]):
         legend = fig.legends[0].get_window_extent()
         boxes = [ax.get_tightbbox() for ax in fig.axes]
@@ -265,6 +268,8 @@ def test_pruning_shows_rings_floors_and_exhaustive_search_alone(drawn):
     lines = drawn[1]["fig7_prune"].axes[8].get_lines()  # of the compiled model, the last group
     rings = [line for line in lines if line.get_markerfacecolor() == "none"]
     assert {tuple(line.get_xydata()[0]) for line in rings} == {(1, 50)}
+    ticks = [tick.get_text() for tick in drawn[1]["fig7_prune"].axes[8].get_xticklabels()]
+    assert ticks == ["none", "1", "10"]
     heights = {line.get_label(): line.get_ydata()[0] for line in lines if line not in rings}
     search = "gradient-weight, exhaustive"
     assert heights == pytest.approx({search: 50, f"{search} (never-trained)": 50,
@@ -288,7 +293,7 @@ def test_a_figure_is_one_function(folder, tmp_path, monkeypatch):
         plot.lines(plot.panels(part, ["asked a"]), group, "history", cells, [(look, {})])
     runs = plot.find_runs(str(folder))
     _, caption = plot.draw_all(runs, str(tmp_path), plot.FIGURES)["first_step"]
-    assert caption.startswith("Accuracy (%) at the first step. Fooled by: nothing. n = 100;")
+    assert caption == "Accuracy (%) at the first step. Fooled by: nothing."
 
 
 def test_the_page_begins_with_the_verdict(folder, drawn):
@@ -299,6 +304,7 @@ def test_the_page_begins_with_the_verdict(folder, drawn):
     assert places == sorted(places)
     assert "<td>is a &lt;read&gt;, block 2<td>91.0%<td>untrained<td>50.0%<td>0.1<td>yes" in page
     assert "<td>steps<td>50<td>teach c<td>-<td>3<td>cannot be said" in page
+    assert page.count("Wilson") == 1 and "n = 100 to 100 strings a point" in page
     assert "<script" not in page and not re.search(r'(src|href)=(?!"data:)', page)
     assert "<td>python finetune.py<td>0123" in page
 
