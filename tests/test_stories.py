@@ -602,8 +602,9 @@ def test_probes_read_the_last_ten_tokens_of_the_story(setup):
     ("intact", .9, .6, .8, .6), ("wrapped", .9, .1, .75, .6), ("lost", .9, .1, .62, .6),
     ("undecided", .9, .1, .8, .78), ("undecided", .9, .1, .8, None),
     ("undecided", .3, .0, .8, .6)])
-def test_verdict(tmp_path, setup, word, before, after, auc, lower):
+def test_verdict_of_real_text(tmp_path, monkeypatch, setup, word, before, after, auc, lower):
     """From rows made by hand; the block is the upper bound's best."""
+    monkeypatch.setattr(setup.corpus, "has_rule", False)
     behavior, probe = [], []
     for f, (model, x), split in itertools.product(
             FEATURES, (("base", before), ("ckpt", after)), ("asked", "unasked")):
@@ -615,11 +616,49 @@ def test_verdict(tmp_path, setup, word, before, after, auc, lower):
         best = (b, split) in ((2, "natural"), (0, "even"))
         probe += [{"target": "Twist", "labels": "true", "split": split, "model": model, "block": b,
                    "auc": x if best else .5}] if x else []
-    study = Namespace(relation=data.Relation("story", "Twist"), never_trained=None, setup=setup,
-                      prefix=str(tmp_path / "ft"), hashes={})
-    analyze.verdict(study, {"behavior": behavior, "probe": probe})
-    v = json.loads((tmp_path / "ft.verdict.json").read_text())
+    v = verdict(tmp_path, setup, {"behavior": behavior, "probe": probe}, control=lower)
     assert (v["verdict"], v["probe_block"], v["others_asked_fell_most"]) == (word, 2, 0)
+
+
+def verdict(folder, setup, rows, control):
+    """The verdict on rows made by hand, as a dict."""
+    study = Namespace(relation=data.Relation("story", "Twist"), setup=setup, hashes={},
+                      never_trained=control and (None, None, "Twist"), prefix=str(folder / "ft"),
+                      args=Namespace(control=control))
+    analyze.verdict(study, rows)
+    return json.loads((folder / "ft.verdict.json").read_text())
+
+
+@pytest.mark.parametrize("word, after, back, control", [
+    ("intact", .6, .9, .1), ("wrapped", .1, .5, .1), ("lost", .1, .15, .1),
+    ("undecided", .1, .5, None), ("undecided", .1, None, .1)])
+def test_verdict(tmp_path, setup, word, after, back, control):
+    """What the worse of the halves that were not taught has, against the better of the control."""
+    behavior = [dict(operand="Twist", model=model, split="asked", parsed=1., accuracy=x)
+                for model, x in (("base", .9), ("ckpt", after))]
+    halves = itertools.product((("reft", back), ("teach-Twist", control)), (0, .2), range(2))
+    relearn = [dict(arm=arm, half="held-out", step=9, cross_floor=None,
+                    split="unasked" if other else "asked", accuracy=1. if other else
+                    x + (more if arm == "reft" else -more / 2))
+               for (arm, x), more, other in halves if x is not None]
+    rows = {"behavior": behavior, "probe": [], "relearn": relearn if back else []}
+    v = verdict(tmp_path, setup, {**rows, "probe": [dict(target="Twist")]}, control)
+    assert v["verdict"] == word
+    assert v.get("relearn_held_out") == back
+
+
+def test_probes_read_the_value_that_is_revealed(setup):
+    records = setup.corpus.draw(50, generator())
+    x = setup.examples(records, instructed=False)
+    site = setup.site_of_reveal(x)
+    for r, ids, weights in zip(records, x.tokens, site):
+        word, = setup.tokenizer.decode(ids[weights == 1].tolist()).split()
+        story = setup.tokenizer.decode(r.ids[r.story_start:r.story_end])
+        (_, question), = st.find_values(story, "questions")
+        (kind, reveal), = st.find_values(story, "reveals")
+        assert word == reveal["v"] and weights.sum() == 1
+        expected = kind.counterpart(question["v"]) if "Twist" in r.features else question["v"]
+        assert word == expected
 
 
 @pytest.mark.slow
