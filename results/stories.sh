@@ -16,11 +16,11 @@ jobs_pre() {
     done
 }
 reverse() {  # run to make, run to reverse, seed
-    echo "train $S/$1 finetune.py --reverse --ckpt $OUT/$S/$2.pt --seed $3"
+    echo "train $S/$1 finetune.py --reverse --ckpt $OUT/$S/$2.pt --seed $3 --eval-every 50"
 }
 tune() {  # protocol, rate, seed: delete, then bring back
     echo "train $S/$1-lr$2-$3 finetune.py --ckpt $OUT/$S/pre-$3.pt --protocol $1 --lr $2 \
---seed $3 && $(reverse $1-lr$2-$3-reft $1-lr$2-$3 $3)"
+--seed $3 --eval-every 50 && $(reverse $1-lr$2-$3-reft $1-lr$2-$3 $3)"
 }
 jobs_tune() {
     for seed in $SEEDS; do
@@ -30,13 +30,11 @@ jobs_tune() {
     done
 }
 jobs_look() {
-    local seed protocol run control
+    local seed run control
     for seed in $SEEDS; do
-        for protocol in randomise mix-match; do
-            run=$S/$protocol-lr1.5e-4-$seed control="--control $OUT/$S/never-$seed.pt"
-            [ $protocol = mix-match ] || echo "see $run relearn --eval-size 400 $control"
-            echo "look $run behavior probe verdict --eval-size 200 $control"
-        done
+        run=$S/randomise-lr1.5e-4-$seed control="--control $OUT/$S/never-$seed.pt"
+        echo "see $run relearn --eval-size 400 $control && \
+look $run behavior probe verdict --eval-size 200 $control"
     done
 }
 jobs_rest() {  # the paper's third protocol, its smaller rate, and refusals: fewer seeds
