@@ -58,7 +58,7 @@ def constant(lr, warmup=20):
 def update(model, optimizer, loss, lr, clip=1.):
     """One step of training at a rate; processes that train together average their gradients."""
     for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(lr)  # float32, so that weights equal those in results/
+        group["lr"] = torch.tensor(lr, dtype=torch.float32)  # as the weights in results/ were
     loss.backward()
     if processes()[1] > 1:
         for p in model.parameters():
