@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from data import (UserError, number_above, numbers, processes, run_script, user_path,
+from data import (UserError, agreed, number_above, numbers, processes, run_script, user_path,
                   write_json)
 from model import GPT, Config, accuracy, load, loss_of, predict, read_checkpoint, save
 
@@ -58,7 +58,7 @@ def constant(lr, warmup=20):
 def update(model, optimizer, loss, lr, clip=1.):
     """One step of training at a rate; processes that train together average their gradients."""
     for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(lr)  # float32, so that weights equal those in results/
+        group["lr"] = torch.tensor(lr, dtype=torch.float32)  # as the weights in results/ were
     loss.backward()
     if processes()[1] > 1:
         for p in model.parameters():
@@ -91,7 +91,7 @@ def start_device(args):
     name, cuda = args.device, torch.cuda.is_available()
     name = ("cuda" if cuda else "cpu") if name == "auto" else name
     if dist.is_available() and dist.is_torchelastic_launched():
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)  # its threads must not outlive the script
         name += f":{os.environ['LOCAL_RANK']}" * (name == "cuda")
     try:
@@ -221,13 +221,22 @@ ADVICE = "give another --out, or --force to replace it"
 FREE = ("out", "ckpt", "force", "save_every", "device", "threads", "command")  # may differ later
 
 
-def start_facts(args, device):
-    """What a run says of this start: command, code, versions, machine, time."""
-    words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+def commit():
+    """The commit that these very files are of, -dirty if they have changed; None without one."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True)
     here = os.path.dirname(os.path.abspath(__file__))
     with contextlib.suppress(OSError):  # no git here
-        commit = subprocess.run(words, cwd=here, capture_output=True, text=True).stdout.strip()
-    return {"command": args.command, "commit": commit or None,
+        files = (f"HEAD:./{name}.py" for name in ("data", "model", "pretrain"))
+        found = git("rev-parse", "HEAD", *files)  # fails in a repository without them
+        if not found.returncode:
+            changed = git("diff", "--quiet", "HEAD", "--", ":(glob)*.py", "setups").returncode
+            return found.stdout.split()[0] + "-dirty" * bool(changed)
+
+
+def start_facts(args, device):
+    """What a run says of this start: command, code, versions, machine, time."""
+    return {"command": args.command, "commit": commit(),
             "python": platform.python_version(), "torch": str(torch.__version__),
             "device": str(device), "threads": torch.get_num_threads(),
             "started": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -235,12 +244,14 @@ def start_facts(args, device):
 
 @contextlib.contextmanager
 def noted_signals():
-    """Within the `with`, a SIGINT or SIGTERM only goes on a list; a second one interrupts."""
+    """Within the `with`, a SIGINT or SIGTERM only goes on a list; a second one interrupts, but not
+    under torchrun, which passes on what all have got already, and kills who does not come."""
     noted = []
 
     def note(number, frame):
         noted.append(number)
-        signal.signal(number, signal.default_int_handler)
+        if processes()[1] == 1:
+            signal.signal(number, signal.default_int_handler)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -258,18 +269,21 @@ class Run:
     def __init__(self, args, stage, model, optimizer, setup, parent=None):
         self.args, self.model, self.optimizer, self.setup = args, model, optimizer, setup
         self.first, self.finished, self.history, self.starts = 0, False, [], []
+        if parent and os.path.realpath(args.out) == os.path.realpath(parent["path"]):
+            raise UserError(f"--out {args.out} is what this run starts from")
+        if os.path.isdir(args.out):
+            raise UserError(f"--out {args.out} is a folder")
+        earlier = None if args.force else self.earlier()
+        if earlier and args.dtype == "auto":  # what it began with, whatever this device is
+            args.dtype = earlier["args"].get("dtype", "auto")
         args.dtype, relation = training_dtype(args.dtype, setup), setup.relation(args)
         self.facts = {
             "stage": stage, "setup": setup.name, "scale": setup.scale, "config": vars(model.config),
             "args": {k: v for k, v in vars(args).items() if k not in FREE},
             "parent": parent and {k: parent[k] for k in ("path", "sha256")}, "steps": args.steps,
             "capability": {"task": relation.task, "operand": relation.pt}}
-        if parent and os.path.realpath(args.out) == os.path.realpath(parent["path"]):
-            raise UserError(f"--out {args.out} is what this run starts from")
-        if os.path.isdir(args.out):
-            raise UserError(f"--out {args.out} is a folder")
-        if not args.force:
-            self.resume()
+        if earlier:
+            self.resume(earlier)
         self.leads = processes()[0] == 0  # this process scores, saves and prints
         self.began = time.time()
         self.starts = [*self.starts, {**start_facts(args, setup.device), "step": self.first}]
@@ -280,16 +294,19 @@ class Run:
         often = args.eval_every or (max(1, args.steps // 25) if stage == "pretrain" else 0)
         self.evals = eval_steps(args.steps, often)
 
-    def resume(self):
-        """Go on from the checkpoint at --out, if there is one. UserError: it is another run's."""
+    def earlier(self):
+        """The checkpoint at --out, None without one. Raises UserError."""
         out, record = self.args.out, json_path(self.args.out)
-        if not os.path.exists(out):
-            if os.path.exists(record):
-                raise UserError(f"{record} is not of this program: there is no {out}; {ADVICE}")
-            return
-        _, earlier = load(out, self.setup.device, unfinished=True)
+        if os.path.exists(out):
+            return load(out, self.setup.device, unfinished=True)[1]
+        if os.path.exists(record):
+            raise UserError(f"{record} is not of this program: there is no {out}; {ADVICE}")
+
+    def resume(self, earlier):
+        """Go on from the checkpoint at --out. UserError: it is another run's."""
         if differences := self.differences(earlier):
-            raise UserError(f"{out} is another run, of {', '.join(differences)}: {ADVICE}")
+            raise UserError(f"{self.args.out} is another run, of {', '.join(differences)}: give "
+                            f"these to go on with it; {ADVICE}")
         self.finished, self.first = earlier["finished"], earlier["step"]
         self.history, self.starts = earlier["history"], earlier["starts"]
         self.model.load_state_dict(earlier["model"])
@@ -327,11 +344,12 @@ class Run:
                 if step in (args.keep or ()):
                     self.save(step, f"{args.out.removesuffix('.pt')}.step{step}.pt")
                 due = step % args.save_every == 0 and step > self.first
-                if step == args.steps or due or signals:
+                stop = agreed(signals[0] if signals else 0)  # all at the same step
+                if step == args.steps or due or stop:
                     self.save(step)
                 if step < args.steps:
-                    if signals:
-                        sys.exit(128 + signals[0])
+                    if stop:
+                        sys.exit(128 + agreed(stop))  # once it is saved
                     yield step
                     bar.update()
         if self.leads:

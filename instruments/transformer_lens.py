@@ -35,7 +35,7 @@ def to_transformer_lens(model):
         attention_dir="causal" if c.causal else "bidirectional",
         normalization_type="LN" if c.layer_norm else None, device=str(model.tok.weight.device))
     state = {"embed.W_E": model.tok.weight, "unembed.W_U": model.head.weight.T,
-             "unembed.b_U": torch.zeros(len(model.head.weight))}
+             "unembed.b_U": model.head.weight.new_zeros(len(model.head.weight))}
     norms, order = {"ln_final": model.ln}, torch.arange(c.d_head)
     if c.rotary:  # there pairs are neighbours, here halves
         config.update(positional_embedding_type="rotary", rotary_dim=c.d_head,

@@ -194,7 +194,9 @@ def test_a_hand_written_file(tmp_path, monkeypatch, capsys):
     for count in ("14 records", "'no story': 4", "'truncated': 1", "'unknown feature': 2"):
         assert count in out
     assert "Words" in corpus.tokenizer.words and " bytes" not in corpus.tokenizer.words
-    assert corpus.file == {"name": "odd.txt", "sha256": data.sha256(path)}
+    assert "not UTF-8, now U+FFFD: 1\n" in out
+    assert corpus.file == {"name": "odd.txt", "sha256": data.sha256(path),
+                           "held_out": "1 records spread over the file"}
 
 
 def changed_later(path):
@@ -230,17 +232,16 @@ def test_draws_keep_to_their_filter_and_their_part(tmp_path, records):
     corpus = FileCorpus(write_file(tmp_path / "x.txt", records[:1000]))
     everything = [corpus.record(i) for i in range(1000)]
     number = {e.ids.tobytes(): i for i, e in enumerate(everything)}
-    assert corpus.n_held_out == 10 and len(number) == 1000
+    assert corpus.held_out.sum() == 10 and len(number) == 1000
     for (feature, present), held_out in itertools.product(
             [(None, None), ("Twist", True), ("Twist", False), ("Conflict", True)], (False, True)):
-        part = range(990, 1000) if held_out else range(990)
-        fit = {i for i in part
+        fit = {i for i in range(1000) if (i % 100 == 0) == held_out
                if present is None or (feature in everything[i].features) == present}
         drawn = corpus.draw(6000, generator(5), feature, present, held_out)
         counts = collections.Counter(number[e.ids.tobytes()] for e in drawn)
         assert set(counts) <= fit and len(counts) > .95 * len(fit)  # 6 to 6,000 draws a record
         assert max(counts.values()) < 6000 / len(fit) + 6 * (6000 / len(fit)) ** .5
-    with pytest.raises(UserError, match="x.txt: no record .*Dialogue: True"):
+    with pytest.raises(UserError, match="x.txt: no record with Dialogue among the 990 for"):
         corpus.index[:, 5:] = 0
         corpus.draw(1, generator(), "Dialogue", True)
 
