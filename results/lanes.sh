@@ -11,6 +11,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHON=${PYTHON:-python} OUT=${OUT:-out/evidence} RESULTS=${RESULTS:-results}
 export DRY=${DRY:-} FLAGS=${FLAGS:-} LANES=${LANES:-2} THREADS=${THREADS:-1}
 
+# evidence is made from a clean commit, which its records name; a rehearsal goes elsewhere
+if [ ! "$DRY" ] && [ "$RESULTS" = results ] && ! git diff --quiet HEAD -- '*.py' setups; then
+    echo "the code has changes that are not committed; for a rehearsal give RESULTS=/elsewhere" >&2
+    exit 2
+fi
+
 run() {  # script and flags
     if [ "$DRY" ]; then echo python "$@"; else "$PYTHON" "$@"; fi
 }

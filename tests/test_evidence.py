@@ -183,6 +183,24 @@ def commands(script, out):
     return [line.split() for line in done.stdout.splitlines()]
 
 
+def test_evidence_is_made_from_a_clean_commit(tmp_path):
+    """A script stops before its first command, unless the results go elsewhere."""
+    shutil.copytree(RESULTS, tmp_path / "results", ignore=shutil.ignore_patterns("*.png", "*.gz"))
+    (tmp_path / "model.py").write_text("1\n")
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    env = {**os.environ, "PYTHON": "true", "OUT": "raw"}
+
+    def run(**more):
+        return subprocess.run(["bash", "results/relearn.sh"], cwd=tmp_path, env={**env, **more},
+                              capture_output=True, text=True)
+    assert run().returncode == 0
+    (tmp_path / "model.py").write_text("2\n")
+    assert run().returncode == 2 and "not committed" in run().stderr
+    assert run(RESULTS="elsewhere").returncode == 0
+
+
 @pytest.mark.parametrize("script", ["pcfg.sh", "tracr.sh", "stories.sh", "relearn.sh", "paper.sh"])
 def test_scripts_print_commands_that_parse(script, tmp_path, monkeypatch, capsys):
     """Their flags are known to the scripts they start, and each line needs only earlier ones."""
