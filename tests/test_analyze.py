@@ -279,13 +279,13 @@ def test_verdict(tmp_path, word, made):
 
 
 @pytest.mark.parametrize("flags, text", [
-    ({"prune": "--eval-size 40 --draws 1"}, " Of a run with --eval-size 40 --draws 1: prune."),
-    ({"probe": "--seed 9", "revive": "--seed 9"}, " Of a run with --seed 9: probe, revive."),
+    ({"prune": "--eval-size 40 --draws 1"}, " Made with --eval-size 40 --draws 1: prune."),
+    ({"probe": "--seed 9", "revive": "--seed 9"}, " Made with --seed 9: probe, revive."),
     (dict.fromkeys(("behavior", "prune", "probe", "revive"), "--eval-size 9"),
-     " Of a run with --eval-size 9: behavior, prune, probe, revive.")])
+     " Made with --eval-size 9: behavior, prune, probe, revive.")])
 def test_verdict_names_the_flags_of_its_rows(tmp_path, flags, text):
     usual, other = verdict_of(tmp_path), verdict_of(tmp_path, flags=flags)
-    assert other["text"] == usual["text"] + text and "run with" not in usual["text"]
+    assert other["text"] == usual["text"] + text and "Made with" not in usual["text"]
     assert other["flags"] == {**usual["flags"], **flags}
 
 
