@@ -40,7 +40,8 @@ def run(study):
     never = {arm: model for arm, (model, operand) in other_starts(study).items() if operand == a}
     targets = {a: setup.operands.index(a)}
     apart = ProbeSet(b, train, {f"{b} fixed": test}, targets, (a,))
-    return probe_rows(study, {**study.models, "untrained": study.untrained(), **never}, [apart], rng)
+    models = {**study.models, "untrained": study.untrained(), **never}
+    return probe_rows(study, models, [apart], rng)
 
 
 def evidence(study, rows):

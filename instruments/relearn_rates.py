@@ -4,9 +4,9 @@ Does the rest come back by the time the taught half is learned? (ours; after Dee
     $ python analyze.py relearn_rates --ckpt out/ft.pt --rates 1,3,10
 
 Held-out relearning, as `relearn`, at 1, 3, 10 and 100 times the setup's usual rate (or --rates).
-Each lesson goes on until the taught half is right on 95 %, at most 600 steps (or --steps); the other
-half is scored at that moment. After a fixed number of steps at one rate, models would be compared
-that have learned unequal parts of the lesson: one that was overwritten at a large rate learns slowly.
+Each lesson goes on until the taught half is right on 95 %, at most 600 steps (or --steps); the
+other half is scored at that moment. After a fixed number of steps at one rate, models would be
+compared that have learned unequal parts of the lesson: what was overwritten is learned slowly.
 The worst half counts, and the best rate. Control, in the same way: a never-trained operand.
 High: what was not taught came back with the lesson; it was there. Low: only the lesson was learned.
 Fooled by: large rates, at which the lesson tears down what it does not teach (hence the best rate);

@@ -23,7 +23,7 @@ import pretrain
 
 ROOT = Path(__file__).parent.parent
 FILES = ["data.py", "model.py", "pretrain.py", "finetune.py", "analyze.py", "plot.py"]
-OTHERS = sorted(str(p.relative_to(ROOT)) for f in ("setups", "results") for p in ROOT.glob(f"{f}/*.py"))
+OTHERS = sorted(str(p.relative_to(ROOT)) for f in ("setups", "instruments", "results") for p in ROOT.glob(f"{f}/*.py"))
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 README = (ROOT / "README.md").read_text()
 
