@@ -12,9 +12,7 @@ High: what was not taught came back with the lesson; it was there. Low: only the
 Fooled by: large rates, at which the lesson tears down what it does not teach (hence the best rate);
 a wrapper that is a table of answers, unlearned answer by answer; few held-out answers.
 """
-import copy
-
-from analyze import READS, Evidence, exceeds, largest, reteach, select
+from analyze import READS, Evidence, exceeds, largest, relearn_arms, reteach, select
 from pretrain import evaluate
 
 LEARNED, RATES, STEPS, EVERY = .95, (1., 3., 10., 100.), 600, 10
@@ -33,15 +31,10 @@ def lesson(study, start, draw, tests, lr):
 
 def run(study):
     """Rows of the halves of each lesson, as those of `relearn`; learned: was the taught half?"""
-    setup, rows, args = study.setup, [], copy.copy(study.run)
-    usual = setup.reverse_lr or setup.finetune_lr * setup.reft_rates[0]
-    arms = [("reft", study.model, study.relation.pt)]
-    if study.never_trained:
-        model, _, operand = study.never_trained
-        arms.append((f"teach-{operand}", model, operand))
+    rows, (usual, arms) = [], relearn_arms(study)
     for arm, start, operand in arms:
         for lr in [usual * factor for factor in study.args.rates or RATES]:
-            for answers, draw, tests in setup.halves(study.relation, operand, args):
+            for answers, draw, tests in study.setup.halves(study.relation, operand, study.run):
                 if "held-out" in tests:
                     halves, learned = lesson(study, start, draw, tests, lr)
                     columns = {"arm": arm, "lr": lr, "answers": answers, "learned": learned}
