@@ -164,7 +164,7 @@ RELEARNING = ("relearn_held_out", "c, or best guess from b",
 
 MAIN, LEARNER, INDEX = "count low 1 1e-5", "count low 0 1e-3", "index low 1 1e-5"
 COUNTER, DELETED = "tracr-count count 1 1e-3", "stories randomise 1.5e-4"
-REVIVED, NEVER = "stories randomise 4e-5 reFT after 1.5e-4", "stories never 4e-5 reFT"
+REVIVED, NEVER = "stories randomise 1.2e-4 reFT after 1.5e-4", "stories never 1.2e-4 reFT"
 HIGH, HALF_HIGH = "count high 1 1e-5", "count high 0.5 1e-5"
 A_OVER_THE_RUN = accuracy("history", role="O_PT", split="c0", task="count")
 A_ON_C0 = accuracy("behavior", model="ckpt", operand="a", split="c0", task="count")

@@ -37,7 +37,7 @@ jobs_look() {
 look $run behavior probe verdict --eval-size 200 $control"
     done
 }
-jobs_rest() {  # the paper's third protocol, its smaller rate, and refusals: fewer seeds
+jobs_rest() {  # the paper's third protocol, a smaller rate, and refusals: fewer seeds
     local few; few=$(set -- $SEEDS; echo ${*:1:3})
     for seed in $few; do tune filter 1.5e-4 $seed; done
     for seed in $few; do tune randomise 4e-5 $seed; tune mix-match 4e-5 $seed; done

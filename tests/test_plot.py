@@ -128,7 +128,7 @@ def folder(tmp_path_factory):
         write_maps(folder, name, "tracr-count")
     story = {"feature": "Twist", "without": None, "lr": 1.5e-4, "seed": 0, "steps": 10}
     write(folder, "s", {**story, "protocol": "filter"}, story_rows(.2), "s-pre", "stories")
-    write(folder, "s-reft", {**story, "reverse": True, "lr": 4e-5}, story_rows(.7), "s", "stories")
+    write(folder, "s-reft", {**story, "reverse": True, "lr": 1.2e-4}, story_rows(.7), "s", "stories")
     return folder
 
 

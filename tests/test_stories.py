@@ -720,7 +720,7 @@ def test_stages(stages, name):
         steps = list(itertools.product((0, 2), splits + SCORED))
         assert [(r["step"], r["split"]) for r in rows] == steps
         assert args["protocol"] == {"reft": "randomise", "control": None}.get(name, name)
-        assert args["lr"] == (4e-5 if args["reverse"] else 1.5e-4)
+        assert args["lr"] == (1.2e-4 if args["reverse"] else 1.5e-4)
     else:
         last = [(r["operand"], r["split"]) for r in rows if r["step"] == 4]
         scores = list(itertools.product(FEATURES, SCORED))
