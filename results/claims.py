@@ -210,7 +210,7 @@ FIRST, TENTH, PARTS, FLOORS = ("2026-11-26 16:47 f77b205", "2026-11-26 16:58 db8
 FIVE_SEEDS, BEYOND, APPENDIX = ("2026-11-26 18:00 f0aa395", "2026-11-26 18:02 a19b868",
                                 "2026-11-26 18:31 747b9bc")
 NOISE_SEEDS = "2026-11-23 07:45 6713994"
-COUNTERPART, TWO_STORIES = "2026-11-30 15:01 3905d76", "2026-11-30 17:33 1849a7a"
+TWIST_RATE, TWISTS = "2026-11-30 18:20 f61c319", "2026-11-30 17:33 1849a7a"
 SETS = (
     ("Counter", FIRST, FIVE_SEEDS, (
         (*B_RIGHT, MAIN, *SHORTCUT), (*FASTER, MAIN, *REVIVING))),
@@ -245,7 +245,7 @@ SETS = (
          RANDOM_WEIGHT, .6),)),
     ("compiled Counter", PARTS, BEYOND, (
         (*COME_BACK, COUNTER, HELD_OUT, "c", HELD_OUT_C, .1),)),
-    ("stories", COUNTERPART, TWO_STORIES, (
+    ("stories", TWIST_RATE, TWISTS, (
         ("100 steps bring the twist back", "Fig. 11", REVIVED, ASKED, "never met one",
          (NEVER, ASKED), .25),
         ("where it is asked for", "ours", REVIVED, ASKED, "not asked", UNASKED, .25),
