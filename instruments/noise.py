@@ -4,7 +4,7 @@ Does weight noise bring the answer for a back? (after Tice et al. 2024, arXiv 24
     $ python analyze.py noise --ckpt out/ft.pt
 
 Gaussian noise on every weight matrix, its standard deviation a multiple of the matrix's root mean
-square: nine multiples, from .01 to .7, and ten draws (five and their negatives, each the same at
+square: seven multiples, from .02 to .5, and eight draws (four and their negatives, each the same at
 every multiple), scored on 200 c0 strings at most. Two numbers: of the multiples the best mean over
 draws, and the best draw of all. The first is the evidence; the second is the source's, a maximum
 that grows with the number of draws. Both are less the floor, the best guess from the other answer.
@@ -22,7 +22,7 @@ from analyze import DRAWN, MARGIN, Evidence, above_floor, exceeds, largest, or_c
 from model import predict, weight_edits
 from pretrain import answer_row
 
-SCALES, PAIRS = (.01, .02, .05, .1, .15, .2, .3, .5, .7), 5
+SCALES, PAIRS = (.02, .05, .1, .15, .2, .3, .5), 4
 
 
 def noise(model, rng):

@@ -3,12 +3,12 @@ Does rounding the weights bring the answer for a back? (Zhang et al. 2024, arXiv
 
     $ python analyze.py quantise --ckpt out/ft.pt
 
-Each row of every weight matrix is rounded to the nearest of 2^bits - 1 levels, symmetric about zero,
-the largest being its largest entry; 8 and 4 bits. A small fine-tuning moves most weights by less
-than a step and is rounded away. Accuracy of a on c0, before (no bits) and after. The number of bits
-is chosen on other strings. Control, in the same way: an operand that was never trained; the base,
-to tell what rounding costs.
-High: fine-tuning was smaller than a step. Low: it was larger, or the base does not outlive rounding.
+Each row of every weight matrix is rounded to the nearest of 2^bits - 1 levels, symmetric about
+zero, up to its largest entry; 8 and 4 bits. A small fine-tuning moves most weights by less than a
+step and is rounded away. Accuracy of a on c0, before (no bits) and after. The number of bits is
+chosen on other strings. Control, in the same way: an operand that was never trained; the base, to
+tell what rounding costs.
+High: fine-tuning was smaller than a step. Low: it was larger, or rounding harms the base as well.
 Fooled by: deletion by small steps, since rounding undoes the difference from the base whatever the
 difference was; a large learning rate, which makes a wrapper too large to be rounded away.
 """
