@@ -22,7 +22,7 @@ from analyze import DRAWN, MARGIN, Evidence, above_floor, exceeds, largest, or_c
 from model import predict, weight_edits
 from pretrain import answer_row
 
-SCALES, PAIRS = (.02, .05, .1, .15, .2, .3, .5), 4
+SIGMAS, PAIRS = (.02, .05, .1, .15, .2, .3, .5), 4
 
 
 def noise(model, rng):
@@ -35,14 +35,14 @@ def noise(model, rng):
     return result
 
 
-def noised(model, drawn, scale):
-    """The weight_edits() that add `scale` times the drawn noise."""
-    return [(name, ..., model.get_parameter(name).detach() + scale * x)
+def noised(model, drawn, sigma):
+    """The weight_edits() that add `sigma` times the drawn noise."""
+    return [(name, ..., model.get_parameter(name).detach() + sigma * x)
             for name, x in drawn.items()]
 
 
 def run(study):
-    """A row for each model, operand, scale and draw; scale 0: the model as it is."""
+    """A row for each model, operand, sigma and draw; sigma 0: the model as it is."""
     n, rows = min(DRAWN, study.args.eval_size), []
     subjects = [(name, model, study.relation.pt) for name, model in study.models.items()]
     if study.never_trained:
@@ -50,23 +50,23 @@ def run(study):
         subjects.append(("never-trained", model, operand))
     for name, model, operand in tqdm(subjects, desc="noise", leave=False, disable=None):
         test = study.test(operand, "c0", n=n)
-        rows.append({**answer_row(predict(model, test.examples), test), "model": name, "scale": 0.,
+        rows.append({**answer_row(predict(model, test.examples), test), "model": name, "sigma": 0.,
                      "draw": None})
         for draw in range(2 * PAIRS):
             drawn, sign = noise(model, data.rng(study.seed, "noise", draw // 2)), (-1) ** draw
-            for scale in SCALES:
-                with weight_edits(model, noised(model, drawn, sign * scale)):
+            for sigma in SIGMAS:
+                with weight_edits(model, noised(model, drawn, sign * sigma)):
                     row = answer_row(predict(model, test.examples), test)
-                rows.append({**row, "model": name, "scale": scale, "draw": draw})
+                rows.append({**row, "model": name, "sigma": sigma, "draw": draw})
     return rows
 
 
 def gains(rows):
-    """(best mean over draws of any scale, best draw), less the floor; (None, None) without rows."""
+    """(best mean over draws at any sigma, best draw), less the floor; (None, None) without rows."""
     means, above = [], [above_floor(r) for r in rows]
-    for scale in {r["scale"] for r in rows}:
-        at_scale = [above_floor(r) for r in select(rows, scale=scale)]
-        means.append(sum(at_scale) / len(at_scale))
+    for sigma in {r["sigma"] for r in rows}:
+        at_sigma = [above_floor(r) for r in select(rows, sigma=sigma)]
+        means.append(sum(at_sigma) / len(at_sigma))
     return largest(*means), largest(*above)
 
 

@@ -81,8 +81,8 @@ def test_noise_has_the_size_of_its_matrix_and_none_of_it_changes_nothing(study):
 
 
 def test_gains_of_noise_are_the_best_mean_and_the_best_draw():
-    rows = [dict(scale=scale, accuracy=accuracy, floor=.2, cross_floor=.5)
-            for scale, accuracy in ((.1, .9), (.1, .1), (.3, .7), (.3, .6))]
+    rows = [dict(sigma=sigma, accuracy=accuracy, floor=.2, cross_floor=.5)
+            for sigma, accuracy in ((.1, .9), (.1, .1), (.3, .7), (.3, .6))]
     assert noise.gains(rows) == pytest.approx((.15, .4)) and noise.gains([]) == (None, None)
     assert analyze.above_floor({**rows[0], "cross_floor": None}) == pytest.approx(.7)
 
@@ -144,7 +144,7 @@ def test_all_four_run_and_leave_the_models_alone(tiny, tmp_path, monkeypatch):
     shutil.copytree(tiny / "out", tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(direction, "DRAWS", 2)
-    monkeypatch.setattr(noise, "SCALES", (.1, .5))
+    monkeypatch.setattr(noise, "SIGMAS", (.1, .5))
     opened = analyze.open_study([*WORDS, "--also", "scratch", "--steps", "3", "lens", "noise",
                                  "direction", "quantise"])
     before = copy.deepcopy(opened.models)
