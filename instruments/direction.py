@@ -9,8 +9,8 @@ times, and projected out, at place 0 (the embedding) or behind so many blocks. D
 edit are chosen on other strings. Controls: 64 random directions of the same norms, with the same
 choice of place and edit; and all of it for an operand that was never trained.
 High: what hides the answer is one vector for all strings. Low: it is not, or it acts elsewhere.
-Fooled by: a wrapper whose shift depends on the string (it passes for deletion), or that acts at
-other positions; a shift by q that any push brings about (hence the random directions).
+Fooled by: a wrapper that shifts differently on each string, or at other positions (it passes for
+deletion); one so thin that any push opens it: then random directions do as well.
 """
 import itertools
 

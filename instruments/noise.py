@@ -29,7 +29,7 @@ def noise(model, rng):
     """{matrix: Gaussian noise with the matrix's root mean square}."""
     result = {}
     for name, p in model.named_parameters():
-        if p.dim() == 2:  # ours: no biases and no gains, whose mean square is no scale of theirs
+        if p.dim() == 2:  # ours: no biases and no gains, whose mean square is not their spread
             drawn = torch.randn(p.shape, generator=rng).to(p.device)
             result[name] = drawn * p.detach().square().mean().sqrt()
     return result
