@@ -7,11 +7,11 @@ All hybrids whose parts (the embeddings, each block, the head with its norm) com
 from the fine-tuned model, 2^5 with three blocks, are asked for a on c0, b on c0 and c1 (ours:
 grafts of whole parts). share: the Shapley value of a part, its mean effect on a (as the base's), or
 on b of c1 (as the fine-tuned one), over all orders in which the parts may be exchanged.
-Evidence is the best hybrid with one part from the base, all else fine-tuned.
+Evidence is the best hybrid with less than half of its parts from the base, the rest fine-tuned.
 Controls, in the same way: the never-trained c, and the best guess from b.
-High: one part kept a from being answered, and all others still serve it. Low: no single one did.
-Fooled by: a wrapper that stands in several parts; one part that does nearly all the work (in a
-model of few blocks); a base of another pretraining (see basis).
+High: few parts kept a from being answered, and all others still serve it. Low: most of them did.
+Fooled by: a wrapper that stands in most parts; a part that does nearly all the work (in a model of
+few blocks); a base of another pretraining (see basis).
 """
 import copy
 import itertools
@@ -84,12 +84,13 @@ def place(study, rows):
 
 
 def evidence(study, rows):
-    """a with one part of the base, beside c in the same way and the guess from b."""
-    (a, *never), one = operands(study), select(rows, split="c0", parts=1)
-    measured = highest(one, operand=a)
-    control = largest(*(highest(one, operand=o) for o in never),
-                      highest(one, "cross_floor", operand=a))
-    line = Evidence("hybrids", f"{a} on c0, one part from the base; it takes "
+    """a with few parts of the base, beside c in the same way and the guess from b."""
+    (a, *never), hybrids = operands(study), [r for r in rows if "parts" in r and r["split"] == "c0"]
+    few = [r for r in hybrids if 2 * r["parts"] < hybrids[-1]["parts"]]
+    measured = highest(few, operand=a)
+    control = largest(*(highest(few, operand=o) for o in never),
+                      highest(few, "cross_floor", operand=a))
+    line = Evidence("hybrids", f"{a} on c0, few parts from the base; it takes "
                     f"{needed(study, rows) or 'none'}", measured, "never trained, or a guess",
                     control, MARGIN, exceeds(measured, control, MARGIN))
     return unless_foreign(line, rows)

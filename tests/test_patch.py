@@ -111,10 +111,11 @@ def test_a_planted_rank_is_found_in_every_matrix_and_undone(rank):
                                    weights.matrices(study.model).items()):
         row = weights.size_row(study, name, w, new - w)
         assert row["rank"] == rank and row["stable_rank"] <= rank + 1e-4, name
-    for columns, model in weights.undo_models(study, change):
+    study.base = base
+    for arm, x, model in weights.variants(study, change):
         far = max((p - q).abs().max().item() for p, q in zip(model.parameters(), base.parameters()))
-        restored = columns["arm"] == "undo" and columns["x"] >= rank
-        assert (far < 1e-4) == restored, columns
+        restored = arm == "undo" and x >= rank or (arm, x) == ("path", 0.)
+        assert (far < 1e-4) == restored, (arm, x)
 
 
 def test_the_path_ends_at_the_models():
@@ -124,10 +125,10 @@ def test_the_path_ends_at_the_models():
     change = {name: after[name] - before[name] for name in before}
     change["head.weight"] += 1.  # else its noise is 0
     ends = {0.: base, 1.: study.model}
-    for columns, model in weights.path_models(study, change):
-        if columns["arm"] == "path" and columns["x"] in ends:
-            assert torch.equal(logits_of(model, x), logits_of(ends.pop(columns["x"]), x))
-        if columns["arm"] == "noise" and columns["x"] == 1.:
+    for arm, place, model in weights.variants(study, change):
+        if arm == "path" and place in ends:
+            assert torch.equal(logits_of(model, x), logits_of(ends.pop(place), x))
+        if (arm, place) == ("noise", 1.):
             size = (weights.matrices(model)["head.weight"] - before["head.weight"]).norm()
             torch.testing.assert_close(size, change["head.weight"].norm())
     assert not ends
@@ -151,8 +152,8 @@ def test_a_wrapper_in_block_0_scores_like_full_erasure(part, erased):
     study = SimpleNamespace(base=base, model=planted(base, part))
     d1, d2 = uds.depths(study, x, "all")
     if erased:  # every block shows the same fall, that of the model as a whole
-        fall = (uds.log_p(logits_of(base, x), x.answer) - uds.log_p(logits_of(study.model, x), x.answer))
-        torch.testing.assert_close(d2, fall.expand(3, 6))
+        right, left = (uds.log_p(logits_of(m, x), x.answer) for m in (base, study.model))
+        torch.testing.assert_close(d2, (right - left).expand(3, 6))
     else:
         torch.testing.assert_close(d2, torch.zeros(3, 6))
         assert uds.score(d1, d2).nan_to_num(0.).max() < 1e-3
@@ -162,7 +163,8 @@ def test_a_base_of_another_basis_is_no_evidence():
     line = analyze.Evidence("patching", "a", .9, "c", .1, .25, True)
     rows = [{"part": "basis", "kept": kept} for kept in (.1, -.2)]
     foreign = basis.unless_foreign(line, rows)
-    assert foreign.measured is None and foreign.holds is None and "cannot be said" in foreign.question
+    assert (foreign.measured, foreign.holds) == (None, None)
+    assert "cannot be said" in foreign.question
     assert basis.unless_foreign(line, [*rows, {"part": "basis", "kept": .6}]) is line
 
 
