@@ -53,20 +53,21 @@ def depths(study, x, scope):
 
 
 def run(study):
-    """Rows of a and c for both scopes: the score, hidden (its complement over all strings), and of
-    every block mean d1, d2."""
+    """Rows of a and c for both scopes: the score, hidden (its complement, 0 for strings that the
+    base gets wrong), counted (share of strings that have a score); of every block mean d1, d2."""
     rows = []
     for operand, scope in itertools.product(operands(study), ("answer", "all")):
         x = study.test(operand, "c0").examples
         d1, d2 = depths(study, x, scope)
         known = predict(study.base, x).argmax(1) == x.answer
         scores = score(d1, d2)
-        counted = known & ~scores.isnan()
+        encoded = ~scores.isnan()  # else the other string has the same answer
         columns = dict(operand=operand, split="c0", n=len(known), part=None, scope=scope)
-        hidden = torch.where(counted, 1 - scores, 0.).mean().item()
-        mean = scores[counted].mean().item() if counted.any() else None
-        rows.append(study.row(**columns, site="all", score=mean, hidden=hidden,
-                              counted=counted.float().mean().item()))
+        hidden = torch.where(known, 1 - scores, 0.)[encoded | ~known]
+        mean = scores[known & encoded].mean().item() if (known & encoded).any() else None
+        rows.append(study.row(**columns, site="all", score=mean,
+                              hidden=hidden.sum().item() / max(1, len(hidden)),
+                              counted=(known & encoded).float().mean().item()))
         for site, one, two in zip(streams(study.base)[1:], d1, d2):
             rows.append(study.row(**columns, site=site, d1=one.mean().item(), d2=two.mean().item()))
     return rows + basis_rows(study)

@@ -90,6 +90,9 @@ def test_hybrids_of_all_parts_are_the_models():
     for from_base, same in ((PARTS, base), ((), model), (("blocks.1", "head"), base)):
         assert torch.equal(logits_of(hybrids.hybrid(base, model, from_base), x), logits_of(same, x))
     assert len(hybrids.subsets(PARTS)) == 32
+    with hybrids.activation_edits(model, hybrids.skipping(PARTS)), torch.no_grad():
+        embedded = model.tok(x.tokens) + model.pos(torch.arange(9))
+        assert torch.equal(logits_of(model, x), model.head(model.ln(embedded))[:, 8])
 
 
 def test_shapley_shares_add_up_and_find_who_works():
