@@ -10,10 +10,10 @@ functional rank is the least r that brings a to 90 % of the base's.
 path: (1 - x) base + x fine-tuned = base + x task vector (Ilharco et al. 2023); barrier: the largest
 loss above the line between its ends (Siddiqui et al. 2025), nats. noise: base + x noise with D's
 norm in every matrix, five draws: what so large a change does alone.
-Evidence is a with 8 directions undone; controls: random ones of D, five draws; never-trained c.
-High: few directions kept a from being answered. Low: the change is spread, or large.
-Fooled by: AdamW, whose steps are equally large in all directions, so that noise raises every rank;
-wrappers in biases; a base of another pretraining (see basis). Nothing here works without the base.
+Evidence is a with 2 directions undone; controls: random ones of D, five draws; never-trained c.
+High: so few directions kept a from being answered. Low: the change is spread, or large.
+Fooled by: more directions, without which hardly any change is left (8 bring a back to an
+overwritten model); wrappers in biases; another pretraining (see basis). All of it needs the base.
 """
 import copy
 
@@ -26,7 +26,7 @@ from instruments.hybrids import part_of
 from model import predict
 from pretrain import answer_row
 
-RANKS, FEW, DRAWS, PATH = (0, 1, 2, 4, 8, 16, 32, 64), 8, 5, [x / 10 for x in range(-5, 16)]
+RANKS, FEW, DRAWS, PATH = (0, 1, 2, 4, 8, 16, 32, 64), 2, 5, [x / 10 for x in range(-5, 16)]
 
 
 def matrices(model):
