@@ -14,9 +14,9 @@ Evidence is 1 - score, patched where the answer is given (the paper's answer spa
 it of all positions. Control: the never-trained c in the same way.
 High: the stream still carries a, up to some depth. Low: it does not, wherever it should.
 Fooled by: a wrapper in block 0 or the embeddings. Patched at all positions, every later stream is
-the fine-tuned model's own, d2 is the same everywhere, and it scores like full erasure; a wrapper in
-the head scores 0. It says how early the answer changes, not whether it is there. A base of another
-pretraining (see basis) scores like a wrapper, too.
+the fine-tuned model's own, d2 is the same everywhere, and it scores like an overwritten model; a
+wrapper in the head scores 0. It says how early the answer changes, not whether it is there: c never
+had an answer to lose and is a weak control. Another pretraining (see basis) scores alike.
 """
 import itertools
 

@@ -121,8 +121,9 @@ def test_a_planted_rank_is_found_in_every_matrix_and_undone(rank):
         assert (far < 1e-4) == restored, (arm, x)
 
 
-def test_the_path_ends_at_the_models():
+def test_the_path_ends_at_the_models(monkeypatch):
     base, x = base_model(), examples()
+    monkeypatch.setattr(weights, "DRAWS", 1)
     study = SimpleNamespace(base=base, model=planted(base, "blocks.0"), seed=0)
     before, after = weights.matrices(base), weights.matrices(study.model)
     change = {name: after[name] - before[name] for name in before}
@@ -173,6 +174,8 @@ def test_a_base_of_another_basis_is_no_evidence():
 
 def test_all_run_on_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for name, few in {"PATH": [0., 1.], "RANKS": (0, 2), "DRAWS": 1}.items():
+        monkeypatch.setattr(weights, name, few)  # for speed
     pretrain.main([*SMALL, "--out", "out/pre.pt"])
     finetune.main([*SMALL, "--ckpt", "out/pre.pt", "--out", "out/ft.pt"])
     analyze.main(["basis", "hybrids", "patch", "uds", "weights", *SMALL, "--ckpt", "out/ft.pt"])
