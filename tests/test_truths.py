@@ -144,16 +144,16 @@ def test_a_decoy_meets_no_password(folder):
     for lock, never in (("random", True), ("shift", False)):
         ckpt = run("--lock", lock, "--pt", "c")
         assert ckpt["args"]["decoy"] and GRAMMAR.never_trained("c", ckpt) == never
-    assert not run("--lock", "random")["args"]["decoy"]
 
 
 def test_the_record_has_both_sides_of_a_lock(folder):
     """With and without the password, and the families that might be harmed."""
-    shutil.copy("out/pre.pt", "out/early.pt")
-    for lock in ("shift", "out/early.pt"):
-        scored = {(r["task"], r["operand"], r["split"]) for r in run("--lock", lock)["history"]}
-        assert {(t, "a", s) for t in ("count", "count-j1") for s in data.SPLITS} <= scored
-        assert {t for t, _, s in scored if s == "natural"} == {*data.TASKS, "count-j1"}
+    shutil.copy("out/ft.pt", "out/early.pt")
+    ckpt = run("--lock", "out/early.pt")
+    scored = {(r["task"], r["operand"], r["split"]) for r in ckpt["history"]}
+    assert {(t, "a", s) for t in ("count", "count-j1") for s in data.SPLITS} <= scored
+    assert {t for t, _, s in scored if s == "natural"} == {*data.TASKS, "count-j1"}
+    assert not ckpt["args"]["decoy"] and ckpt["args"]["lock"] == "out/early.pt"
 
 
 # ---------------------------------------------------------------- deletions
