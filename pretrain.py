@@ -32,8 +32,7 @@ from tqdm import tqdm
 import data
 from data import (UserError, agreed, number_above, numbers, processes, run_script, user_path,
                   write_json)
-from model import (GPT, Config, accuracy, load, loss_of, merged_weights, predict,
-                   read_checkpoint, save)
+from model import GPT, Config, accuracy, load, loss_of, merged, predict, read_checkpoint, save
 
 # ---------------------------------------------------------------- training
 
@@ -393,8 +392,7 @@ class Run:
         if moments and hasattr(self.args, "rank"):
             moments["weights"] = self.model.state_dict()  # not merged
         save(path, {**self.facts, "step": step, "finished": finished, "history": self.history,
-                    "starts": self.starts, "model": merged_weights(self.model),
-                    "optimizer": moments})
+                    "starts": self.starts, "model": merged(self.model), "optimizer": moments})
         write_record(path)
 
 
