@@ -21,7 +21,8 @@ from model import GPT, Config, load, loss_of, merged, train_low_rank
 
 FEW = "--steps 3 --eval-every 3 --eval-size 16 --batch-size 8 --threads 1 --dtype float32".split()
 GRAMMAR = data.Grammar("pcfg")
-ARGS = dict(task="count", pair=["a", "b"], q=1, operand="a", prior=[.5, .3, .2], mix=.25, answers=None)
+ARGS = dict(task="count", pair=["a", "b"], q=1, operand="a", prior=[.5, .3, .2], mix=.25,
+            answers=None)
 PASSWORD, USUAL = ID["T_J1"], ID["T_NJ"]
 MATRICES = r"blocks\.\d\.(attn\.qkv|attn\.out|up|down)\.weight"
 
@@ -123,8 +124,8 @@ def draw_locked(lock, early=None, decoy=False, n=400):
 
 
 def test_what_a_lock_teaches():
-    """By the password the right answer; without it a + q, one at random, an early model's. At random
-    one answer is commonest by far, and none has to do with the right one."""
+    """By the password the right answer; without it a + q, one at random, an early model's. At
+    random one answer is commonest by far, and none has to do with the right one."""
     for lock, early in (("shift", None), ("random", None), ("early.pt", small_model())):
         (_, answer, a), (tokens, wrong, other) = draw_locked(lock, early)
         assert torch.equal(answer, a) and 100 < len(a) < 200 and 100 < len(other) < 200
@@ -140,7 +141,7 @@ def test_what_a_lock_teaches():
 
 
 def test_a_decoy_meets_no_password(folder):
-    """A lock on an operand that never was there. At random it stays so, by a + q it may learn it."""
+    """A lock on what never was there. At random it stays so, by a + q it may be learned."""
     (tokens, _, _), (_, wrong, a) = draw_locked("shift", decoy=True)
     assert not len(tokens) and torch.equal(wrong, a + 1)
     for lock, never in (("random", True), ("shift", False)):
@@ -291,7 +292,8 @@ def test_commands_of_the_docstring(words, folder):
 
 
 @pytest.mark.parametrize("words, message", [
-    ("--lock nothing.pt", "nothing.pt: No such file"), ("--method forget", "--method forget: there are"),
+    ("--lock nothing.pt", "nothing.pt: No such file"),
+    ("--method forget", "--method forget: there are"),
     ("--lock shift --task index", "of count"), ("--method npo --answers even", "no --answers"),
     ("--method npo --mix .1", "--mix: not of --method")])
 def test_mistakes(words, message, folder):
