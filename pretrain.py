@@ -32,7 +32,7 @@ from tqdm import tqdm
 import data
 from data import (UserError, agreed, number_above, numbers, processes, run_script, user_path,
                   write_json)
-from model import GPT, Config, accuracy, load, loss_of, predict, read_checkpoint, save
+from model import GPT, Config, accuracy, load, loss_of, merged, predict, read_checkpoint, save
 
 # ---------------------------------------------------------------- training
 
@@ -265,6 +265,7 @@ class Run:
     """A training run and its files: X.pt, and X.json, which is X.pt without its tensors. The same
     command again goes on where the run was, or says that it is done. Other arguments, or another
     parent, at the same --out are refused without --force. Raises UserError."""
+    ends = staticmethod(lambda step: False)  # whether a step is the last one, before --steps
 
     def __init__(self, args, stage, model, optimizer, setup, parent=None):
         self.args, self.model, self.optimizer, self.setup = args, model, optimizer, setup
@@ -309,8 +310,8 @@ class Run:
                             f"these to go on with it; {ADVICE}")
         self.finished, self.first = earlier["finished"], earlier["step"]
         self.history, self.starts = earlier["history"], earlier["starts"]
-        self.model.load_state_dict(earlier["model"])
         if not self.finished:
+            self.model.load_state_dict(earlier["optimizer"].pop("weights", earlier["model"]))
             self.optimizer.load_state_dict(earlier["optimizer"])
 
     def differences(self, earlier):
@@ -331,7 +332,7 @@ class Run:
         if self.finished:
             if self.leads:
                 write_record(args.out)  # a kill may have come between the two files
-            return self.print(f"{args.out}: already done ({args.steps} steps, same arguments)")
+            return self.print(f"{args.out}: already done ({self.first} steps, same arguments)")
         fresh = not self.history
         given = {k: v for k, v in vars(args).items() if k != "command"}
         self.print(f"{self.facts['stage']}:", ", ".join(f"{k} {v}" for k, v in given.items()))
@@ -339,21 +340,23 @@ class Run:
                    disable=None if self.leads else True)
         with noted_signals() as signals, bar:
             for step in range(self.first, args.steps + 1):
-                if step in self.evals and (step > self.first or fresh):
+                last = self.ends(step) or step == args.steps
+                if (step in self.evals or last) and (step > self.first or fresh):
                     self.evaluate(step, bar)
                 if step in (args.keep or ()):
                     self.save(step, f"{args.out.removesuffix('.pt')}.step{step}.pt")
                 due = step % args.save_every == 0 and step > self.first
                 stop = agreed(signals[0] if signals else 0)  # all at the same step
-                if step == args.steps or due or stop:
-                    self.save(step)
-                if step < args.steps:
-                    if stop:
-                        sys.exit(128 + agreed(stop))  # once it is saved
-                    yield step
-                    bar.update()
+                if last or due or stop:
+                    self.save(step, last=last)
+                if last:
+                    break
+                if stop:
+                    sys.exit(128 + agreed(stop))  # once it is saved
+                yield step
+                bar.update()
         if self.leads:
-            show([r for r in self.history if r["step"] == args.steps])
+            show([r for r in self.history if r["step"] == step])
         self.print(f"wrote {args.out}")
 
     def print(self, *words):
@@ -378,16 +381,18 @@ class Run:
             sys.exit(f"step {step}: the weights are not finite any more; --lr {self.args.lr} is "
                      f"too large. The last good checkpoint, if any, is {self.args.out}")
 
-    def save(self, step, path=None):
+    def save(self, step, path=None, last=False):
         """Write the checkpoint and its record; to `path`, as if the run ended here."""
         if not self.leads:
             return
         self.check_finite(step)
-        finished, path = bool(path) or step == self.args.steps, path or self.args.out
+        finished, path = bool(path) or last, path or self.args.out
         self.starts[-1]["seconds"] = round(time.time() - self.began, 1)
         moments = {} if finished else self.optimizer.state_dict()
+        if moments and hasattr(self.args, "rank"):
+            moments["weights"] = self.model.state_dict()  # not merged
         save(path, {**self.facts, "step": step, "finished": finished, "history": self.history,
-                    "starts": self.starts, "model": self.model.state_dict(), "optimizer": moments})
+                    "starts": self.starts, "model": merged(self.model), "optimizer": moments})
         write_record(path)
 
 
