@@ -149,13 +149,17 @@ def table(head, rows):
         print("  " + "  ".join(padded).rstrip())
 
 
+SHARES = "accuracy", "floor", "cross_floor", "measured", "control's", "parsed"  # in percent
+
+
 def fact(row, key):
     """A column of a row, for people."""
     value = row.get(key)
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.3f}" if key in ("loss", "cosine") else percent(value)
+        style = ".1%" if key in SHARES else ".3f" if key in ("loss", "cosine") else ".3g"
+        return f"{value:{style}}"
     return "-" if value is None else value
 
 

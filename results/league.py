@@ -224,9 +224,11 @@ def audit(path, words=()):
 def collateral(ckpt):
     """What the families that are not counting lost, in points: the mean, by the record."""
     others = [r for r in select(ckpt["history"], split="natural") if r["task"][:5] != "count"]
-    before, after = ([r["accuracy"] for r in select(others, step=step)]
-                     for step in (0, ckpt["step"]))
-    return 100 * float(np.mean(before) - np.mean(after)) if before and after else None
+    before, after = (select(others, step=step) for step in (0, ckpt["step"]))
+    if not before or not after:
+        return None
+    return 100 * float(np.mean([r["accuracy"] for r in before])
+                       - np.mean([r["accuracy"] for r in after]))
 
 
 # ---------------------------------------------------------------- scores and tables
