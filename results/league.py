@@ -143,6 +143,7 @@ def jobs(stage, seeds):
 
 # ---------------------------------------------------------------- instruments
 SWEEP = 1e-5, 1e-4, 1e-3  # learning rates of reviving, whatever the model's own
+FLAGS = "--eval-size 250 --draws 4".split()  # of analyze.py; time is short, models are many
 
 
 def from_numbers(spec):
@@ -195,7 +196,7 @@ def audit(path, words=()):
     name, _, seed = name.rpartition("-")
     truth, out = TRUTHS[name], path.removesuffix(".pt") + ".league.json"
     base = ["--base", path_of(truth.base, seed, folder)] if truth.base else []
-    study = analyze.open_study(["--ckpt", path, *base, *words])
+    study = analyze.open_study(["--ckpt", path, *base, *FLAGS, *words])
     fresh = isfile(out) and os.path.getmtime(out) > os.path.getmtime(path)
     seconds = plot.read(out)[0]["seconds"] if fresh else {}
     rows, lines = {}, []
