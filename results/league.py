@@ -138,7 +138,7 @@ def jobs(stage, seeds):
         elif depth(name) == int(stage):
             script = f"finetune.py --ckpt {path_of(truth.parent, seed)}" if truth.parent else \
                 "pretrain.py"
-            yield f"train league/{name}-{seed} {script} {words} --seed {seed}"
+            yield f"train league/{name}-{seed} {script} {words} --eval-every 1000 --seed {seed}"
 
 
 # ---------------------------------------------------------------- instruments
