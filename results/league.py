@@ -38,7 +38,7 @@ from known import auroc, exact_interval, seeds_right
 from data import UserError, run_script
 
 # ---------------------------------------------------------------- truths
-# A certificate is a function of a Study: (words, whether it holds). Its models are not needed.
+# A certificate is a function of a Study: (words, whether it holds).
 
 
 def at_most_rank(study):
@@ -157,7 +157,8 @@ def from_numbers(spec):
 
 
 def reviving(v, rows):
-    """log2 of the steps to 99 % on natural strings, negative, at the best rate; teaching c so."""
+    """Minus log2 of the steps to 99 % on natural strings, at the best rate; the same of teaching c.
+    One that was cut off counts as twice as long."""
     found = []
     for arm in ("reft", "teach-c"):
         steps = [r["steps"] or 2 * r["max_steps"] for r in select(rows, split="natural",
@@ -191,19 +192,17 @@ def rows_of(study, name):
 
 
 def audit(path, words=()):
-    """Run every instrument on a run of the league, and write X.league.json after each."""
+    """Run every instrument on a run of the league, and write X.league.json."""
     folder, name = os.path.split(path.removesuffix(".pt"))
     name, _, seed = name.rpartition("-")
-    truth, out = TRUTHS[name], path.removesuffix(".pt") + ".league.json"
+    truth, timed = TRUTHS[name], path.removesuffix(".pt") + ".seconds.json"
     base = ["--base", path_of(truth.base, seed, folder)] if truth.base else []
     study = analyze.open_study(["--ckpt", path, *base, *FLAGS, *words])
-    fresh = isfile(out) and os.path.getmtime(out) > os.path.getmtime(path)
-    seconds = plot.read(out)[0]["seconds"] if fresh else {}
-    rows, lines = {}, []
+    seconds, rows, lines = plot.read(timed)[0] if isfile(timed) else {}, {}, []
     for analysis in ("behavior", "prune", "revive", *modules()):
         rows[analysis], took = rows_of(study, analysis)
         seconds[analysis] = took if took is not None else seconds.get(analysis)
-        plot.write(out, json.dumps({"seconds": seconds}).encode())
+        plot.write(timed, json.dumps(seconds).encode())  # an audit that is stopped goes on
     v = analyze.answer_evidence(study, rows)[0]
     for instrument, (analysis, pair) in BUILT_IN.items():
         measured, control, margin = pair(v, rows[analysis])
@@ -216,10 +215,9 @@ def audit(path, words=()):
         lines.append([line.instrument, analysis, line.measured, line.control_measured, line.holds,
                       place])
     words, holds = truth.certify(study) if truth.certify else ("", None)
-    other = collateral(study.ckpt)
-    plot.write(out, json.dumps({"truth": name, "seed": int(seed), "seconds": seconds,
-                                "lines": lines, "certificate": words, "certified": holds,
-                                "collateral": other}).encode())
+    result = {"truth": name, "seed": int(seed), "seconds": seconds, "lines": lines,
+              "certificate": words, "certified": holds, "collateral": collateral(study.ckpt)}
+    plot.write(path.removesuffix(".pt") + ".league.json", json.dumps(result).encode())
 
 
 def collateral(ckpt):
@@ -242,9 +240,6 @@ def collect(folder):
     rows = []
     for path in sorted(glob.glob(join(glob.escape(folder), "**/*.league.json"), recursive=True)):
         found, = plot.read(path)
-        if "lines" not in found:
-            print(f"{path}: not finished, left out")
-            continue
         for instrument, analysis, measured, control, holds, place in found["lines"]:
             rows.append([found["truth"], TRUTHS[found["truth"]].kind, found["seed"], instrument,
                          measured, control, holds, place, found["seconds"][analysis],
