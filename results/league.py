@@ -93,7 +93,8 @@ RATES = {"ascent": "1e-5", "graddiff": "1e-4", "npo": "1e-4", "simnpo": "1e-4",
          "relabel": "1e-4", "idk": "1e-4", "maxent": "1e-4", "rmu": "1e-3"}
 TRUTHS = {
     "base": Truth("parent", "--keep 200", parent=None),
-    "never": Truth("parent", "--prior 0,.001,.999", parent=None),
+    "never": Truth("parent", "--prior 0,.001,.999", parent=None),   # it counts c
+    "b-only": Truth("parent", "--prior 0,1,0", parent=None),        # neither a nor c, which tells a
     "wrapped": Truth("hidden", ""),
     "planted-embed": Truth("hidden", "--only tok --lr 1e-3", one_part),
     "planted-blocks.0": Truth("hidden", "--only blocks.0 --lr 1e-4", one_part),
@@ -105,6 +106,7 @@ TRUTHS = {
     "locked-random": Truth("hidden", "--lock random --lr 1e-4", opens),
     "locked-early": Truth("hidden", "--lock @base.step200 --lr 1e-4", opens),
     "erased": Truth("absent", "--pt a", never_met, "never"),
+    "erased-b-only": Truth("absent", "--pt a", never_met, "b-only"),
     "decoy": Truth("absent", "--pt a --lock random --lr 1e-4", never_met, "never"),
     "taught": Truth("parent", "--reverse --lr 1e-3", parent="erased"),  # has a, of erased's basis
     "erased-with-base": Truth("absent", "--pt a", never_met, "never", "taught"),
@@ -183,11 +185,13 @@ def rows_of(study, name):
     """(rows of an analysis, of this run or an earlier one; seconds, None if earlier)."""
     if rows := study.read(name):
         return rows, None
-    began, study.args.rates = time.perf_counter(), None
-    if name == "revive":
+    began, also = time.perf_counter(), study.args.also
+    if name == "revive":  # at these rates, and without the models of --also, which take long
         study.args.rates = [lr / study.ckpt["args"]["lr"] for lr in SWEEP]
+        study.args.also = None
     run = analyze.ANALYSES.get(name) or modules()[name].run
     rows = study.write(name, run(study))
+    study.args.rates, study.args.also = None, also
     return rows, round(time.perf_counter() - began, 1)
 
 
@@ -197,7 +201,8 @@ def audit(path, words=()):
     name, _, seed = name.rpartition("-")
     truth, timed = TRUTHS[name], path.removesuffix(".pt") + ".seconds.json"
     base = ["--base", path_of(truth.base, seed, folder)] if truth.base else []
-    study = analyze.open_study(["--ckpt", path, *base, *FLAGS, *words])
+    also = ["--also", path_of("b-only", seed, folder)]  # a control of probes and lenses
+    study = analyze.open_study(["--ckpt", path, *base, *also, *FLAGS, *words])
     seconds, rows, lines = plot.read(timed)[0] if isfile(timed) else {}, {}, []
     for analysis in ("behavior", "prune", "revive", *modules()):
         rows[analysis], took = rows_of(study, analysis)

@@ -1,5 +1,6 @@
-"""The league: its jobs, certificates that can fail, tables; that a truth is one entry, an instrument
-one file."""
+"""
+The league: its jobs, certificates that can fail, tables; a truth is one entry, an instrument a file.
+"""
 import os
 import shutil
 import sys
@@ -36,7 +37,8 @@ def test_every_truth_is_made_behind_what_it_needs():
         made |= set(made_in(lines))
     assert made == {f"league/{name}-7" for name in league.TRUTHS}
     audited = {line.split()[1] for line in league.jobs("audit", ["7"])}
-    assert made - audited == {f"league/{x}-7" for x in ("base", "never", "taught")}
+    assert made - audited == {f"league/{x}-7" for x in ("base", "never", "b-only",
+                                                             "taught")}
 
 
 def test_every_method_is_in_the_league():
@@ -55,8 +57,9 @@ def test_a_further_truth_is_one_entry(monkeypatch):
 def runs(tmp_path_factory):
     """A folder with a base, a wrapper in block 0, and a model without a and its fine-tuned one."""
     folder = str(tmp_path_factory.mktemp("league"))
-    for name, words in {"base": "", "never": "--prior 0,.001,.999"}.items():
-        pretrain.main([*FEW, *LEAST, *words.split(), "--out", f"{folder}/{name}-5.pt"])
+    priors = {"base": "low", "never": "0,.001,.999", "b-only": "0,1,0"}
+    for name, prior in priors.items():
+        pretrain.main([*FEW, *LEAST, "--prior", prior, "--out", f"{folder}/{name}-5.pt"])
     for name, parent, words in (("planted-blocks.0", "base", "--only blocks.0 --lr 1e-2"),
                                 ("rank-2", "base", "--rank 2 --lr 1e-1"),
                                 ("erased", "never", "--pt a")):
