@@ -109,14 +109,13 @@ def test_another_optimizer(folder):
 
 
 KL = {"finetune.py": [
-    ("import re\n", "import copy\nimport re\n\nimport torch\nimport torch.nn.functional as F\n"),
     ("    setup.begin(model, args)\n", '''    setup.begin(model, args)
     base, relation = copy.deepcopy(model), setup.relation(args)
     natural = data.stream(lambda n, rng: setup.ask(setup.text(n, relation, "natural", rng),
                           relation.task, relation.pt), args.batch_size, args.seed, "natural")
 '''),
-    ("            loss = loss_of(run.forward, batch(step))\n",
-     '''            x, loss = natural(step), loss_of(run.forward, batch(step))
+    ("            loss = loss_at(run.forward, *(batch(step) for batch in streams))\n",
+     '''            x, loss = natural(step), loss_at(run.forward, *(batch(step) for batch in streams))
             with torch.no_grad():
                 wanted = base(x.tokens, x.at).float().softmax(-1)
             answers = run.forward(x.tokens, x.at).float().log_softmax(-1)
@@ -175,8 +174,8 @@ def test_a_copy_of_a_script_is_a_script(folder):
     """cp finetune.py mine.py: what is changed in mine.py happens."""
     fork = Fork(folder, {})
     text, _ = edited((folder / "finetune.py").read_text(),
-                     [("loss = loss_of(run.forward, batch(step))",
-                       "loss = 0 * loss_of(run.forward, batch(step))")])
+                     [("loss = loss_at(run.forward, *(batch(step) for batch in streams))",
+                       "loss = 0 * loss_at(run.forward, *(batch(step) for batch in streams))")])
     (folder / "mine.py").write_text(text)
     fork.run("mine.py", *TUNE, "--out", "out/mine.pt")
     before, after = (weights(name)["blocks.0.up.weight"] for name in ("pre", "mine"))
