@@ -41,14 +41,20 @@ def noised(model, drawn, sigma):
             for name, x in drawn.items()]
 
 
+def subjects(study):
+    """(name, model, operand) of the models asked for a, and of the never-trained operand."""
+    found = [(name, model, study.relation.pt) for name, model in study.models.items()]
+    if study.never_trained:
+        model, _, operand = study.never_trained
+        found.append(("never-trained", model, operand))
+    return found
+
+
 def run(study):
     """A row for each model, operand, sigma and draw; sigma 0: the model as it is."""
     n, rows = min(DRAWN, study.args.eval_size), []
-    subjects = [(name, model, study.relation.pt) for name, model in study.models.items()]
-    if study.never_trained:
-        model, _, operand = study.never_trained
-        subjects.append(("never-trained", model, operand))
-    for name, model, operand in tqdm(subjects, desc="noise", leave=False, disable=None):
+    asked = subjects(study)
+    for name, model, operand in tqdm(asked, desc="noise", leave=False, disable=None):
         test = study.test(operand, "c0", n=n)
         rows.append({**answer_row(predict(model, test.examples), test), "model": name, "sigma": 0.,
                      "draw": None})

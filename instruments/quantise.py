@@ -13,6 +13,7 @@ Fooled by: deletion by small steps, since rounding undoes the difference from th
 difference was; a large learning rate, which makes a wrapper too large to be rounded away.
 """
 from analyze import MARGIN, Evidence, above_floor, exceeds, largest, or_control, select
+from instruments.noise import subjects
 from model import accuracy, predict, weight_edits
 from pretrain import answer_row
 
@@ -36,11 +37,7 @@ def quantised(model, bits):
 def run(study):
     """A row for each model, operand and number of bits; chosen: the best on other strings."""
     rows = []
-    subjects = [(name, model, study.relation.pt) for name, model in study.models.items()]
-    if study.never_trained:
-        model, _, operand = study.never_trained
-        subjects.append(("never-trained", model, operand))
-    for name, model, operand in subjects:
+    for name, model, operand in subjects(study):
         test, selection = (study.test(operand, "c0", label) for label in ("test", "select"))
         scored, selected = {}, {}
         for bits in (None, *BITS):

@@ -181,15 +181,14 @@ def modules():
     return {name: module for name, module in found.items() if hasattr(module, "evidence")}
 
 
-def rows_of(study, name):
-    """(rows of an analysis, of this run or an earlier one; seconds, None if earlier)."""
+def rows_of(study, name, run):
+    """(rows of an analysis, by run(study) or from an earlier one; seconds, None if earlier)."""
     if rows := study.read(name):
         return rows, None
     began, also = time.perf_counter(), study.args.also
     if name == "revive":  # at these rates, and without the models of --also, which take long
         study.args.rates = [lr / study.ckpt["args"]["lr"] for lr in SWEEP]
         study.args.also = None
-    run = analyze.ANALYSES.get(name) or modules()[name].run
     rows = study.write(name, run(study))
     study.args.rates, study.args.also = None, also
     return rows, round(time.perf_counter() - began, 1)
@@ -204,16 +203,18 @@ def audit(path, words=()):
     also = ["--also", path_of("b-only", seed, folder)]  # a control of probes and lenses
     study = analyze.open_study(["--ckpt", path, *base, *also, *FLAGS, *words])
     seconds, rows, lines = plot.read(timed)[0] if isfile(timed) else {}, {}, []
-    for analysis in ("behavior", "prune", "revive", *modules()):
-        rows[analysis], took = rows_of(study, analysis)
+    found = modules()
+    runs = {name: analyze.ANALYSES[name] for name in ("behavior", "prune", "revive")}
+    for analysis, run in {**runs, **{name: x.run for name, x in found.items()}}.items():
+        rows[analysis], took = rows_of(study, analysis, run)
         seconds[analysis] = took if took is not None else seconds.get(analysis)
         plot.write(timed, json.dumps(seconds).encode())  # an audit that is stopped goes on
     v = analyze.answer_evidence(study, rows)[0]
     for instrument, (analysis, pair) in BUILT_IN.items():
         measured, control, margin = pair(v, rows[analysis])
-        found = analyze.exceeds(measured, control, margin)
-        lines.append([instrument, analysis, measured, control, found, ""])
-    for analysis, module in modules().items():
+        holds = analyze.exceeds(measured, control, margin)
+        lines.append([instrument, analysis, measured, control, holds, ""])
+    for analysis, module in found.items():
         line, place = module.evidence(study, rows[analysis]), ""
         if hasattr(module, "place") and line.measured is not None:
             place = module.place(study, rows[analysis])
