@@ -11,7 +11,6 @@ Strings are drawn on the fly and never reused. The prior P_T(a, b, c) decides wh
 of the grammar learns: under the low prior a, hardly b, never c (paper section 3).
 """
 import argparse
-import atexit
 import contextlib
 import functools
 import itertools
@@ -92,7 +91,6 @@ def start_device(args):
     name = ("cuda" if cuda else "cpu") if name == "auto" else name
     if dist.is_available() and dist.is_torchelastic_launched():
         dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)  # its threads must not outlive the script
         name += f":{os.environ['LOCAL_RANK']}" * (name == "cuda")
     try:
         device = torch.device(name)

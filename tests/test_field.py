@@ -305,7 +305,8 @@ def test_processes_return(folder, words):
     """Whoever is done waits for the others, also where there is nothing to do any more."""
     for line in ("wrote out/pre.pt", "already done"):
         process = torchrun(*words)
-        assert line in process.communicate(timeout=240)[0] and process.returncode == 0
+        out, _ = process.communicate(timeout=240)
+        assert line in out and process.returncode == 0, out
 
 
 @pytest.mark.slow
