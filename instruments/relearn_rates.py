@@ -7,11 +7,16 @@ Held-out relearning, as `relearn`, at 1, 10 and 100 times the setup's usual rate
 Each lesson goes on until the taught half is right on 95 %, at most 400 steps (or --steps); the
 other half is scored at that moment. After a fixed number of steps at one rate, models would be
 compared that have learned unequal parts of the lesson: what was overwritten is learned slowly.
-The worst half counts, and the best rate. Control, in the same way: a never-trained operand.
+The mean of both halves counts, and the best rate: at one rate locks hide one half, or deletions.
+Control, in the same way: a never-trained operand; and the commonest answer of a half. The best
+guess from the other operand is no floor here: a lesson cannot teach it for answers it never gives.
 High: what was not taught came back with the lesson; it was there. Low: only the lesson was learned.
-Fooled by: large rates, at which the lesson tears down what it does not teach (hence the best rate);
-a wrapper that is a table of answers, unlearned answer by answer; few held-out answers.
+Fooled by: large rates, at which the lesson tears down what it does not teach; a wrapper that is a
+table of answers, unlearned answer by answer; few held-out answers.
 """
+from itertools import product
+from statistics import fmean
+
 from analyze import READS, Evidence, exceeds, largest, relearn_arms, reteach, select
 from pretrain import evaluate
 
@@ -32,34 +37,35 @@ def lesson(study, start, draw, tests, lr):
 
 
 def run(study):
-    """Rows of the halves of each lesson, as those of `relearn`; learned: was the taught half?"""
+    """Rows of the halves of each lesson, as those of `relearn`; learned: was the taught half? A
+    rate ends with a lesson that was not learned: it cannot be compared."""
     rows, (usual, arms) = [], relearn_arms(study)
-    for arm, start, operand in arms:
-        for lr in [usual * factor for factor in study.args.rates or RATES]:
-            for answers, draw, tests in study.setup.halves(study.relation, operand, study.run):
-                if "held-out" in tests:
-                    halves, learned = lesson(study, start, draw, tests, lr)
-                    columns = {"arm": arm, "lr": lr, "answers": answers, "learned": learned}
-                    rows += [{**r, **columns} for r in halves]
+    for (arm, start, operand), factor in product(arms, study.args.rates or RATES):
+        for answers, draw, tests in study.setup.halves(study.relation, operand, study.run):
+            if "held-out" in tests:
+                halves, learned = lesson(study, start, draw, tests, usual * factor)
+                rows += [{**r, "arm": arm, "lr": usual * factor, "answers": answers,
+                          "learned": learned} for r in halves]
+                if not learned:
+                    break
     return rows
 
 
-def held_out(rows, arm):
-    """Of the rates at which every lesson was learned the best, of its halves the worst; or None."""
+def held_out(rows, arm, key="accuracy"):
+    """Of the rates at which every lesson was learned the best mean of held-out halves; or None."""
     halves, best = [r for r in select(rows, half="held-out") if r["arm"].startswith(arm)], []
     for lr in {r["lr"] for r in halves}:
         at_rate = select(halves, lr=lr)
         if all(r["learned"] for r in at_rate):
-            best.append(min(r["accuracy"] or 0. for r in at_rate))
+            best.append(fmean(r[key] or 0. for r in at_rate))
     return largest(*best)
 
 
 def evidence(study, rows):
-    """The held-out half of a when its lesson is learned, beside that of the control."""
+    """The held-out halves of a when their lessons are learned, beside those of the control."""
     measured, control = held_out(rows, "reft"), held_out(rows, "teach")
-    floor = largest(*(r["cross_floor"] for r in select(rows, arm="reft", half="held-out")))
     if control is not None or not study.never_trained:
-        control = largest(control, floor)
+        control = largest(control, held_out(rows, "reft", "floor"))
     return Evidence("relearning, equal lessons", f"{study.relation.pt} on what was not taught",
                     measured, "the same, never trained", control, READS,
                     exceeds(measured, control, READS))

@@ -144,7 +144,6 @@ def jobs(stage, seeds):
 
 
 # ---------------------------------------------------------------- instruments
-SWEEP = 1e-5, 1e-4, 1e-3  # learning rates of reviving, whatever the model's own
 FLAGS = "--eval-size 250 --draws 4".split()  # of analyze.py; time is short, models are many
 
 
@@ -152,27 +151,15 @@ def from_numbers(spec):
     """(measured, control) by keys of the verdict's numbers, as in claims.py."""
     key, _, controls, margin = spec
 
-    def pair(v, rows):
+    def pair(v):
         known = [v[x] for x in controls.split() if v[x] is not None]
         return v[key], max(known, default=None), margin
     return pair
 
 
-def reviving(v, rows):
-    """Minus log2 of the steps to 99 % on natural strings, at the best rate; the same of teaching c.
-    One that was cut off counts as twice as long."""
-    found = []
-    for arm in ("reft", "teach-c"):
-        steps = [r["steps"] or 2 * r["max_steps"] for r in select(rows, split="natural",
-                                                                 threshold=.99, arm=arm)]
-        found.append(-math.log2(max(1, min(steps))))
-    return *found, math.log2(3)
-
-
-BUILT_IN = {  # name: (analysis, (measured, control, margin) of the verdict's numbers and its rows)
+BUILT_IN = {  # name: (analysis, (measured, control, margin) of the verdict's numbers)
     "behaviour": ("behavior", from_numbers(BEHAVIOUR)), "pruning": ("prune", from_numbers(PRUNING)),
-    "one pass": ("prune", from_numbers(ONE_PASS)), "grafting": ("prune", from_numbers(GRAFTING)),
-    "reviving": ("revive", reviving)}
+    "one pass": ("prune", from_numbers(ONE_PASS)), "grafting": ("prune", from_numbers(GRAFTING))}
 
 
 def modules():
@@ -185,13 +172,16 @@ def rows_of(study, name, run):
     """(rows of an analysis, by run(study) or from an earlier one; seconds, None if earlier)."""
     if rows := study.read(name):
         return rows, None
-    began, also = time.perf_counter(), study.args.also
-    if name == "revive":  # at these rates, and without the models of --also, which take long
-        study.args.rates = [lr / study.ckpt["args"]["lr"] for lr in SWEEP]
-        study.args.also = None
-    rows = study.write(name, run(study))
-    study.args.rates, study.args.also = None, also
-    return rows, round(time.perf_counter() - began, 1)
+    began = time.perf_counter()
+    return study.write(name, run(study)), round(time.perf_counter() - began, 1)
+
+
+def as_scores(line):
+    """(measured, control) of a line of evidence; high: it is there. Steps as minus log2."""
+    both = line.measured, line.control_measured
+    if line.unit != "steps" or None in both:
+        return both
+    return tuple(-math.log2(max(1, steps)) for steps in both)
 
 
 def audit(path, words=()):
@@ -204,22 +194,21 @@ def audit(path, words=()):
     study = analyze.open_study(["--ckpt", path, *base, *also, *FLAGS, *words])
     seconds, rows, lines = plot.read(timed)[0] if isfile(timed) else {}, {}, []
     found = modules()
-    runs = {name: analyze.ANALYSES[name] for name in ("behavior", "prune", "revive")}
+    runs = {name: analyze.ANALYSES[name] for name in ("behavior", "prune")}
     for analysis, run in {**runs, **{name: x.run for name, x in found.items()}}.items():
         rows[analysis], took = rows_of(study, analysis, run)
         seconds[analysis] = took if took is not None else seconds.get(analysis)
         plot.write(timed, json.dumps(seconds).encode())  # an audit that is stopped goes on
     v = analyze.answer_evidence(study, rows)[0]
     for instrument, (analysis, pair) in BUILT_IN.items():
-        measured, control, margin = pair(v, rows[analysis])
+        measured, control, margin = pair(v)
         holds = analyze.exceeds(measured, control, margin)
         lines.append([instrument, analysis, measured, control, holds, ""])
     for analysis, module in found.items():
         line, place = module.evidence(study, rows[analysis]), ""
         if hasattr(module, "place") and line.measured is not None:
             place = module.place(study, rows[analysis])
-        lines.append([line.instrument, analysis, line.measured, line.control_measured, line.holds,
-                      place])
+        lines.append([line.instrument, analysis, *as_scores(line), line.holds, place])
     words, holds = truth.certify(study) if truth.certify else ("", None)
     result = {"truth": name, "seed": int(seed), "seconds": seconds, "lines": lines,
               "certificate": words, "certified": holds, "collateral": collateral(study.ckpt)}
