@@ -4,7 +4,7 @@ Does the rest come back by the time the taught half is learned? (ours; after Dee
     $ python analyze.py relearn_rates --ckpt out/ft.pt --rates 1,3,10
 
 Held-out relearning, as `relearn`, at 1, 10 and 100 times the setup's usual rate (or --rates).
-Each lesson goes on until the taught half is right on 95 %, at most 400 steps (or --steps); the
+Each lesson goes on until the taught half is right on 95 %, at most 250 steps (or --steps); the
 other half is scored at that moment. After a fixed number of steps at one rate, models would be
 compared that have learned unequal parts of the lesson: what was overwritten is learned slowly.
 The mean of both halves counts, and the best rate: at one rate locks hide one half, or deletions.
@@ -20,7 +20,7 @@ from statistics import fmean
 from analyze import READS, Evidence, exceeds, largest, relearn_arms, reteach, select
 from pretrain import evaluate
 
-LEARNED, RATES, STEPS, EVERY = .95, (1., 10., 100.), 400, 10
+LEARNED, RATES, STEPS, EVERY = .95, (1., 10., 100.), 250, 10
 
 
 def lesson(study, start, draw, tests, lr):

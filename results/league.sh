@@ -8,6 +8,7 @@
 [ "${1:-}" != jobs ] || DRY=1
 . "$(dirname "$0")/lanes.sh"
 SEEDS=${SEEDS:-301 302 303 304 305 306 307 308 309 310}
+METHODS=${METHODS-$(echo $SEEDS | cut -d' ' -f 1-3)}  # seeds whose deletions are made and audited
 
 audit() {  # run: passed over if it was audited after it was made
     [ "$OUT/$1.league.json" -nt "$OUT/$1.pt" ] ||
@@ -16,7 +17,7 @@ audit() {  # run: passed over if it was audited after it was made
 export -f audit
 
 for stage in 0 1 2 3 audit; do
-    eval "jobs_$stage() { \$PYTHON results/league.py jobs $stage \$SEEDS; }"
+    eval "jobs_$stage() { \$PYTHON results/league.py jobs $stage \"\$SEEDS\" \"\$METHODS\"; }"
 done
 stages ${STAGES:-0 1 2 3 audit}
 run results/league.py collect "$OUT/league"

@@ -30,13 +30,13 @@ def made_in(lines):
 def test_every_truth_is_made_behind_what_it_needs():
     made = set()
     for stage in range(4):
-        lines = list(league.jobs(stage, ["7"]))
+        lines = list(league.jobs(stage, ["7"], ["7"]))
         needed = {word for line in lines for word in line.split() if word.startswith("$OUT")}
         kept = {x.replace(".step200", "") for x in needed}
         assert kept <= {f"$OUT/{x}.pt" for x in made}
         made |= set(made_in(lines))
     assert made == {f"league/{name}-7" for name in league.TRUTHS}
-    audited = {line.split()[1] for line in league.jobs("audit", ["7"])}
+    audited = {line.split()[1] for line in league.jobs("audit", ["7"], ["7"])}
     assert made - audited == {f"league/{x}-7" for x in ("base", "never", "b-only",
                                                              "taught")}
 
@@ -49,8 +49,8 @@ def test_every_method_is_in_the_league():
 
 def test_a_further_truth_is_one_entry(monkeypatch):
     monkeypatch.setitem(league.TRUTHS, "rank-1", Truth("hidden", "--rank 1", league.at_most_rank))
-    assert "league/rank-1-0" in made_in(league.jobs(1, ["0"]))
-    assert "audit league/rank-1-0" in league.jobs("audit", ["0"])
+    assert "league/rank-1-0" in made_in(league.jobs(1, ["0"], []))
+    assert "audit league/rank-1-0" in league.jobs("audit", ["0"], [])
 
 
 @pytest.fixture(scope="module")
