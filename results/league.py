@@ -131,9 +131,10 @@ def path_of(name, seed, folder="$OUT/league"):
 
 
 def deletion(name):
-    """Whether a truth is judged, or made of one that is."""
-    return TRUTHS[name].kind == "judged" or bool(TRUTHS[name].parent) and deletion(
-        TRUTHS[name].parent)
+    """Whether a truth is judged, or made of one that is, or a student, which learns for long."""
+    truth = TRUTHS[name]
+    return truth.kind == "judged" or "--distill" in truth.words or bool(truth.parent) and deletion(
+        truth.parent)
 
 
 def jobs(stage, seeds, judged):
@@ -153,7 +154,8 @@ def jobs(stage, seeds, judged):
 
 
 # ---------------------------------------------------------------- instruments
-FLAGS = "--eval-size 160 --draws 4".split()  # of analyze.py; time is short, models are many
+# of analyze.py; time is short, models are many; batches are half of the usual
+FLAGS = "--eval-size 120 --draws 3 --batch-size 48".split()
 
 
 def from_numbers(spec):
