@@ -24,6 +24,7 @@ from data import UserError
 from model import accuracy, activations, residuals
 from pretrain import answer_row
 
+NEEDS = "base"  # beside strings
 STRENGTHS, DRAWS, CHOSEN_ON = (.5, 1., 2., 4., None), 64, 100  # None: projected out; strings
 
 

@@ -25,6 +25,8 @@ from instruments.basis import basis_rows, operands, unless_foreign
 from model import activation_edits, predict
 from pretrain import answer_row
 
+NEEDS = "base"  # beside strings
+
 
 def part_of(name):
     """The part of a parameter: embed, blocks.0, ..., head."""

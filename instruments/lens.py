@@ -26,6 +26,7 @@ from data import UserError
 from model import accuracy, stacked
 from pretrain import answer_row
 
+NEEDS = "base, training"  # beside strings
 STEPS, BATCH, RATE, PARTS = 1000, 96, 1e-3, ("attn_out", "resid_mid", "mlp_out", "resid_post")
 
 

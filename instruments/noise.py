@@ -22,6 +22,7 @@ from analyze import DRAWN, MARGIN, Evidence, above_floor, exceeds, largest, or_c
 from model import predict, weight_edits
 from pretrain import answer_row
 
+NEEDS = ""  # nothing beside strings
 SIGMAS, PAIRS = (.02, .05, .1, .15, .2, .3, .5), 4
 
 

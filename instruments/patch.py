@@ -26,6 +26,8 @@ from instruments.basis import DIRECTIONS, basis_rows, operands, streams, unless_
 from model import activation_edits, activations, predict
 from pretrain import answer_row
 
+NEEDS = "base"  # beside strings
+
 
 class Place(NamedTuple):
     """An activation of the host; what it gets is the donor's, of the same site or of another."""

@@ -18,6 +18,8 @@ import data
 from analyze import KNOWS, READS, Evidence, exceeds, largest, other_starts, probe_rows, select
 from data import ProbeSet
 
+NEEDS = "training"  # beside strings
+
 
 def strings(study, n, rng):
     """(n, length) letters whose answer for b is the commonest one of c0, that for a as in c0."""

@@ -17,6 +17,7 @@ from instruments.noise import subjects
 from model import accuracy, predict, weight_edits
 from pretrain import answer_row
 
+NEEDS = ""  # nothing beside strings
 BITS = 8, 4
 
 

@@ -20,6 +20,7 @@ from statistics import fmean
 from analyze import READS, Evidence, exceeds, largest, relearn_arms, reteach, select
 from pretrain import evaluate
 
+NEEDS = "training"  # beside strings
 LEARNED, RATES, STEPS, EVERY = .95, (1., 10., 100.), 250, 10
 
 

@@ -15,6 +15,7 @@ Fooled by: an easy target; a control that is harder to learn than the capability
 from analyze import FASTER, REVIVED, THRESHOLDS, Evidence, relearn_arms, reteach
 from pretrain import evaluate
 
+NEEDS = "training"  # beside strings
 RATES, STEPS, EVERY = (100., 10., 1.), 400, 5
 
 

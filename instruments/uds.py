@@ -28,6 +28,7 @@ from instruments.basis import basis_rows, operands, streams, unless_foreign
 from instruments.patch import Place, patch
 from model import predict
 
+NEEDS = "base"  # beside strings
 ENCODES = .05  # nats: d1 of a block that encodes the answer
 
 

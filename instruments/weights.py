@@ -26,6 +26,7 @@ from instruments.hybrids import part_of
 from model import predict
 from pretrain import answer_row
 
+NEEDS = "base"  # beside strings
 RANKS, FEW, DRAWS, PATH = (0, 1, 2, 4, 8, 16, 32, 64), 2, 5, [x / 10 for x in range(-5, 16)]
 
 

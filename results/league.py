@@ -168,9 +168,11 @@ def from_numbers(spec):
     return pair
 
 
-BUILT_IN = {  # name: (analysis, (measured, control, margin) of the verdict's numbers)
-    "behaviour": ("behavior", from_numbers(BEHAVIOUR)), "pruning": ("prune", from_numbers(PRUNING)),
-    "one pass": ("prune", from_numbers(ONE_PASS)), "grafting": ("prune", from_numbers(GRAFTING))}
+BUILT_IN = {  # name: (analysis, what it needs, (measured, control, margin) by the verdict's numbers)
+    "behaviour": ("behavior", "", from_numbers(BEHAVIOUR)),
+    "pruning": ("prune", "gradients", from_numbers(PRUNING)),
+    "one pass": ("prune", "gradients", from_numbers(ONE_PASS)),
+    "grafting": ("prune", "base, gradients", from_numbers(GRAFTING))}
 
 
 def modules():
@@ -211,7 +213,7 @@ def audit(path, words=()):
         seconds[analysis] = took if took is not None else seconds.get(analysis)
         plot.write(timed, json.dumps(seconds).encode())  # an audit that is stopped goes on
     v = analyze.answer_evidence(study, rows)[0]
-    for instrument, (analysis, pair) in BUILT_IN.items():
+    for instrument, (analysis, _, pair) in BUILT_IN.items():
         measured, control, margin = pair(v)
         holds = analyze.exceeds(measured, control, margin)
         lines.append([instrument, analysis, measured, control, holds, ""])
@@ -237,8 +239,13 @@ def collateral(ckpt):
 
 
 # ---------------------------------------------------------------- scores and tables
-SCORES = ("truth", "kind", "seed", "instrument", "measured", "control", "found", "place",
+SCORES = ("truth", "kind", "seed", "instrument", "needs", "measured", "control", "found", "place",
           "seconds", "certified", "certificate", "collateral")
+
+
+def needs(instrument, analysis):
+    """What an instrument needs beside strings: gradients, training, a base."""
+    return BUILT_IN[instrument][1] if instrument in BUILT_IN else modules()[analysis].NEEDS
 
 
 def collect(folder):
@@ -248,8 +255,9 @@ def collect(folder):
         found, = plot.read(path)
         for instrument, analysis, measured, control, holds, place in found["lines"]:
             rows.append([found["truth"], TRUTHS[found["truth"]].kind, found["seed"], instrument,
-                         measured, control, holds, place, found["seconds"][analysis],
-                         found["certified"], found["certificate"], found["collateral"]])
+                         needs(instrument, analysis), measured, control, holds, place,
+                         found["seconds"][analysis], found["certified"], found["certificate"],
+                         found["collateral"]])
     return rows
 
 
@@ -259,6 +267,7 @@ class Score(NamedTuple):
     kind: str
     seed: int
     instrument: str
+    needs: str
     value: float | None   # measured less control
     control: float | None  # high where little can be found by chance: less the control
     found: bool | None     # None: cannot be said
@@ -273,7 +282,7 @@ def read_scores(path):
         for r in csv.DictReader(file):
             one, two = number(r["measured"]), number(r["control"])
             result.append(Score(
-                r["truth"], r["kind"], int(r["seed"]), r["instrument"],
+                r["truth"], r["kind"], int(r["seed"]), r["instrument"], r["needs"],
                 None if None in (one, two) else one - two, None if two is None else -two,
                 {"True": True, "False": False}.get(r["found"]), r["place"],
                 number(r["seconds"])))
@@ -328,9 +337,9 @@ def league(scores):
                      *exact_interval(sum(right), len(right)), f"{sum(right)} of {len(right)}",
                      share([s.found for s in found]), share([s.found for s in lacking]),
                      share([s.found is None for s in (*found, *lacking)]),
-                     np.median(seconds) if seconds else None])
+                     np.median(seconds) if seconds else None, own[0].needs])
     return ["instrument", "truth", "against", "auroc", "control_alone", "low", "high",
-            "seeds_right", "found", "false_alarms", "unsaid", "seconds"], rows
+            "seeds_right", "found", "false_alarms", "unsaid", "seconds", "needs"], rows
 
 
 def places(scores):

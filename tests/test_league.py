@@ -101,7 +101,7 @@ def test_an_audit_runs_a_further_instrument(runs, tmp_path, monkeypatch):
     """A file with evidence() is one more line of every audit; what is there is not run again."""
     shutil.copytree(runs, tmp_path / "x")
     line = analyze.Evidence("mine", "?", .7, "chance", .5, .1, True)
-    calls, mine = [], SimpleNamespace(evidence=lambda study, rows: line)
+    calls, mine = [], SimpleNamespace(NEEDS="base", evidence=lambda study, rows: line)
     mine.run = lambda study: calls.append(1) or [study.row(x=1)]
     mine.place = lambda study, rows: "blocks.0"
     monkeypatch.setattr(league, "modules", lambda: {"mine": mine})
@@ -113,7 +113,7 @@ def test_an_audit_runs_a_further_instrument(runs, tmp_path, monkeypatch):
     assert len(calls) == 1
     assert [r["instrument"] for r in table] == [*league.BUILT_IN, "mine"]
     assert {r["certified"] for r in table} == {True} and {r["seed"] for r in table} == {5}
-    assert table[-1]["place"] == "blocks.0" and table[-1]["seconds"] is not None
+    assert table[-1]["needs"] == "base" and table[-1]["place"] == "blocks.0" and table[-1]["seconds"] is not None
     league.write_table(str(tmp_path / "scores.csv"), (league.SCORES, rows))
     scores = league.read_scores(tmp_path / "scores.csv")
     assert scores[-1].value == pytest.approx(.2) and scores[-1].found is True
@@ -121,7 +121,7 @@ def test_an_audit_runs_a_further_instrument(runs, tmp_path, monkeypatch):
 
 
 def made_up(truth, kind, values, controls, found):
-    return [Score(truth, kind, seed, "x", value, control, say, "", 1.)
+    return [Score(truth, kind, seed, "x", "base", value, control, say, "", 1.)
             for seed, (value, control, say) in enumerate(zip(values, controls, found))]
 
 
