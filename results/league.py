@@ -168,7 +168,8 @@ def from_numbers(spec):
     return pair
 
 
-BUILT_IN = {  # name: (analysis, what it needs, (measured, control, margin) by the verdict's numbers)
+# name: (analysis, what it needs, (measured, control, margin) by the verdict's numbers)
+BUILT_IN = {
     "behaviour": ("behavior", "", from_numbers(BEHAVIOUR)),
     "pruning": ("prune", "gradients", from_numbers(PRUNING)),
     "one pass": ("prune", "gradients", from_numbers(ONE_PASS)),
