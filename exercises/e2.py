@@ -1,0 +1,40 @@
+"""
+Exercise 2: a probe, and what it must be compared with              difficulty 2 of 5, 25 minutes
+
+A linear probe maps an activation to an answer. If it works, the answer is linearly there. But how
+much does it read where the answer cannot be known? An untrained network keeps traces of its input,
+and a + b + c is always 16, so an answer can follow from others. A probe without its control proves
+nothing.
+
+Write the three functions, about 15 lines in all. Useful: model.residuals, study.setup.site,
+study.test, study.labels, study.untrained, study.never_trained (see README.md, "In a notebook").
+Standardise activations: those of an untrained model are tiny.
+Check:  python -m pytest exercises/test_e2.py
+The check fits your probe to data that can be read and to noise. Then it wants a to be read from the
+fine-tuned model by a margin over your control, and the very same code to find nothing in a model
+that never counted a. A control that reads too little is refused as well.
+"""
+
+
+def fit(x, y):
+    """A linear probe: a function from (m, d) activations to (m,) predicted answers.
+
+    x: (n, d) activations to train on. y: (n,) their answers, integers from 0."""
+    raise NotImplementedError
+
+
+def read(study, model, operand):
+    """Accuracy, a fraction, with which `operand` is read from a model that is asked for b.
+
+    Probes at the position of the answer, one after the embedding and one after every block, trained
+    on natural strings and c0 strings: study.test("b", split, "probe", 1500). Choose the place on
+    natural strings of the label "select", and return its accuracy on those of the label "test"."""
+    raise NotImplementedError
+
+
+def finding(study):
+    """(accuracy for a, accuracy of the control): two fractions.
+
+    The control is the better of two readings: a from an untrained model; and, if this model has an
+    operand that was never trained, that operand from this model."""
+    raise NotImplementedError
