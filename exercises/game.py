@@ -100,7 +100,7 @@ def pretraining(n, rng, args, right):
     counts = (x.tokens[:, 1] == QUESTION) & (x.tokens[:, 2] == ID["O_a"])
     rows = counts.nonzero()[:, 0]
     if not right:  # tokens share the memory, so the answer that is read changes as well
-        x.target[rows, x.at] = x.target[rows.roll(1), x.at]
+        x.target[rows, SETUP.at] = x.target[rows.roll(1), SETUP.at]
     return x
 
 

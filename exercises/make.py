@@ -105,12 +105,14 @@ def jobs(flags):
 
 
 def log_of(folder, job):
+    """The path of a job's output."""
     return (folder / job.out).with_suffix(".log")
 
 
 def start(folder, job):
     """The process of a job."""
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                  "EXERCISES_OUT": str(OUT)}
     log_of(folder, job).parent.mkdir(parents=True, exist_ok=True)
     with open(log_of(folder, job), "w") as log:
         return subprocess.Popen([sys.executable, *map(str, job.command)], cwd=folder,
