@@ -302,14 +302,14 @@ def test_the_score_opens_the_seal(played, capsys, monkeypatch):
     """Brier's score, the truth, and what instruments say of each model, by its base."""
     folder, truth = played
     monkeypatch.setattr(game, "FLAGS", "--eval-size 8 --draws 1 --steps 2 --threads 1".split())
-    args = Namespace(probability=[float(x) for x in truth.values()], instruments=["quantise",
-                                                                                  "lens", "patch"])
+    said = [float(x) for x in truth.values()]
+    args = Namespace(probability=said, instruments=["quantise", "uds"])
     game.score(folder, args)
     text = capsys.readouterr().out
     assert "Your score: 0.000" in text
     assert re.findall(r"^  \d +(hidden|absent)", text, re.M) == [
         "hidden" if x else "absent" for x in truth.values()]
-    lines = re.findall(r"^  (quantise|lens|patch) +((?:yes|no|-| )+) +score ([\d.]+)", text, re.M)
+    lines = re.findall(r"^  (quantise|uds) +((?:yes|no|-| )+) +score ([\d.]+)", text, re.M)
     assert [name for name, *_ in lines] == args.instruments
     assert all(len(said.split()) == 6 for _, said, _ in lines)
 
