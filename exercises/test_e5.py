@@ -79,9 +79,9 @@ def test_the_least_rank_of_what_was_planted(mine):
     bias that changed."""
     base = random_model()
     for p in base.parameters():
-        p.data *= 4 if p.dim() == 2 else 1
+        p.data *= 10 if p.dim() == 2 else 1
     x, planted, biased = answered_by(base), copy.deepcopy(base), copy.deepcopy(base)
-    planted.blocks[1].up.weight.data += .1 * thin((256, 64), 3, 5)
+    planted.blocks[1].up.weight.data += thin((256, 64), 3, 5)
     biased.blocks[1].down.bias.data += 5 * torch.randn(64, generator=rng(6))
     for model in (planted, biased):
         assert accuracy(predict(model, x), x.answer) < .9
