@@ -19,7 +19,10 @@ that never counted a. A control that reads too little is refused as well.
 def fit(x, y):
     """A linear probe: a function from (m, d) activations to (m,) predicted answers.
 
-    x: (n, d) activations to train on. y: (n,) their answers, integers from 0."""
+    x: (n, d) activations to train on. y: (n,) their answers, integers from 0. Train it as the paper
+    does: AdamW at 1e-3, but for 2,000 steps, of 96 strings. When the check is green, train it
+    harder (all strings at 3e-2, 300 steps): which reading grows most, and what is left of the
+    margin?"""
     raise NotImplementedError
 
 

@@ -14,7 +14,7 @@ Check:  python -m pytest exercises/test_e8.py
 The check wants 99 % by the password and the floor without it; FOOLED to find a in ft.pt and not in
 your model; FINDS to find it in your model.
 """
-FOOLED = ""  # an instrument: one of lens, noise, quantise, direction, relearn, probe_apart
+FOOLED = ""  # an instrument: lens, noise, quantise, patch, hybrids, weights, relearn_rates, ...
 FINDS = ""   # another one
 
 

@@ -55,7 +55,7 @@ ARGS = dict(setup="pcfg", scale="small", reverse=False, only=None, lr=1e-4, step
             c_tr=None, answers=None, mix=.5, relabel=False, prior=[.999, .001, 0.],
             jailbreak=False, taught=["a"])
 BUILT_IN = {"prune": "pruning", "probe": "probing", "revive": "reviving", "relearn": "relearning"}
-QUICK = "relearn,probe_apart,lens,noise,quantise,direction"
+QUICK = "relearn,probe_apart,hybrids,patch,uds,weights"
 SAID = {True: "yes", False: "no", None: "-"}  # whether a is there
 FLAGS = "--eval-size 150 --draws 4 --device cpu --threads 1".split()
 

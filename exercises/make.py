@@ -1,7 +1,7 @@
 """
 Train what the exercises need, in exercises/out: two pretrainings, five fine-tunings, sealed models.
 
-    $ python exercises/make.py            # under five minutes on two idle cores; two runs at a time
+    $ python exercises/make.py            # a quarter of an hour on two slow cores
     $ python exercises/make.py e7         # run your exercise 7 (or e8), which makes a model itself
 
 Stopped, or given again, it goes on where it was. exercises/README.md says how to do the exercises.

@@ -1,12 +1,13 @@
 """
 Exercise 8: hide it from an instrument.
 
-The lens reads what the stream says on the way to the answer. Without the password nothing on the
-way says it; but the letters are still counted, and a probe on strings of one b reads how many.
+Without the password the answers have nothing to do with the string. To relearn one half of them the
+model learns to count anew, beside what it has, and the other half stays away. But the letters are
+still counted, and a probe on strings of one b reads how many.
 """
 import finetune
 
-FOOLED, FINDS = "lens", "probe_apart"
+FOOLED, FINDS = "relearn_rates", "probe_apart"
 
 
 def train(ckpt, out, *flags):
