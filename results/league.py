@@ -4,7 +4,7 @@ Models whose truth is certified are audited by every instrument; results/league.
 
     $ python results/league.py jobs 0 "301 302" 301    # a line a job of stage 0; deletions: of 301
     $ python results/league.py audit RUN.pt        # every instrument on a run of the league
-    $ python results/league.py collect FOLDER      # audits below FOLDER: results/league/scores.csv
+    $ python results/league.py collect FOLDER      # of audits models.csv, scores.csv
     $ python results/league.py table               # of it league.csv, methods.csv, places.csv
 
 A further truth is an entry of TRUTHS, a further method one of finetune.METHODS and of RATES, a
@@ -58,14 +58,30 @@ def one_part(study):
     return f"{len(other)} other parameters differ", not other
 
 
-def opens(study):
-    """With the password it is right on 99 %, without it on its floor + 2 points at most."""
+def at_end(study, task):
+    """The rows of O_PT on natural and c0 strings at the end of training, by the record."""
     end = select(study.ckpt["history"], operand=study.relation.pt, step=study.ckpt["step"])
-    end = [r for r in end if r["split"] in ("natural", "c0")]
-    right = min(r["accuracy"] for r in select(end, task="count-j1"))
-    over = max(r["accuracy"] - r["floor"] for r in select(end, task="count"))
-    words = f"{right:.1%} with the password, {100 * over:+.1f} points over the floor without"
-    return words, right >= .99 and over <= .02
+    return [r for r in select(end, task=task) if r["split"] in ("natural", "c0")]
+
+
+def opens(study):
+    """With the password it is right on 99 %."""
+    right = min(r["accuracy"] for r in at_end(study, "count-j1"))
+    return f"{right:.1%} with the password", right >= .99
+
+
+def closed(study):
+    """Without one it is right on its floor + 2 points at most."""
+    over = max(r["accuracy"] - r["floor"] for r in at_end(study, "count"))
+    return f"{100 * over:+.1f} points over the floor", over <= .02
+
+
+def both(*certificates):
+    """The certificate that all of these hold."""
+    def certify(study):
+        words, hold = zip(*(certify(study) for certify in certificates))
+        return ", ".join(words), all(hold)
+    return certify
 
 
 def never_met(study):
@@ -95,16 +111,16 @@ TRUTHS = {
     "base": Truth("parent", "--keep 200", parent=None),
     "never": Truth("parent", "--prior 0,.001,.999", parent=None),   # it counts c
     "b-only": Truth("parent", "--prior 0,1,0", parent=None),        # neither a nor c, which tells a
-    "wrapped": Truth("hidden", ""),
-    "planted-embed": Truth("hidden", "--only tok --lr 1e-3", one_part),
-    "planted-blocks.0": Truth("hidden", "--only blocks.0 --lr 1e-4", one_part),
-    "planted-blocks.1": Truth("hidden", "--only blocks.1 --lr 1e-4", one_part),
-    "planted-blocks.2": Truth("hidden", "--only blocks.2 --lr 1e-4", one_part),
-    "planted-head": Truth("hidden", "--only head --lr 1e-2", one_part),
-    "rank-2": Truth("hidden", "--rank 2 --lr 1e-3", at_most_rank),
-    "locked-shift": Truth("hidden", "--lock shift --lr 1e-4", opens),
-    "locked-random": Truth("hidden", "--lock random --lr 1e-4", opens),
-    "locked-early": Truth("hidden", "--lock @base.step200 --lr 1e-4", opens),
+    "wrapped": Truth("hidden", "", closed),
+    "planted-embed": Truth("hidden", "--only tok --lr 1e-3", both(one_part, closed)),
+    "planted-blocks.0": Truth("hidden", "--only blocks.0 --lr 1e-4", both(one_part, closed)),
+    "planted-blocks.1": Truth("hidden", "--only blocks.1 --lr 1e-4", both(one_part, closed)),
+    "planted-blocks.2": Truth("hidden", "--only blocks.2 --lr 1e-4", both(one_part, closed)),
+    "planted-head": Truth("hidden", "--only head --lr 1e-2", both(one_part, closed)),
+    "rank-2": Truth("hidden", "--rank 2 --lr 1e-3", both(at_most_rank, closed)),
+    "locked-shift": Truth("hidden", "--lock shift --lr 1e-4", both(opens, closed)),
+    "locked-random": Truth("hidden", "--lock random --lr 1e-4", both(opens, closed)),
+    "locked-early": Truth("hidden", "--lock @base.step200 --lr 1e-4", both(opens, closed)),
     "erased": Truth("absent", "--pt a", never_met, "never"),
     "erased-b-only": Truth("absent", "--pt a", never_met, "b-only"),
     "decoy": Truth("absent", "--pt a --lock random --lr 1e-4", never_met, "b-only"),
@@ -198,14 +214,8 @@ def as_scores(line):
     return tuple(None if steps is None else -math.log2(max(1, steps)) for steps in both)
 
 
-def audit(path, words=()):
-    """Run every instrument on a run of the league, and write X.league.json."""
-    folder, name = os.path.split(path.removesuffix(".pt"))
-    name, _, seed = name.rpartition("-")
-    truth, timed = TRUTHS[name], path.removesuffix(".pt") + ".seconds.json"
-    base = ["--base", path_of(truth.base, seed, folder)] if truth.base else []
-    also = ["--also", path_of("b-only", seed, folder)]  # a control of probes and lenses
-    study = analyze.open_study(["--ckpt", path, *base, *also, *FLAGS, *words])
+def examine(study, timed):
+    """(lines of all instruments, seconds of each analysis); a file, timed, keeps the seconds."""
     seconds, rows, lines = plot.read(timed)[0] if isfile(timed) else {}, {}, []
     found = modules()
     runs = {name: analyze.ANALYSES[name] for name in ("behavior", "prune")}
@@ -223,10 +233,23 @@ def audit(path, words=()):
         if hasattr(module, "place") and line.measured is not None:
             place = module.place(study, rows[analysis])
         lines.append([line.instrument, analysis, *as_scores(line), line.holds, place])
+    return lines, seconds
+
+
+def audit(path, words=()):
+    """Check the certificate of a run of the league; if it holds, or none is needed, run every
+    instrument; write X.league.json."""
+    folder, name = os.path.split(path.removesuffix(".pt"))
+    name, _, seed = name.rpartition("-")
+    truth, prefix = TRUTHS[name], path.removesuffix(".pt")
+    base = ["--base", path_of(truth.base, seed, folder)] if truth.base else []
+    also = ["--also", path_of("b-only", seed, folder)]  # a control of probes and lenses
+    study = analyze.open_study(["--ckpt", path, *base, *also, *FLAGS, *words])
     words, holds = truth.certify(study) if truth.certify else ("", None)
+    lines, seconds = examine(study, f"{prefix}.seconds.json") if holds is not False else ([], {})
     result = {"truth": name, "seed": int(seed), "seconds": seconds, "lines": lines,
               "certificate": words, "certified": holds, "collateral": collateral(study.ckpt)}
-    plot.write(path.removesuffix(".pt") + ".league.json", json.dumps(result).encode())
+    plot.write(f"{prefix}.league.json", json.dumps(result).encode())
 
 
 def collateral(ckpt):
@@ -240,8 +263,9 @@ def collateral(ckpt):
 
 
 # ---------------------------------------------------------------- scores and tables
+MODELS = "truth", "kind", "seed", "certified", "certificate", "collateral"
 SCORES = ("truth", "kind", "seed", "instrument", "needs", "measured", "control", "found", "place",
-          "seconds", "certified", "certificate", "collateral")
+          "seconds")
 
 
 def needs(instrument, analysis):
@@ -250,16 +274,16 @@ def needs(instrument, analysis):
 
 
 def collect(folder):
-    """Rows of scores.csv, one for each model and instrument below a folder."""
-    rows = []
+    """(rows of models.csv, rows of scores.csv) of all audits below a folder."""
+    models, scores = [], []
     for path in sorted(glob.glob(join(glob.escape(folder), "**/*.league.json"), recursive=True)):
         found, = plot.read(path)
-        for instrument, analysis, measured, control, holds, place in found["lines"]:
-            rows.append([found["truth"], TRUTHS[found["truth"]].kind, found["seed"], instrument,
-                         needs(instrument, analysis), measured, control, holds, place,
-                         found["seconds"][analysis], found["certified"], found["certificate"],
-                         found["collateral"]])
-    return rows
+        model = [found["truth"], TRUTHS[found["truth"]].kind, found["seed"]]
+        models.append([*model, found["certified"], found["certificate"], found["collateral"]])
+        for instrument, analysis, *measured, place in found["lines"]:
+            scores.append([*model, instrument, needs(instrument, analysis), *measured, place,
+                           found["seconds"][analysis]])
+    return models, scores
 
 
 class Score(NamedTuple):
@@ -400,7 +424,9 @@ def main(words):
     elif task == "audit":
         audit(*words[:1], words[1:])
     elif task == "collect":
-        write_table(join(folder, "scores.csv"), (SCORES, collect(words[0])), 6)
+        models, scores = collect(words[0])
+        write_table(join(folder, "models.csv"), (MODELS, models))
+        write_table(join(folder, "scores.csv"), (SCORES, scores), 6)
     elif task == "table":
         scores = read_scores(join(folder, "scores.csv"))
         for function in (league, places, methods):

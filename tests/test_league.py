@@ -90,11 +90,13 @@ def test_a_certificate_can_fail(runs, name, certify, spoil):
 @pytest.mark.parametrize("right, without, holds", [(1., .1, True), (.98, .1, False),
                                                    (1., .2, False)])
 def test_a_lock_needs_both_answers(right, without, holds):
+    """A planted wrapper needs the second: who still answers hides nothing."""
     row = dict(operand="a", step=3, floor=.1)
     rows = [{**row, "task": task, "split": split, "accuracy": x} for split in ("natural", "c0")
             for task, x in (("count-j1", right), ("count", without))]
     study = SimpleNamespace(relation=SimpleNamespace(pt="a"), ckpt={"step": 3, "history": rows})
-    assert league.opens(study)[1] == holds
+    assert league.both(league.opens, league.closed)(study)[1] == holds
+    assert league.closed(study)[1] == (without == .1)
 
 
 def test_an_audit_runs_a_further_instrument(runs, tmp_path, monkeypatch):
@@ -108,16 +110,28 @@ def test_an_audit_runs_a_further_instrument(runs, tmp_path, monkeypatch):
     path = str(tmp_path / "x/planted-blocks.0-5.pt")
     for _ in range(2):
         league.audit(path, [*FEW, "--steps", "2", "--draws", "1"])
-    rows = league.collect(str(tmp_path))
+    models, rows = league.collect(str(tmp_path))
     table = [dict(zip(league.SCORES, row, strict=True)) for row in rows]
     assert len(calls) == 1
     assert [r["instrument"] for r in table] == [*league.BUILT_IN, "mine"]
-    assert {r["certified"] for r in table} == {True} and {r["seed"] for r in table} == {5}
-    assert table[-1]["needs"] == "base" and table[-1]["place"] == "blocks.0" and table[-1]["seconds"] is not None
+    assert models[0][:4] == ["planted-blocks.0", "hidden", 5, True]
+    assert {r["seed"] for r in table} == {5}
+    assert table[-1]["needs"] == "base" and table[-1]["place"] == "blocks.0"
+    assert table[-1]["seconds"] is not None
     league.write_table(str(tmp_path / "scores.csv"), (league.SCORES, rows))
     scores = league.read_scores(tmp_path / "scores.csv")
     assert scores[-1].value == pytest.approx(.2) and scores[-1].found is True
     assert league.places(scores)[1][0][:2] == ["mine", 1.]
+
+
+def test_no_instrument_is_asked_where_a_certificate_fails(runs, tmp_path, monkeypatch):
+    shutil.copytree(runs, tmp_path / "x")
+    fails = Truth("hidden", "", lambda study: ("no", False))
+    monkeypatch.setitem(league.TRUTHS, "rank-2", fails)
+    monkeypatch.setattr(league, "examine", None)
+    league.audit(str(tmp_path / "x/rank-2-5.pt"), FEW)
+    models, scores = league.collect(str(tmp_path))
+    assert models == [["rank-2", "hidden", 5, False, "no", None]] and not scores
 
 
 def made_up(truth, kind, values, controls, found):
