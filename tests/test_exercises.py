@@ -45,6 +45,7 @@ def outcome(text, word):
 # ---------------------------------------------------------------- stubs and solutions
 
 
+@pytest.mark.slow
 def test_solutions_are_green_without_a_trained_model(tmp_path):
     code, text = check(["exercises", "-m", "not trained"], True, tmp_path)
     assert code == 0 and outcome(text, "passed") > 25, text
