@@ -4,7 +4,7 @@ Models whose truth is certified are audited by every instrument; results/league.
 
     $ python results/league.py jobs 0 "301 302" 301    # a line a job of stage 0; deletions: of 301
     $ python results/league.py audit RUN.pt        # every instrument on a run of the league
-    $ python results/league.py collect FOLDER      # of audits models.csv, scores.csv
+    $ python results/league.py collect FOLDER      # audits into models.csv, scores.csv
     $ python results/league.py table               # of it league.csv, methods.csv, places.csv
 
 A further truth is an entry of TRUTHS, a further method one of finetune.METHODS and of RATES, a
@@ -36,6 +36,7 @@ from analyze import select
 from claims import BEHAVIOUR, GRAFTING, ONE_PASS, PRUNING
 from known import auroc, exact_interval, seeds_right
 from data import UserError, run_script
+from pretrain import commit
 
 # ---------------------------------------------------------------- truths
 # A certificate is a function of a Study: (words, whether it holds).
@@ -248,7 +249,9 @@ def audit(path, words=()):
     words, holds = truth.certify(study) if truth.certify else ("", None)
     lines, seconds = examine(study, f"{prefix}.seconds.json") if holds is not False else ([], {})
     result = {"truth": name, "seed": int(seed), "seconds": seconds, "lines": lines,
-              "certificate": words, "certified": holds, "collateral": collateral(study.ckpt)}
+              "certificate": words, "certified": holds, "collateral": collateral(study.ckpt),
+              "trained_by": study.ckpt["starts"][-1]["commit"], "audited_by": commit(),
+              "sha256": study.hashes["checkpoint"]}
     plot.write(f"{prefix}.league.json", json.dumps(result).encode())
 
 
@@ -263,7 +266,8 @@ def collateral(ckpt):
 
 
 # ---------------------------------------------------------------- scores and tables
-MODELS = "truth", "kind", "seed", "certified", "certificate", "collateral"
+MODELS = ("truth", "kind", "seed", "certified", "certificate", "collateral", "trained_by",
+          "audited_by", "sha256")  # _by: the commit
 SCORES = ("truth", "kind", "seed", "instrument", "needs", "measured", "control", "found", "place",
           "seconds")
 
@@ -279,11 +283,22 @@ def collect(folder):
     for path in sorted(glob.glob(join(glob.escape(folder), "**/*.league.json"), recursive=True)):
         found, = plot.read(path)
         model = [found["truth"], TRUTHS[found["truth"]].kind, found["seed"]]
-        models.append([*model, found["certified"], found["certificate"], found["collateral"]])
+        models.append([*model, *(found[column] for column in MODELS[3:])])
         for instrument, analysis, *measured, place in found["lines"]:
             scores.append([*model, instrument, needs(instrument, analysis), *measured, place,
                            found["seconds"][analysis]])
     return models, scores
+
+
+def add_rows(path, head, rows):
+    """Write a table: rows, and those which it has of other models; seeds may come one by one."""
+    made = {(row[0], str(row[2])) for row in rows}
+    if isfile(path):
+        with open(path, newline="") as file:
+            _, *earlier = csv.reader(file)
+        rows = rows + [row for row in earlier if (row[0], row[2]) not in made]
+    rows.sort(key=lambda row: (int(row[2]), list(TRUTHS).index(row[0])))
+    write_table(path, (head, rows), 6)
 
 
 class Score(NamedTuple):
@@ -425,8 +440,8 @@ def main(words):
         audit(*words[:1], words[1:])
     elif task == "collect":
         models, scores = collect(words[0])
-        write_table(join(folder, "models.csv"), (MODELS, models))
-        write_table(join(folder, "scores.csv"), (SCORES, scores), 6)
+        add_rows(join(folder, "models.csv"), MODELS, models)
+        add_rows(join(folder, "scores.csv"), SCORES, scores)
     elif task == "table":
         scores = read_scores(join(folder, "scores.csv"))
         for function in (league, places, methods):

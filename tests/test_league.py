@@ -131,7 +131,17 @@ def test_no_instrument_is_asked_where_a_certificate_fails(runs, tmp_path, monkey
     monkeypatch.setattr(league, "examine", None)
     league.audit(str(tmp_path / "x/rank-2-5.pt"), FEW)
     models, scores = league.collect(str(tmp_path))
-    assert models == [["rank-2", "hidden", 5, False, "no", None]] and not scores
+    assert models[0][:5] == ["rank-2", "hidden", 5, False, "no"] and not scores
+
+
+def test_seeds_are_collected_one_by_one(tmp_path):
+    """A model that was audited again takes the place of its rows; others stay as they were."""
+    path, head = str(tmp_path / "models.csv"), ("truth", "kind", "seed", "x")
+    league.add_rows(path, head, [["erased", "absent", 10, .5], ["wrapped", "hidden", 10, None]])
+    league.add_rows(path, head, [["wrapped", "hidden", 9, 1 / 3], ["erased", "absent", 10, .25]])
+    with open(path) as file:
+        assert file.read().split() == ["truth,kind,seed,x", "wrapped,hidden,9,0.333333",
+                                       "wrapped,hidden,10,", "erased,absent,10,0.25"]
 
 
 def made_up(truth, kind, values, controls, found):
