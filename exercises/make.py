@@ -1,7 +1,7 @@
 """
 Train what the exercises need, in exercises/out: two pretrainings, five fine-tunings, sealed models.
 
-    $ python exercises/make.py            # a quarter of an hour on two slow cores
+    $ python exercises/make.py            # six minutes on two cores, twelve on slow ones
     $ python exercises/make.py e7         # run your exercise 7 (or e8), which makes a model itself
 
 Stopped, or given again, it goes on where it was. exercises/README.md says how to do the exercises.
@@ -89,7 +89,7 @@ def jobs(flags):
         script, *words = words.split()
         ckpt = ("--ckpt", parent) if parent else ()
         return Job(out, (HERE.parent / script, *words, *ckpt, "--out", out, "--threads", "1",
-                         *flags), parent)
+                         "--eval-every", "1000", *flags), parent)
 
     fixed = [job("pre.pt", "pretrain.py"), job("never.pt", "pretrain.py --prior 0,.001,.999"),
              job("ft.pt", "finetune.py --lr 1e-5", "pre.pt"),
