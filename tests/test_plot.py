@@ -302,8 +302,8 @@ def test_the_page_begins_with_the_verdict(folder, drawn):
         "wrapped: O<sub>PT</sub> is there.<td>1<td>ft-0", "<h2>Its evidence", 'alt="evidence"',
         "operand of pretraining", 'alt="fig5_behavior"', "What made these files")]
     assert places == sorted(places)
-    assert "<td>is a &lt;read&gt;, block 2<td>91.0%<td>untrained<td>50.0%<td>0.1<td>yes" in page
-    assert "<td>steps<td>50<td>teach c<td>-<td>3<td>cannot be said" in page
+    assert "<td>is a &lt;read&gt;, block 2<td>91.0%<td>yes<td>untrained<td>50.0%<td>0.1" in page
+    assert "<td>steps<td>50<td>cannot be said<td>teach c<td>-<td>3" in page
     assert page.count("Wilson") == 1 and "n = 100 to 100 strings a point" in page
     assert "<script" not in page and not re.search(r'(src|href)=(?!"data:)', page)
     assert "<td>python finetune.py<td>0123" in page
