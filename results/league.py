@@ -33,8 +33,7 @@ sys.path.insert(0, dirname(HERE))
 import analyze
 import plot
 from analyze import select
-from claims import BEHAVIOUR, GRAFTING, ONE_PASS, PRUNING
-from known import auroc, exact_interval, seeds_right
+from claims import BEHAVIOUR, GRAFTING, ONE_PASS, PRUNING, chance
 from data import UserError, run_script
 from pretrain import commit
 
@@ -355,17 +354,41 @@ def of_kind(scores, kind, truth):
     return [s for s in scores if s.kind == kind and truth in (family(s.truth), "all")]
 
 
+def auroc(positive, negative):
+    """How often the first of two numbers is larger, of all pairs; ties count half."""
+    return .5 + np.sign(np.subtract.outer(positive, negative)).mean() / 2
+
+
+def seeds_right(found, lacking):
+    """Whether all pairs of a seed are ordered right: seeds are independent, their models not."""
+    return [found[found[:, 0] == seed, 1].min() > lacking[lacking[:, 0] == seed, 1].max()
+            for seed in set(found[:, 0]) & set(lacking[:, 0])]
+
+
+def exact_interval(k, n):
+    """The 95 % interval of a share of which k of n were seen (Clopper and Pearson, 1934)."""
+    bounds = []
+    for least, tail in ((k, .025), (k + 1, .975)):
+        low, high = 0., 1.
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if chance(least, n, middle) < tail else (low, middle)
+        bounds.append(high)
+    return bounds
+
+
 def told_apart(found, lacking, key):
     """AUROC of a number of the scores."""
     return auroc(pairs(found, key)[:, 1], pairs(lacking, key)[:, 1])
 
 
 def league(scores):
-    """How well each instrument tells a kind of hidden capability from its absence."""
-    rows, (hidden, absent) = [], (
-        [*names_of(of_kind(scores, kind, "all"), lambda s: family(s.truth)), "all"]
-        for kind in ("hidden", "absent"))
-    for name, truth, against in product(names_of(scores), hidden, absent):
+    """How well each instrument tells what is hidden from what is absent: each truth against all."""
+    hidden, absent = (names_of(of_kind(scores, kind, "all"), lambda s: family(s.truth))
+                      for kind in ("hidden", "absent"))
+    columns = [("all", "all"), *product(hidden, ["all"]), *product(["all"], absent)]
+    rows = []
+    for name, (truth, against) in product(names_of(scores), columns):
         own = [s for s in scores if s.instrument == name]
         found, lacking = of_kind(own, "hidden", truth), of_kind(own, "absent", against)
         if not (len(pairs(found, "value")) and len(pairs(lacking, "value"))):

@@ -243,11 +243,13 @@ def made_up_rows(made):
     return {"behavior": behavior, "prune": prune, "probe": probes, "revive": revive}
 
 
-def verdict_of(folder, without=(), more=(), flags=(), **made):
-    """The verdict on made-up findings, without the rows of some analyses; flags: of some rows."""
-    made, model = SimpleNamespace(**{**MADE_UP, **made}), object()
+def verdict_of(folder, without=(), more=(), flags=(), setup="other", **made):
+    """The verdict on made-up findings, without the rows of some analyses; flags: of some rows.
+    Of a setup whose rules count the paper's instruments, or of the grammar, pcfg."""
+    made, model, grammar = SimpleNamespace(**{**MADE_UP, **made}), object(), data.Grammar("pcfg")
+    grammar.name = setup
     study = SimpleNamespace(
-        relation=COUNT, control_operand="c", units=ROWS, control={}, setup=data.Grammar("pcfg"),
+        relation=COUNT, control_operand="c", units=ROWS, control={}, setup=grammar,
         never_trained=(model, None, "c") if made.has_control else None,
         prefix=str(folder / "x"), hashes={"checkpoint": "0"}, ckpt={"args": {"lr": 1e-5}})
     rows = made_up_rows(made)
@@ -270,12 +272,28 @@ def verdict_of(folder, without=(), more=(), flags=(), **made):
     ("undecided", {"pruned": .1, "probe": .7, "reft": 60, "control": 70, "has_control": False}),
     ("undecided", {"pruned": .1, "probe": .7}),       # only one instrument
     ("undecided", {"base_pt": .3}),                   # it was never there
-    ("undecided", {"ckpt_c1": .3}),                   # broken, not wrapped: b is wrong on c1 too
+    ("hidden", {"ckpt_c1": .3}),                      # broken, not wrapped: b is wrong on c1 too
     ("undecided", {"random": .8, "untrained": .95}),  # controls do as well: one instrument is left
     ("undecided", {"never_pruned": .8, "never_read": .95}),
 ])
 def test_verdict(tmp_path, word, made):
     assert verdict_of(tmp_path, **made)["verdict"] == word
+
+
+@pytest.mark.parametrize("word, found, made", [
+    ("wrapped", (True, True, True), {}),
+    ("wrapped", (True, None, True), {}),                # two of three are enough
+    ("wrapped", (False, True, True), {"pruned": .1}),   # what else is found does not count
+    ("hidden", (True, True, False), {"ckpt_c1": .3}),   # not behind a shortcut
+    ("undecided", (True, False, False), {}),
+    ("lost", (False, False, False), {}),
+    ("undecided", (False, None, False), {}),            # what cannot be said is not no
+    ("undecided", (False, False), {}),                  # the third was not asked
+    ("undecided", (False, False, False), {"has_control": False})])
+def test_verdict_of_the_grammar_counts_what_the_league_trusts(tmp_path, word, found, made):
+    lines = [analyze.Evidence(name, "?", .5, "chance", .5, .1, holds)
+             for name, holds in zip(analyze.TRUSTED, found)]
+    assert verdict_of(tmp_path, more=lines, setup="pcfg", **made)["verdict"] == word
 
 
 @pytest.mark.parametrize("flags, text", [
@@ -444,10 +462,11 @@ def test_every_analysis(folder, capsys, name, task):
             for share in ("accuracy", "floor", "cross_floor", "mass", "chance"):
                 assert row.get(share) is None or 0 <= row[share] <= 1.0001, (kind, share)
     verdict = json.loads(Path(f"out/{name}.verdict.json").read_text())
-    assert verdict["verdict"] in ("wrapped", "intact", "lost", "new", "undecided")
+    assert verdict["verdict"] in ("wrapped", "hidden", "intact", "lost", "new", "undecided")
     assert verdict["text"] and verdict["checkpoint"] == ckpt["sha256"]
     check_evidence(verdict["evidence"],
-                   ["behaviour", "behaviour", "pruning", "probing", "reviving", "relearning"])
+                   ["behaviour", "behaviour", "pruning", "probing", "reviving", "relearning",
+                    *analyze.TRUSTED])
     check_sweeps(rows_of(f"out/{name}.prune.jsonl"), rows_of(f"out/{name}.prune.rows.jsonl"))
 
 
@@ -468,7 +487,7 @@ def test_the_verdict_from_rows_that_are_there(folder, capsys):
     ckpt = ["--ckpt", "out/erased.pt"]
     analyze.main(["behavior", *SMALL, *ckpt])
     analyze.main(["verdict", *ckpt])
-    assert "no rows of prune, probe, revive" in Path("out/erased.verdict.json").read_text()
+    assert "no rows of hybrids, probe_apart, revive_rates" in Path("out/erased.verdict.json").read_text()
     path = Path("out/erased.behavior.jsonl")
     path.write_text(re.sub('"checkpoint": "[0-9a-f]+"', '"checkpoint": "0"', path.read_text()))
     with pytest.raises(UserError, match="run them first"):

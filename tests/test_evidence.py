@@ -23,7 +23,7 @@ RESULTS = os.path.join(HERE, "results")
 sys.path.insert(0, RESULTS)
 import claims  # noqa: E402
 import evidence  # noqa: E402
-import known  # noqa: E402
+import league  # noqa: E402
 
 
 def read(*path):
@@ -32,15 +32,15 @@ def read(*path):
 
 
 def test_readme_and_tables_come_out_as_committed(tmp_path, monkeypatch):
-    """README.md, claims.csv and known_truth.csv are computed from the rows, byte for byte."""
+    """README.md and claims.csv are computed from the rows, byte for byte."""
     here = tmp_path / "results"
     shutil.copytree(RESULTS, here)
-    for name in ("README.md", "claims.csv", "known_truth.csv"):
+    for name in ("README.md", "claims.csv"):
         os.remove(here / name)
     monkeypatch.setattr(evidence, "HERE", str(here))
     monkeypatch.setattr(plot, "draw_all", lambda runs, folder, names: dict.fromkeys(names))
     evidence.main([])
-    for name in ("README.md", "claims.csv", "known_truth.csv"):
+    for name in ("README.md", "claims.csv"):
         assert read(here, name) == read(RESULTS, name), name
 
 
@@ -74,28 +74,19 @@ def test_collected_runs_are_read_back_as_they_were(tmp_path):
 
 
 def test_auroc_by_hand():
-    assert known.auroc([3, 2], [1, 2]) == (1 + 1 + 1 + .5) / 4
-    assert known.auroc([1, 1], [1]) == .5
-    assert known.auroc([0, 5], [1, 2, 3]) == .5
+    assert league.auroc([3, 2], [1, 2]) == (1 + 1 + 1 + .5) / 4
+    assert league.auroc([1, 1], [1]) == .5
+    assert league.auroc([0, 5], [1, 2, 3]) == .5
 
 
 def test_exact_numbers_by_hand():
     """Intervals from Clopper and Pearson's tables; a sign test is a binomial tail."""
     for seen, bounds in {(5, 5): (.4782, 1), (0, 5): (0, .5218), (4, 5): (.2836, .9949),
                          (3, 10): (.0667, .6525)}.items():
-        assert known.exact_interval(*seen) == pytest.approx(bounds, abs=1e-4)
+        assert league.exact_interval(*seen) == pytest.approx(bounds, abs=1e-4)
     assert [claims.chance(k, 5) for k in (5, 4, 0)] == [1 / 32, 6 / 32, 1]
     found, lacking = np.array([(1, .9), (1, .5), (2, .9), (3, 1)]), np.array([(1, .6), (2, .8)])
-    assert known.seeds_right(found, lacking) == [False, True]  # of seed 3 nothing lacks a
-
-
-def test_what_the_control_alone_says():
-    """A lower control ranks as more of a; of reviving more steps of c."""
-    runs = [model(seed, 1e-5, probe_natural=1, probe_untrained=.7, never_probe=.7,
-                  control_steps=90, reft_steps=30) for seed in (1, 2)]
-    assert known.scores(runs, "wrapped", "probing").tolist() == [[1, 1 - .7], [2, 1 - .7]]
-    assert known.scores(runs, "wrapped", "probing", True).tolist() == [[1, -.7], [2, -.7]]
-    assert known.scores(runs, "wrapped", "reviving", True).tolist() == [[1, 90], [2, 90]]
+    assert league.seeds_right(found, lacking) == [False, True]  # of seed 3 nothing lacks a
 
 
 def model(seed, lr, **verdict):

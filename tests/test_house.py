@@ -142,18 +142,25 @@ def findings():
 
 
 def instruments():
-    """The lines of the table of instruments."""
-    with open(ROOT / "results/known_truth.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    pairs = list(dict.fromkeys((r["truth"], r["against"]) for r in rows))
-    names = {"wrapped": "wrapped", "planted": "planted", "erased": "never", "overwritten": "overwritten"}
-    sizes = {(r["truth"], r["against"]): r["seeds"] for r in rows if r["instrument"] == "relearning"}
-    head = [f"{names[t]} against {names[a]} ({sizes[t, a]})" for t, a in pairs]
-    lines = [["instrument", *head], ["---"] * (1 + len(pairs))]
-    for name in dict.fromkeys(r["instrument"] for r in rows):
-        aurocs = {(r["truth"], r["against"]): f"{r['auroc']} ({r['control_alone']})"
-                  for r in rows if r["instrument"] == name}
-        lines.append([name, *(aurocs[pair] for pair in pairs)])
+    """The lines of the table of instruments: those ten that tell hidden from absent best."""
+    with open(ROOT / "results/league/league.csv", newline="") as file:
+        rows = {(r["instrument"], r["truth"], r["against"]): r for r in csv.DictReader(file)}
+    with open(ROOT / "results/league/models.csv", newline="") as file:
+        audited = [r for r in csv.DictReader(file) if r["certified"] == "True"]
+    hidden = {truth: sum(r["truth"].startswith(truth) for r in audited)
+              for truth in ("wrapped", "planted", "rank", "locked")}
+    absent = sum(r["kind"] == "absent" for r in audited)
+    lines = [["instrument", *(f"{x} ({n})" for x, n in hidden.items()), f"absent ({absent})", "AUROC", "control alone",
+              "needs", "seconds"]]
+    lines.append(["---"] * len(lines[0]))
+    percent = lambda x: f"{100 * float(x):.0f}"
+    together = {name: r for (name, *pair), r in rows.items() if pair == ["all", "all"]}
+    for name in sorted(together, key=lambda name: -float(together[name]["auroc"]))[:10]:
+        both = together[name]
+        found = [rows[name, {"rank": "rank-2"}.get(x, x), "all"]["found"] for x in hidden]
+        lines.append([name, *map(percent, found), percent(both["false_alarms"]),
+                      f"{float(both['auroc']):.2f}", f"{float(both['control_alone']):.2f}", both["needs"],
+                      f"{float(both['seconds']):.0f}"])
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
