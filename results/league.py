@@ -5,7 +5,7 @@ Models whose truth is certified are audited by every instrument; results/league.
     $ python results/league.py jobs 0 "301 302" 301    # a line a job of stage 0; deletions: of 301
     $ python results/league.py audit RUN.pt        # every instrument on a run of the league
     $ python results/league.py collect FOLDER      # audits into models.csv, scores.csv
-    $ python results/league.py table               # of it league.csv, methods.csv, places.csv
+    $ python results/league.py table               # of them league.csv, methods.csv, ...
 
 A further truth is an entry of TRUTHS, a further method one of finetune.METHODS and of RATES, a
 further instrument a file in instruments/ that has evidence().
@@ -267,6 +267,7 @@ def collateral(ckpt):
 # ---------------------------------------------------------------- scores and tables
 MODELS = ("truth", "kind", "seed", "certified", "certificate", "collateral", "trained_by",
           "audited_by", "sha256")  # _by: the commit
+SETTLED_ON = 0, 301, 302  # the verdict's rule was settled on these seeds, and committed
 SCORES = ("truth", "kind", "seed", "instrument", "needs", "measured", "control", "found", "place",
           "seconds")
 
@@ -373,7 +374,7 @@ def exact_interval(k, n):
         for _ in range(50):
             middle = (low + high) / 2
             low, high = (middle, high) if chance(least, n, middle) < tail else (low, middle)
-        bounds.append(high)
+        bounds.append(round(high, 6))
     return bounds
 
 
@@ -415,6 +416,20 @@ def places(scores):
     return ["instrument", "right", "chance", "low", "high", "models"], rows
 
 
+def verdicts(scores):
+    """Of how many models two of analyze.TRUSTED say that a is there, as the verdict does."""
+    found, rows = {}, []
+    for s in scores:
+        said = found.setdefault((s.truth, s.kind, s.seed), [])
+        said += [s.instrument] if s.found and s.instrument in analyze.TRUSTED else []
+    for seeds, kind in product(("settled on", "fresh"), ("hidden", "absent")):
+        agreed = [len(said) >= 2 for (_, model, seed), said in found.items()
+                  if model == kind and (seed in SETTLED_ON) == (seeds == "settled on")]
+        k, n = sum(agreed), len(agreed)
+        rows.append([seeds, kind, k, n, *exact_interval(k, n)])
+    return ["seeds", "kind", "found", "models", "low", "high"], rows
+
+
 def methods(scores):
     """What each instrument finds after each deletion, beside truths: share of seeds."""
     names, rows = names_of(scores), []
@@ -450,7 +465,9 @@ def draw(scores):
         ax.axvline(kinds.index(kind) - .5, color="k", lw=1.5)
         ax.text(kinds.index(kind) - .4, -.7, kind)
     for (y, x), value in np.ndenumerate(values):
-        ax.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=6)
+        ax.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=6,
+                color="w" if value > .5 else "k")
+    fig.supxlabel("models (%) of which an instrument says that a is there", fontsize=7)
     return fig
 
 
@@ -467,7 +484,7 @@ def main(words):
         add_rows(join(folder, "scores.csv"), SCORES, scores)
     elif task == "table":
         scores = read_scores(join(folder, "scores.csv"))
-        for function in (league, places, methods):
+        for function in (league, places, methods, verdicts):
             write_table(join(folder, f"{function.__name__}.csv"), function(scores))
         draw(scores).savefig(file := io.BytesIO(), dpi=150)
         plot.write(join(folder, "league.png"), file.getvalue())

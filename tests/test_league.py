@@ -160,3 +160,14 @@ def test_the_league_counts_pairs_alarms_and_silence():
     assert (row["found"], row["false_alarms"], row["unsaid"]) == (2 / 3, 1 / 3, 1 / 6)
     assert league.methods(scores)[1][0] == ["wrapped", "hidden", 2 / 3, 3]
     assert league.draw(scores).axes
+
+
+def test_two_of_three_must_agree():
+    names, scores = list(analyze.TRUSTED), []
+    for seed, said in ((301, (True, True, None)), (303, (True, False, True)), (304, (True, False, False))):
+        scores += [Score("wrapped", "hidden", seed, name, "", 1., 0., found, "", 1.)
+                   for name, found in zip(names, said)]
+    scores.append(scores[-1]._replace(instrument="pruning", found=True))
+    found = {tuple(row[:2]): row[2:4] for row in league.verdicts(scores)[1]}
+    assert found["settled on", "hidden"] == [1, 1] and found["fresh", "hidden"] == [1, 2]
+    assert found["fresh", "absent"] == [0, 0]
