@@ -1,6 +1,6 @@
 """
-Make a model whose capabilities are known; home of training and scoring: evaluate(), the common
-flags, and Run, a training run and its files.
+Pretrain a model whose capabilities are known. This file also has what other scripts share:
+evaluate(), flags, and Run, a training run and its files.
 
     $ python pretrain.py                              # out/pre.pt: low prior, the small scale
     $ python pretrain.py --prior high --out out/high.pt
@@ -37,7 +37,7 @@ from model import GPT, Config, accuracy, load, loss_of, merged, predict, read_ch
 
 
 def cosine(lr, steps, final=0., warmup=.2):
-    """Learning rate at a step: linear warm-up, then a cosine to lr x final (paper section 3)."""
+    """Rate as a function of the step: warm-up, then a cosine to lr x final (paper section 3)."""
     rise = max(1, round(warmup * steps))
 
     def lr_at(step):
@@ -49,15 +49,15 @@ def cosine(lr, steps, final=0., warmup=.2):
 
 
 def constant(lr, warmup=20):
-    """Learning rate of reFT. ours (the paper anneals over 10K steps): steps to a threshold mean
-    something only if the rate does not depend on the planned number of steps."""
+    """reFT's rate as a function of the step. ours (the paper anneals over 10K steps): steps to a
+    threshold mean something only if the rate does not depend on the planned number of steps."""
     return lambda step: lr * min(1, (step + 1) / warmup)
 
 
 def update(model, optimizer, loss, lr, clip=1.):
-    """One step of training at a rate; processes that train together average their gradients."""
+    """One optimizer step at rate lr; processes average gradients; `clip`: largest norm."""
     for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(lr, dtype=torch.float32)  # as the weights in results/ were
+        group["lr"] = torch.tensor(lr, dtype=torch.float32)  # as when results/ was made
     loss.backward()
     if processes()[1] > 1:
         for p in model.parameters():
@@ -70,7 +70,7 @@ def update(model, optimizer, loss, lr, clip=1.):
 
 
 def training_dtype(name, setup):
-    """The dtype of a training's forward pass: --dtype; auto: bfloat16 if the device has it."""
+    """Name of the dtype of training's forward pass; auto: bfloat16 if the device has it."""
     if name == "auto" and setup.device.type == "cuda":
         fast = torch.cuda.get_device_capability(setup.device) >= (8, 0)
     else:
@@ -81,12 +81,12 @@ def training_dtype(name, setup):
 
 
 def start_device(args):
-    """The torch device of --device, with --threads set. Under torchrun this process joins the
-    others and, with CUDA, takes the GPU of its number."""
+    """The torch device of --device; sets --threads. Under torchrun this process joins the others
+    and, with CUDA, takes the GPU of its local rank. Raises UserError."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)  # momentum that fades to 1e-38 is slow
-    torch.empty(31 << 20, dtype=torch.uint8)  # glibc keeps such blocks from now on: a fifth faster
+    torch.set_flush_denormal(True)  # momentum near 1e-38 is slow
+    torch.empty(31 << 20, dtype=torch.uint8)  # glibc then reuses such blocks: a fifth faster
     name, cuda = args.device, torch.cuda.is_available()
     name = ("cuda" if cuda else "cpu") if name == "auto" else name
     if dist.is_available() and dist.is_torchelastic_launched():
@@ -106,7 +106,7 @@ def start_device(args):
 
 
 def eval_steps(steps, every):
-    """The steps to evaluate at: every `every`, or 0 1 2 3 5 8 10 20 30 50 80 100 ... (log axes)."""
+    """Set of steps to evaluate at: 0, the last, each `every`-th (if 0: 1 2 3 5 8 10 20 ...)."""
     if every:
         return set(range(0, steps, every)) | {steps}
     dense = {m * 10 ** e for m in (1, 2, 3, 5, 8) for e in range(len(str(steps)))}
@@ -114,7 +114,7 @@ def eval_steps(steps, every):
 
 
 def floors(answer, other=None):
-    """{n, floor, cross_floor} of answers (n,); other (n,): those for the other operand."""
+    """{n, floor, cross_floor} of answers (n,) as fractions; other (n,): the other operand's."""
     return {"n": len(answer), "floor": data.majority_floor(answer),
             "cross_floor": None if other is None else data.cross_floor(answer, other)}
 
@@ -127,13 +127,13 @@ def answer_row(logits, test):
 
 
 def evaluate(model, setup, tests):
-    """The rows of a list of Tests, in their order."""
+    """Rows of Tests, in order, by setup.score(), else answer_row()."""
     score = setup.score or (lambda model, test: [answer_row(predict(model, test.examples), test)])
     return list(itertools.chain(*(score(model, test) for test in tests)))
 
 
 def percent(x):
-    """A fraction as people read it."""
+    """A fraction as text in percent."""
     return "-" if x is None else f"{x:.1%}"
 
 
@@ -147,11 +147,11 @@ def table(head, rows):
         print("  " + "  ".join(padded).rstrip())
 
 
-SHARES = "accuracy", "floor", "cross_floor", "measured", "control's", "parsed"  # in percent
+SHARES = "accuracy", "floor", "cross_floor", "measured", "control's", "parsed"  # shown in percent
 
 
 def fact(row, key):
-    """A column of a row, for people."""
+    """A column of a row as printed."""
     value = row.get(key)
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -224,7 +224,7 @@ FREE = ("out", "ckpt", "force", "save_every", "device", "threads", "command")  #
 
 
 def commit():
-    """The commit that these very files are of, -dirty if they have changed; None without one."""
+    """The git commit of these files, -dirty if changed; None without git."""
     def git(*words):
         return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True)
     here = os.path.dirname(os.path.abspath(__file__))
@@ -237,7 +237,7 @@ def commit():
 
 
 def start_facts(args, device):
-    """What a run says of this start: command, code, versions, machine, time."""
+    """What a checkpoint records of a start: command, code, versions, machine, time."""
     return {"command": args.command, "commit": commit(),
             "python": platform.python_version(), "torch": str(torch.__version__),
             "device": str(device), "threads": torch.get_num_threads(),
@@ -246,8 +246,8 @@ def start_facts(args, device):
 
 @contextlib.contextmanager
 def noted_signals():
-    """Within the `with`, a SIGINT or SIGTERM only goes on a list; a second one interrupts, but not
-    under torchrun, which passes on what all have got already, and kills who does not come."""
+    """Within the `with`, SIGINT and SIGTERM only go on a list. A second one interrupts, but not
+    under torchrun, which repeats signals to all processes and kills those that stay."""
     noted = []
 
     def note(number, frame):
@@ -265,9 +265,9 @@ def noted_signals():
 
 class Run:
     """A training run and its files: X.pt, and X.json, which is X.pt without its tensors. The same
-    command again goes on where the run was, or says that it is done. Other arguments, or another
+    command again resumes the run, or says that it is done. Other arguments, or another
     parent, at the same --out are refused without --force. Raises UserError."""
-    ends = staticmethod(lambda step: False)  # whether a step is the last one, before --steps
+    ends = staticmethod(lambda step: False)  # step -> whether to end there, before --steps
 
     def __init__(self, args, stage, model, optimizer, setup, parent=None):
         self.args, self.model, self.optimizer, self.setup = args, model, optimizer, setup
@@ -277,7 +277,7 @@ class Run:
         if os.path.isdir(args.out):
             raise UserError(f"--out {args.out} is a folder")
         earlier = None if args.force else self.earlier()
-        if earlier and args.dtype == "auto":  # what it began with, whatever this device is
+        if earlier and args.dtype == "auto":  # the same dtype on any device
             args.dtype = earlier["args"].get("dtype", "auto")
         args.dtype, relation = training_dtype(args.dtype, setup), setup.relation(args)
         self.facts = {
@@ -306,7 +306,7 @@ class Run:
             raise UserError(f"{record} is not of this program: there is no {out}; {ADVICE}")
 
     def resume(self, earlier):
-        """Go on from the checkpoint at --out. UserError: it is another run's."""
+        """Go on from the checkpoint at --out. Raises UserError if it is another run's."""
         if differences := self.differences(earlier):
             raise UserError(f"{self.args.out} is another run, of {', '.join(differences)}: give "
                             f"these to go on with it; {ADVICE}")
@@ -317,7 +317,7 @@ class Run:
             self.optimizer.load_state_dict(earlier["optimizer"])
 
     def differences(self, earlier):
-        """What an earlier checkpoint says otherwise, a list of words."""
+        """List of flags and facts in which an earlier checkpoint differs."""
         args, before = self.facts["args"], earlier["args"]
         words = [f"--{key.replace('_', '-')} {before.get(key)}" for key in {**before, **args}
                  if before.get(key) != args.get(key)]
@@ -327,9 +327,8 @@ class Run:
         return words + ["another parent"] * (len(parents) - 1)
 
     def steps(self):
-        """Yields the steps to train. In between it scores (the untouched model first, the finished
-        one last), saves, shows a bar and heeds SIGINT and SIGTERM: saved, exit code 128 + signal.
-        """
+        """Yields each step to train; between steps scores (first the untouched model, last the
+        finished one), saves, shows a bar. SIGINT, SIGTERM: saves, exits with 128 + signal."""
         args = self.args
         if self.finished:
             if self.leads:
@@ -378,13 +377,13 @@ class Run:
             self.print(f"step {step}", shown)
 
     def check_finite(self, step):
-        """End a run whose weights are not finite: they are neither scored nor saved."""
+        """Exit if a weight is not finite: such weights are neither scored nor saved."""
         if not all(p.isfinite().all() for p in self.model.parameters()):
             sys.exit(f"step {step}: the weights are not finite any more; --lr {self.args.lr} is "
                      f"too large. The last good checkpoint, if any, is {self.args.out}")
 
     def save(self, step, path=None, last=False):
-        """Write the checkpoint and its record; to `path`, as if the run ended here."""
+        """Write the checkpoint and its record; to `path` (--keep) as a finished run."""
         if not self.leads:
             return
         self.check_finite(step)
@@ -392,7 +391,7 @@ class Run:
         self.starts[-1]["seconds"] = round(time.time() - self.began, 1)
         moments = {} if finished else self.optimizer.state_dict()
         if moments and hasattr(self.args, "rank"):
-            moments["weights"] = self.model.state_dict()  # not merged
+            moments["weights"] = self.model.state_dict()  # LowRanks not merged
         save(path, {**self.facts, "step": step, "finished": finished, "history": self.history,
                     "starts": self.starts, "model": merged(self.model), "optimizer": moments})
         write_record(path)
