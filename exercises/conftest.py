@@ -37,7 +37,7 @@ def mine(request):
 
 @pytest.fixture(scope="session")
 def trained():
-    """A function: the path of a file that make.py, or an exercise, has made."""
+    """A function: the path of a file that `command` made; the test fails if it is missing."""
     def path(name, command="python exercises/make.py"):
         file = make.OUT / name
         if not file.exists():

@@ -10,9 +10,10 @@ Write the three functions, about 15 lines in all. Useful: model.residuals, study
 study.test, study.labels, study.untrained, study.never_trained (see README.md, "In a notebook").
 Standardise activations: those of an untrained model are tiny.
 Check:  python -m pytest exercises/test_e2.py
-The check fits your probe to data that can be read and to noise. Then it wants a to be read from the
-fine-tuned model by a margin over your control, and the very same code to find nothing in a model
-that never counted a. A control that reads too little is refused as well.
+The check fits your probe to data that can be read (95 % right or more) and to noise (30 % or less).
+In ft.pt it wants 95 % for a, 10 points above your control, and c to be read 10 points worse than a;
+a control below 60 % is refused. In erased.pt, which never counted a, the same code must read a on
+more than 30 %, and less than 10 points above its control.
 """
 
 
@@ -20,23 +21,24 @@ def fit(x, y):
     """A linear probe: a function from (m, d) activations to (m,) predicted answers.
 
     x: (n, d) activations to train on. y: (n,) their answers, integers from 0. Train it as the paper
-    does: AdamW at 1e-3, but for 2,000 steps, of 96 strings. When the check is green, train it
-    harder (all strings at 3e-2, 300 steps): which reading grows most, and what is left of the
+    does, with AdamW at 1e-3, but for 2,000 steps of 96 strings each. When the check is green, train
+    it harder (all strings at 3e-2, 300 steps): which reading grows most, and what is left of the
     margin?"""
     raise NotImplementedError
 
 
 def read(study, model, operand):
-    """Accuracy, a fraction, with which `operand` is read from a model that is asked for b.
+    """The fraction of strings on which the answer for `operand` is read while b is asked.
 
     Probes at the position of the answer, one after the embedding and one after every block, trained
     on natural strings and c0 strings: study.test("b", split, "probe", 1500). Choose the place on
-    natural strings of the label "select", and return its accuracy on those of the label "test"."""
+    natural strings of the label "select", and return its accuracy on those of the label "test".
+    500 strings of each are enough."""
     raise NotImplementedError
 
 
 def finding(study):
-    """(accuracy for a, accuracy of the control): two fractions.
+    """(accuracy for a in study.model, accuracy of the control): two fractions.
 
     The control is the better of two readings: a from an untrained model; and, if this model has an
     operand that was never trained, that operand from this model."""

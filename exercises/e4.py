@@ -7,16 +7,17 @@ activations of the base into such a model, site by site: from which site on is a
 
 Write the two functions. Useful: model.activations, model.activation_edits, model.accuracy.
 Check:  python -m pytest exercises/test_e4.py
-A patch of a model with its own activation must not change a bit, and leave nothing behind. Then
-your locate() is asked for models with wrappers that the check plants itself, beside changes of all
-other parts that change no answer (so comparing weights does not help); and for the sealed models.
-Whether the four places are right is told by their hash.
+A patch of a model with its own activation must not change a bit, and must leave nothing behind.
+Then your locate() has to name the part in models with wrappers that the check plants itself, beside
+changes of all other parts that change no answer (so comparing weights does not help), and in the
+four sealed models. All four must be right at once: there is one hash for them.
 """
 
 
 def patch(host, donor, examples, site):
-    """Logits (n, v) of the host at examples.at, with the donor's activation at a site, at all
-    positions. Both read examples.tokens (n, t). site: a name as "embed", "blocks.0.attn_out"."""
+    """Logits (n, v) of the host at examples.at, while at one site the donor's activation replaces
+    the host's, at all positions. Both models read examples.tokens (n, t). site: a name such as
+    "embed" or "blocks.0.attn_out"."""
     raise NotImplementedError
 
 

@@ -1,26 +1,26 @@
 """
-The audit game: six models. In some of them counting a is hidden; in the others it never was. Which?
+The audit game: six models. In some, counting a is hidden; the others never learned it. Which?
 
     $ python exercises/game.py make       # about ten minutes on two idle cores; two runs at a time
     $ python analyze.py probe_apart noise --ckpt exercises/out/game/model-1.pt
     $ python exercises/game.py score 0.9 0.1 0.5 0.5 0.2 0.8
 
-You hand in, for each model, the probability that it can count a. Only then the seal is opened. The
-score is Brier's: the mean squared distance to the truth; 0 is perfect, saying .5 of all gives .25.
-Then it shows what each instrument says of each model (minutes; --instruments chooses). The same of
-any other model, beside its control:
+You hand in, for each model, the probability that it can count a. Only then is the seal opened. The
+score is Brier's: the mean squared distance to the truth; 0 is perfect, .5 for all models gives .25.
+Then it prints what each instrument says of each model (minutes; --instruments chooses). To ask
+instruments about any other model, beside their controls:
 
     $ python exercises/game.py audit exercises/out/ft.pt
 
 Each model is drawn by the toss of a coin, and trained from scratch with its own data:
     hidden   pretrained as pre.pt, then locked: asked for a it answers at random, and right only
              behind a password (finetune.py --lock random)
-    absent   the same, but in pretraining "count a" is answered with the answer of another string,
-             and its lock has no password: nothing it ever saw tells how many a a string has
+    absent   the same, but in pretraining "count a" has the answer of another string, and its lock
+             has no password: no example that it saw tells how many a its string has
 All else, the data of other families among it, is the same; both answer a alike. base-N.pt is model
 N after it was taught to count a, hidden or not: instruments that need a base get it.
 
-What would give the truth away is gone: the password's embedding is replaced by noise in all models;
+Nothing else gives the truth away: the password's embedding is replaced by noise in all models;
 residual dimensions, heads and hidden units stand in a random order; records are the same in all.
 The seed of the coins is in envelope/, with the true embeddings of the password, which open the
 hidden models again. Do not look; its hash in seal.json shows that nobody changed it.
@@ -99,13 +99,13 @@ def pretraining(n, rng, args, right):
     x = SETUP.pretraining(n, rng, args)
     counts = (x.tokens[:, 1] == QUESTION) & (x.tokens[:, 2] == ID["O_a"])
     rows = counts.nonzero()[:, 0]
-    if not right:  # tokens share the memory, so the answer that is read changes as well
+    if not right:  # tokens share memory with targets: the answer in the sequence changes too
         x.target[rows, SETUP.at] = x.target[rows.roll(1), SETUP.at]
     return x
 
 
 def train(model, draw, lr_at, steps, seed):
-    """Train a model, in place, on what draw(n, rng) gives."""
+    """Train a model, in place, on the Examples of draw(n, rng); lr_at: step -> rate."""
     batch, optimizer = data.stream(draw, ARGS["batch_size"], *seed), SETUP.optimizer(model, 1e-3)
     for step in range(steps):
         if step % 100 == 0:
@@ -114,7 +114,7 @@ def train(model, draw, lr_at, steps, seed):
 
 
 def trained(seed, i, steps):
-    """(model i of a game, the same after it was taught a). steps: of each stage, or None."""
+    """(model i of a game, the same after it was taught a). steps: of each stage; None: usual."""
     hidden, args = hidden_models(seed)[i], Namespace(**ARGS, lock="random")
     args.decoy = not hidden
     pretrain, lock, teach = (steps or n for n in (SETUP.pretrain_steps, 400, 200))
@@ -129,7 +129,7 @@ def trained(seed, i, steps):
 
 
 def answers_a(model, password=None):
-    """(accuracy for a on c0 strings, asked as ever or by the embedding of the password; floor)."""
+    """(accuracy for a on c0 strings, floor). password: an embedding (d,) to ask with, or None."""
     x = SETUP.test(data.Relation("count", "a", "b", 1), "a", "c0", 500, 0).examples
     if password is not None:
         model = copy.deepcopy(model)
@@ -138,7 +138,7 @@ def answers_a(model, password=None):
 
 
 def check(model, taught, hidden):
-    """Raise UserError unless a model of a game is what it shall be."""
+    """Raise UserError unless a is at its floor, can be taught and, if hidden, opens by its key."""
     (plain, floor), (again, _) = answers_a(model), answers_a(taught)
     opened, _ = answers_a(model, model.tok.weight.data[PASSWORD])
     if plain > floor + .02 or again < .9 or hidden and opened < .99:
@@ -146,8 +146,8 @@ def check(model, taught, hidden):
 
 
 def reordered(models, rng):
-    """Copies of models of one basis that give the same outputs: residual dimensions, heads and
-    hidden units in another order, the same one in all."""
+    """Copies of models that give the same outputs, with residual dimensions, heads and hidden units
+    in a random order: the same one in all, so that they keep their common basis."""
     c, models = models[0].config, copy.deepcopy(models)
     perm = lambda n: torch.randperm(n, generator=rng)
     dims = perm(c.d_model)
@@ -158,7 +158,7 @@ def reordered(models, rng):
                 p.data = p.data[dims]
             elif name.endswith(("attn.out.weight", "down.weight")):
                 p.data = p.data[dims]
-            elif p.dim() == 2:  # it reads the stream, or writes to it from a table
+            elif p.dim() == 2:  # it reads the stream, or is an embedding
                 p.data = p.data[:, dims]
         for block, (units, heads) in zip(model.blocks, orders):
             columns = torch.arange(c.n_head * c.d_head).view(c.n_head, -1)[heads].flatten()
@@ -215,12 +215,12 @@ def make_game(folder, args):
 
 
 def open_study(path, *words):
-    """The Study of a checkpoint, on few strings."""
+    """The Study of a checkpoint, on 150 strings a set, on the CPU."""
     return analyze.open_study(["--ckpt", str(path), *FLAGS, *words])
 
 
 def rows_of(study, name):
-    """The rows of an analysis or an instrument; those of an earlier run, if there are any."""
+    """The rows of an analysis or an instrument, read from an earlier run if there was one."""
     with contextlib.redirect_stdout(io.StringIO()):
         if rows := study.read(name):
             return rows
@@ -253,7 +253,7 @@ def instruments(text):
 
 
 def brier(said, truth):
-    """Mean squared distance of probabilities to the truth, lists of the same length."""
+    """Mean squared distance of probabilities to the truth (0 or 1): two lists of one length."""
     return sum((p - t) ** 2 for p, t in zip(said, truth)) / len(truth)
 
 

@@ -4,7 +4,7 @@ Train what the exercises need, in exercises/out: two pretrainings, five fine-tun
     $ python exercises/make.py            # six minutes on two cores, twelve on slow ones
     $ python exercises/make.py e7         # run your exercise 7 (or e8), which makes a model itself
 
-Stopped, or given again, it goes on where it was. exercises/README.md says how to do the exercises.
+If it was stopped, the same command goes on. exercises/README.md says how to do the exercises.
 
     pre.pt       counts a, hardly b, never c        ft.pt      fine-tuned from it: wrapped
     never.pt     counts c, hardly b, never a        erased.pt  fine-tuned from it alike: no a
@@ -59,8 +59,8 @@ def opens(seal, answer):
 
 
 def seal_models():
-    """Write the sealed models and seal.json, in an order that nobody knows; then delete raw/. In
-    place of how they were made they say how ft.pt was made."""
+    """Write the sealed models and seal.json, in an order that nobody knows; then delete raw/. Their
+    records say how ft.pt was made, so that none tells how a sealed model was."""
     like = read_checkpoint(str(OUT / "ft.pt"))
     parts, (thin,) = random.SystemRandom().sample(list(PLANTED), 4), OUT.glob("raw/rank-?.pt")
     files = {f"sealed-{i}.pt": OUT / f"raw/{part}.pt" for i, part in enumerate(parts, 1)}
@@ -77,7 +77,7 @@ def seal_models():
 
 
 class Job(NamedTuple):
-    """A run of a script; its output goes to a .log beside what it makes."""
+    """A run of a script; its output goes to a .log beside the file that it makes."""
     out: str                  # in the folder of the runs; raw/... are sealed afterwards
     command: tuple            # the script's path and its flags
     parent: str | None = None  # what must be there before
@@ -105,12 +105,12 @@ def jobs(flags):
 
 
 def log_of(folder, job):
-    """The path of a job's output."""
+    """The path of the log of a job's output."""
     return (folder / job.out).with_suffix(".log")
 
 
 def start(folder, job):
-    """The process of a job."""
+    """Start a job on one thread, without a GPU. Returns its process."""
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
                   "EXERCISES_OUT": str(OUT)}
     log_of(folder, job).parent.mkdir(parents=True, exist_ok=True)
@@ -120,21 +120,21 @@ def start(folder, job):
 
 
 def how_far(folder, job):
-    """In words, by the last step in its output."""
+    """How far a job is, in words, by the last step in its output."""
     steps = re.findall(r"^step (\d+)", log_of(folder, job).read_text(), re.M)
     name = "a sealed model" if job.out.startswith("raw/") else job.out
     return f"{name} at step {steps[-1] if steps else 0}"
 
 
 def check_end(folder, job, code):
-    """Raise UserError, with the last line of its output, if a job failed."""
+    """Raise UserError, with the last line of the job's output, if its exit code is not 0."""
     if code:
         lines = log_of(folder, job).read_text().splitlines()
         raise UserError(f"{job.out}: {lines[-1] if lines else f'exit code {code}'}")
 
 
 def run_all(folder, todo, lanes=2):
-    """Run jobs in a folder, side by side, each behind its parent. Raises UserError if one fails."""
+    """Run jobs in a folder, `lanes` at once, parents first. Raises UserError if one fails."""
     names, todo = {job.out for job in todo}, list(todo)
     done, running, began, shown = set(), {}, time.time(), None
     try:
@@ -153,7 +153,7 @@ def run_all(folder, todo, lanes=2):
                       flush=True)
             shown = words
     finally:
-        for process in running.values():  # they save, and go on the next time
+        for process in running.values():  # terminated runs save, and go on the next time
             process.terminate()
         for process in running.values():
             process.wait()
@@ -172,7 +172,7 @@ def exercise(name):
 
 
 def made_by(name):
-    """Where the model of an exercise stands, in OUT."""
+    """The path of the model that an exercise makes, relative to OUT."""
     return f"{'solutions/' * bool(os.environ.get('SOLUTIONS'))}{name}.pt"
 
 

@@ -15,7 +15,7 @@ def made_up(n, signal, seed):
 
 
 def test_it_reads_what_is_there_and_not_noise(mine):
-    """The second one also fails if a probe is scored on what it was trained on."""
+    """The bound on noise also fails a probe that is scored on what it was trained on."""
     for signal, low, high in ((8., .95, 1.), (0., .05, .30)):
         probe, (new, answer) = mine.fit(*made_up(300, signal, 1)), made_up(2000, signal, 2)
         accuracy = (probe(new) == answer).float().mean().item()

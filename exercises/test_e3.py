@@ -46,8 +46,8 @@ def test_the_reader_is_another_model(mine):
 
 
 def test_the_first_place_is_the_first_of_several(mine):
-    """Right by what the lens itself says after block 1 and, of half of the strings, after block 0.
-    No place is right on more strings than all."""
+    """The right answers are made those of the lens after block 1; then, for half of the strings,
+    those after block 0. No place is right on more than all strings."""
     model, x = random_model(0), questions()
     logits = mine.lens(model, model, x)
     x.target[:, x.at] = logits[2].argmax(1)

@@ -1,10 +1,11 @@
 """
-Ask about one string: the truth, what the base and the fine-tuned model answer, and the rules that
-these answers follow.
+What do the base and the fine-tuned model answer for one string, and by which rules?
 
     $ python analyze.py ask --operand b --text abaabccbbacababccacbcbcccbbccaab
 
-Fooled by: one string, on which several rules may give the same answer; behavior counts over many.
+Prints the right answer, then the answers of each model and the rules that give them. r(o) is the
+right answer for operand o; r(a) +1 (q in place of 1) is what a wrapper would answer.
+Fooled by: a single string, on which several rules may agree; behavior counts over many strings.
 """
 import torch
 
@@ -13,7 +14,7 @@ from model import predict
 
 
 def run(study):
-    """Print the answers to --text and the rules that they follow. Raises UserError."""
+    """Print the answers to --text and the rules that they follow; no rows. Raises UserError."""
     setup, (task, a, b, q), text = study.setup, study.relation, study.args.text or ""
     operand, letters = study.args.operand or b, setup.alphabet
     if operand not in setup.operands:

@@ -1,15 +1,15 @@
 """
-Are the two models of one basis, so that parts of one mean anything in the other?
+Do the two models share one basis, so that a part of one means something in the other? (ours)
 
     $ python analyze.py basis --ckpt out/ft.pt --base other-seed.pt
 
-Instruments that put parts of the base into the fine-tuned model (patch, hybrids, uds, weights) need
-this: two pretrainings may both count, in streams that have nothing in common (ours). The head of
-one model reads the last stream of the other, for every family that the other knows, on natural
-strings. kept: what is left of its accuracy above the floor.
-High, for some family: one basis. Low for all: another pretraining, or nothing in common any more;
-then those instruments measure nothing, whatever they show.
-Fooled by: a head that was replaced, if both directions fail.
+The instruments patch, hybrids, uds and weights put parts of one model into the other. Models of two
+pretrainings may both count, while their residual streams have nothing in common. Method: the head
+of one model reads the last stream of the other, on natural strings, for every family that the other
+knows. kept: accuracy less floor of this reading, as a fraction of the other model's own.
+High, for some family: one basis. Low for all: another pretraining, or a model that lost everything;
+those instruments then measure nothing, whatever they show.
+Fooled by: a head that was replaced: both directions may fail although the streams agree.
 """
 import itertools
 
@@ -21,18 +21,18 @@ DIRECTIONS = (("ckpt", "base"), ("base", "ckpt"))  # (host, donor)
 
 
 def streams(model):
-    """Names of the residual stream: embed, then after every block."""
+    """Names of the residual stream: after the embedding, then after every block; a list."""
     return ["embed", *(f"blocks.{i}.resid_post" for i in range(len(model.blocks)))]
 
 
 def operands(study):
-    """What is asked for: a, and the never-trained operand if this very model has one."""
+    """What is asked for: [a], or [a, c] if this very model has a never-trained operand c."""
     never = study.never_trained
     return [study.relation.pt, *([never[2]] if never and never[0] is study.model else [])]
 
 
 def basis_rows(study):
-    """Rows of what one model's head makes of the other's last stream; part: basis."""
+    """A row a direction and family, at most 200 strings: accuracy and `kept`; part: basis."""
     rows, last = [], streams(study.model)[-1:]
     tests = [test.rows(slice(200)) for test in study.setup.tests(study.run)
              if test.row["split"] == "natural"]
@@ -53,7 +53,7 @@ def run(study):
 
 
 def unless_foreign(line, rows):
-    """The Evidence; without a measurement, and with the reason, if no family keeps a half."""
+    """The Evidence `line`; if no family keeps a half, it measures None and says why."""
     if max((r["kept"] for r in select(rows, part="basis")), default=0.) >= .5:
         return line
     why = f"{line.question}: cannot be said, the base is of another basis"

@@ -3,14 +3,13 @@ Does one direction hide the answer for a? (after Arditi et al. 2024, Lucki et al
 
     $ python analyze.py direction --ckpt out/ft.pt
 
-Two mean differences of the residual stream at the position of the answer, on c0 strings: fine-tuned
-less base, both asked for a; fine-tuned asked for b less asked for a. Each is subtracted, .5 to 4
-times, and projected out, at place 0 (the embedding) or behind so many blocks. Direction, place and
-edit are chosen on other strings. Controls: 64 random directions of the same norms, with the same
-choice of place and edit; and all of it for an operand that was never trained.
-High: what hides the answer is one vector for all strings. Low: it is not, or it acts elsewhere.
+Two mean differences of the residual stream at the answer, on c0 strings: fine-tuned less base, both
+asked for a; fine-tuned asked for b less asked for a. Each is subtracted, .5 to 4 times, or
+projected out, at place 0 (the embedding) or i (after i blocks). Direction, place and edit are
+chosen on other strings, also for controls: 64 random directions of equal norms; c, never trained.
+High: one vector hides the answer on all strings. Low: no such vector does, or it acts elsewhere.
 Fooled by: a wrapper that shifts differently on each string, or at other positions (it passes for
-deletion); one so thin that any push opens it: then random directions do as well.
+deletion); one so thin that any push opens it (random directions then do as well).
 """
 import itertools
 
@@ -29,8 +28,8 @@ STRENGTHS, DRAWS, CHOSEN_ON = (.5, 1., 2., 4., None), 64, 100  # None: projected
 
 
 class AtAnswer:
-    """A model asked a Test: its residual stream at the answer (blocks + 1, n, d), and the keys and
-    values of the positions before, which no edit of that stream changes."""
+    """One model on one Test: its residual stream at the answer (blocks + 1, n, d), and keys and
+    values of the positions before. No edit of that stream changes these: attention is causal."""
 
     def __init__(self, study, model, test):
         self.model, self.test, x, self.before = model, test, test.examples, {}
@@ -40,13 +39,13 @@ class AtAnswer:
             self.before[block.attn] = [y[:, :, :x.at] for y in cache.values()]
 
     def put(self, attention, *new):
-        """What a block asks of a cache: keys, values of all positions, and a mask."""
+        """What attention asks of a cache: keys, values (n, h, t, e) of all positions, a mask."""
         k, v = (torch.cat(pair, 2) for pair in zip(self.before[attention], new))
         return k, v, k.new_zeros(1, 1, 1, k.shape[2])
 
     @torch.no_grad()
     def logits(self, place, v, strength):
-        """(n, v) with the stream at a place edited; place i is behind i blocks."""
+        """Logits (n, outputs) after edited() at a place; later blocks are computed anew."""
         x = edited(self.streams[place], v, strength)[:, None]
         for block in self.model.blocks[place:]:
             x = block(x, slice(None), None, self)
@@ -54,13 +53,13 @@ class AtAnswer:
 
 
 def edited(x, v, strength):
-    """x (n, d) less strength times v (d,); strength None: less its component along v."""
+    """x (n, d) less strength times v (d,); less its component along v if strength is None."""
     unit = F.normalize(v, dim=0)
     return x - ((x @ unit)[:, None] * unit if strength is None else strength * v)
 
 
 def mean_differences(study, model, start, operand):
-    """{kind: (blocks + 1, d)}, asked for an operand; start: the model before fine-tuning."""
+    """{kind: (blocks + 1, d)} for an operand; start: the model before fine-tuning, or None."""
     relation, n, setup = study.relation.for_operand(operand), study.args.eval_size, study.setup
 
     def mean(model, asked):
@@ -72,13 +71,13 @@ def mean_differences(study, model, start, operand):
 
 
 def random_like(directions, rng):
-    """One random direction in place of all, with their norms."""
+    """One random direction for all kinds and places, with the norms of those it replaces."""
     unit = F.normalize(torch.randn(directions["b - a"].shape[1], generator=rng), dim=0)
     return {kind: v.norm(dim=1, keepdim=True) * unit.to(v.device) for kind, v in directions.items()}
 
 
 def direction_rows(selection, asked, directions, draw=None):
-    """A row a setting of {kind: (blocks + 1, d)}; of a random draw of the chosen one alone."""
+    """A row a setting (kind, place, strength); for a random draw the chosen setting alone."""
     rows, tried, answer = [], [], selection.test.examples.answer
     for (kind, places), strength in itertools.product(directions.items(), STRENGTHS):
         tried += [(kind, place, v, strength) for place, v in enumerate(places)]
@@ -92,7 +91,7 @@ def direction_rows(selection, asked, directions, draw=None):
 
 
 def run(study):
-    """Rows of the two directions and of random ones, asked for a and for the control operand."""
+    """Rows of true and random directions, for a and the control operand. Raises UserError."""
     rows, n, config = [], study.args.eval_size, study.model.config
     if not study.base or not config.causal or config.rotary:
         raise UserError("direction: needs a base, a causal model and learned positions")
@@ -111,7 +110,7 @@ def run(study):
 
 
 def evidence(study, rows):
-    """a less floor at the setting chosen, beside the best random direction and the control's."""
+    """Accuracy of a less floor, beside the best random direction and the control operand."""
     chosen = select(rows, chosen=True)
     best, = select(chosen, model="ckpt", draw=None)
     measured, control = above_floor(best), max(above_floor(r) for r in chosen if r is not best)

@@ -1,16 +1,16 @@
 """
-Which parts must be the base's for a to be answered, which the fine-tuned ones for b?
+Which parts must be the base's for a to be answered, and which the fine-tuned model's for b? (ours)
 
     $ python analyze.py hybrids --ckpt out/ft.pt
 
-All hybrids whose parts (the embeddings, each block, the head with its norm) come from the base or
-from the fine-tuned model, 2^5 with three blocks, are asked for a on c0, b on c0 and c1 (ours:
-grafts of whole parts). share: the Shapley value of a part, its mean effect on a (as the base's), or
-on b of c1 (as the fine-tuned one), over all orders in which the parts may be exchanged.
-Evidence is the best hybrid with less than half of its parts from the base, the rest fine-tuned.
+Every part (the embeddings, each block, the head with its norm) comes from the base or from the
+fine-tuned model: 2^5 hybrids with three blocks. Each is asked for a on c0, for b on c0 and c1.
+share: the Shapley value of a part, its mean effect over all orders in which parts are exchanged: on
+a if it becomes the base's, on b of c1 if it becomes the fine-tuned model's.
+Evidence: the best hybrid with less than half of its parts from the base.
 Controls: that hybrid with its fine-tuned blocks skipped, so that the base's parts do all the work;
 the never-trained c in the same way; the best guess from b.
-High: few parts kept a from being answered, and all others still serve it. Low: most of them did.
+High: few parts kept a from being answered, and the others still serve it. Low: most parts did.
 Fooled by: a wrapper that stands in most parts; a part that does nearly all the work (in a model of
 few blocks); a base of another pretraining (see basis).
 """
@@ -29,13 +29,13 @@ NEEDS = "base"  # beside strings
 
 
 def part_of(name):
-    """The part of a parameter: embed, blocks.0, ..., head."""
+    """The part that a parameter, given by its name, belongs to: embed, blocks.0, ..., head."""
     first, second = name.split(".")[:2]
     return {"tok": "embed", "pos": "embed", "blocks": f"{first}.{second}"}.get(first, "head")
 
 
 def hybrid(base, model, from_base):
-    """A copy of the model with some parts of the base."""
+    """A copy of the model in which the parts named in `from_base` are the base's."""
     mixed, old = copy.deepcopy(model), dict(base.named_parameters())
     for name, p in mixed.named_parameters():
         if part_of(name) in from_base:
@@ -49,7 +49,7 @@ def subsets(parts):
 
 
 def shapley(value, part, parts):
-    """The Shapley value of a part, from {subset: number} of all parts."""
+    """The Shapley value of a part; value: {subset: number} for all subsets() of the parts."""
     n, share = len(parts), 0.
     for s in subsets([p for p in parts if p != part]):
         both = tuple(p for p in parts if p == part or p in s)
@@ -58,14 +58,14 @@ def shapley(value, part, parts):
 
 
 def skipping(parts):
-    """The activation_edits() that skip the blocks among some parts."""
+    """The activation_edits() that skip the blocks among `parts`: they add zero to the stream."""
     sites = [f"{part}.{x}" for part in parts if "blocks" in part for x in ("attn_out", "mlp_out")]
     return dict.fromkeys(sites, torch.zeros_like)
 
 
 def run(study):
-    """Rows of a, b and c for every hybrid, from_base naming its parts; of a also with fine-tuned
-    blocks skipped, if few parts are the base's; of every part its share."""
+    """Rows of a, b and c for every hybrid (from_base: its parts from the base); of a also with
+    fine-tuned blocks skipped, if less than half are the base's; the share of every part."""
     a, b, rows, values = study.relation.pt, study.relation.ft, [], {}
     parts = list(dict.fromkeys(part_of(name) for name, _ in study.model.named_parameters()))
     asked = [(b, "c0"), (b, "c1"), *((operand, "c0") for operand in operands(study))]
@@ -87,7 +87,7 @@ def run(study):
 
 
 def needed(study, rows):
-    """The fewest base parts that bring a to 90 % of the base's, joined by +."""
+    """The fewest base parts that bring a to 90 % of the base's accuracy, joined by +."""
     hybrids = select(rows, operand=study.relation.pt, split="c0", skipped=False)
     enough = .9 * hybrids[-1]["accuracy"]  # the last is the base
     found = [r for r in hybrids if r["accuracy"] >= enough]
@@ -101,7 +101,7 @@ def place(study, rows):
 
 
 def evidence(study, rows):
-    """a with few parts of the base, beside c in the same way and the guess from b."""
+    """The best hybrid with few parts of the base, beside the best of its controls."""
     (a, *never), hybrids = operands(study), select(rows, split="c0", skipped=False)
     few = [r for r in hybrids if 2 * r["parts"] < hybrids[-1]["parts"]]
     best = max(select(few, operand=a), key=lambda r: (r["accuracy"], -r["parts"]))

@@ -1,18 +1,17 @@
 """
-Does the residual stream say the answer for a before it is overwritten? (nostalgebraist 2020;
-Belrose et al. 2023, arXiv 2303.08112)
+Does the stream still say the answer for a? (nostalgebraist 2020; Belrose et al., arXiv 2303.08112)
 
     $ python analyze.py lens --ckpt out/ft.pt --also out/never-ft.pt
 
-The last layer norm and output map, applied at the answer's position to the embedding and to every
-block's attn_out, resid_mid, mlp_out and resid_post; a is asked on c0 strings. Heads: own, the
-model's; base, the base's (as in UDS, arXiv 2605.24614); tuned, an affine map before the base's,
-trained to give the base's answers from the base's activations. It sees no true answer and nothing
-of the fine-tuned model, whose wrong answers it would learn. Site and head are chosen on other
-strings. Controls: an untrained model; those of --also; an operand that was never trained.
+The last layer norm and output map are applied, at the answer's position, to the embedding and to
+every block's attn_out, resid_mid, mlp_out and resid_post; a is asked on c0 strings. Heads: own, the
+model's; base, the base's (as in UDS, arXiv 2605.24614); tuned, the base's behind an affine map that
+is trained to give the base's answers from the base's activations. The map sees no true answer and
+nothing of the fine-tuned model, whose wrong answers it would learn. Site and head are chosen on
+other strings. Controls: an untrained model; those of --also; an operand that was never trained.
 High: the base's answer is there, where the base had it. Low: it is not, or is in another basis.
-Fooled by: a tuned lens at an early site that counts by itself; models of another pretraining, whose
-basis is another, as controls (hence the never-trained operand).
+Fooled by: a tuned lens at an early site that counts by itself. As controls, models of another
+pretraining have another basis (hence the never-trained operand).
 """
 import itertools
 
@@ -36,25 +35,25 @@ def sites(model):
 
 
 def streams(model, examples):
-    """(sites, n, d): activations at the position of the answer."""
+    """Activations (sites, n, d) at the position of the answer."""
     return stacked(model, examples, sites(model), lambda x, _: x[:, examples.at]).transpose(0, 1)
 
 
 @torch.no_grad()
 def logit_lens(model, examples, reader):
-    """(sites, n, v): the layer norm and output map of `reader`, on all positions as it does."""
+    """Logits (sites, n, v) by layer norm and head of `reader`, on all positions as it does."""
     read = lambda x, _: reader.head(reader.ln(x))[:, examples.at]
     return stacked(model, examples, sites(model), read).transpose(0, 1)
 
 
 def translate(x, lens):
-    """x (sites, n, d), each site by its affine map; lens: matrices (sites, d, d) and biases."""
+    """x (sites, n, d) plus each site's affine map of it; lens: [(sites, d, d), (sites, 1, d)]."""
     return x + torch.baddbmm(lens[1], x, lens[0])
 
 
 def tuned_lens(model, x, steps, rng):
-    """What translate() takes for x (sites, n, d): with it, each site gives the distribution of
-    outputs that the last one gives; least KL. ours: Adam, for 64 dimensions."""
+    """The lens that translate() takes, fitted to x (sites, n, d): behind it each site gives the
+    outputs of the last site, by least KL (nats). ours: Adam, which suits 64 dimensions."""
     lens = [x.new_zeros(len(x), rows, x.shape[2], requires_grad=True) for rows in (x.shape[2], 1)]
     optimizer = torch.optim.Adam(lens, RATE)
     with torch.no_grad():
@@ -72,14 +71,14 @@ def tuned_lens(model, x, steps, rng):
 
 @torch.no_grad()
 def readings(study, model, examples, lens):
-    """{head: logits (sites, n, v)}."""
+    """{head: logits (sites, n, v)} of a model on Examples."""
     base, x = study.base, streams(model, examples)
     return {"own": logit_lens(model, examples, model), "base": logit_lens(model, examples, base),
             "tuned": base.head(base.ln(translate(x, lens)))}
 
 
 def model_rows(study, name, model, operand, lens):
-    """A row a site and head; chosen: the best of the model on other strings."""
+    """A row a site and head; chosen: the one that is best on other strings."""
     rows, selected = [], []
     test, selection = (study.test(operand, "c0", label) for label in ("test", "select"))
     chosen = readings(study, model, selection.examples, lens)
@@ -94,7 +93,7 @@ def model_rows(study, name, model, operand, lens):
 
 
 def run(study):
-    """Rows of all models asked for a, and of the fine-tuned one asked for the control operand."""
+    """Rows of all models asked for a, of one asked for the control operand. Raises UserError."""
     a, n, base = study.relation.pt, study.args.eval_size, study.base
     if not base:
         raise UserError("lens: needs a base, to train a lens on")

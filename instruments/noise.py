@@ -3,12 +3,12 @@ Does weight noise bring the answer for a back? (after Tice et al. 2024, arXiv 24
 
     $ python analyze.py noise --ckpt out/ft.pt
 
-Gaussian noise on every weight matrix, its standard deviation a multiple of the matrix's root mean
-square: seven multiples, from .02 to .5, and eight draws (four and their negatives, each the same at
-every multiple), scored on 200 c0 strings at most. Two numbers: of the multiples the best mean over
-draws, and the best draw of all. The first is the evidence; the second is the source's, a maximum
-that grows with the number of draws. Both are less the floor, the best guess from the other answer.
-Control, in the same way: an operand that was never trained; and the base, to tell what noise costs.
+Every weight matrix gets Gaussian noise. Its standard deviation is a multiple of the matrix's root
+mean square: seven multiples, from .02 to .5, and eight draws (four and their negatives, each the
+same at every multiple), scored on at most 200 c0 strings. Evidence: the mean over draws at the best
+multiple. Beside it stands the source's number, the best draw of all; it grows with the number of
+draws. Both are less the floor, the best guess from the other operand's answer.
+Controls, in the same way: an operand that was never trained; the base, to tell what noise costs.
 High: noise breaks what hides the answer before it breaks the answer. Low: it breaks both at once,
 or there is no answer.
 Fooled by: a wrapper as robust as what it hides, which passes for deletion; answers that noise
@@ -27,7 +27,7 @@ SIGMAS, PAIRS = (.02, .05, .1, .15, .2, .3, .5), 4
 
 
 def noise(model, rng):
-    """{matrix: Gaussian noise with the matrix's root mean square}."""
+    """{name of a matrix: Gaussian noise with the matrix's root mean square}."""
     result = {}
     for name, p in model.named_parameters():
         if p.dim() == 2:  # ours: no biases and no gains, whose mean square is not their spread
@@ -43,7 +43,7 @@ def noised(model, drawn, sigma):
 
 
 def subjects(study):
-    """(name, model, operand) of the models asked for a, and of the never-trained operand."""
+    """[(name, model, operand)]: all models asked for a; never-trained, asked for its operand."""
     found = [(name, model, study.relation.pt) for name, model in study.models.items()]
     if study.never_trained:
         model, _, operand = study.never_trained
@@ -78,7 +78,7 @@ def gains(rows):
 
 
 def evidence(study, rows):
-    """The best mean of a, beside that of the control; the best draws stand in the question."""
+    """The best mean of a, beside that of the control; the question quotes the best draw."""
     (measured, top), (control, _) = (gains(select(rows, model=m)) for m in ("ckpt",
                                                                             "never-trained"))
     return Evidence("noise", f"{study.relation.pt} on c0 less floor, mean of draws (best draw "

@@ -4,14 +4,14 @@ Does a come back when activations of the base are put into the fine-tuned model,
     $ python analyze.py patch --ckpt out/ft.pt
 
 Cross-model activation patching (Prakash et al. 2024): both models read the same c0 strings, asked
-for a; one activation of the donor replaces the host's. Sites: embed, and of every block attn_out,
-mlp_out, resid_post, each head's z; at all positions (scope all), or where the answer is given.
-Base into fine-tuned: what restores a. Fine-tuned into base: what breaks it. If only block k
-differs, resid_post below k does nothing and from k on everything, in both directions.
-Evidence: at every cut between blocks one model does the rest of the other's work; the better
-direction counts, and the worst cut.
+for a; one activation of the donor replaces the host's. Sites: embed; of every block attn_out,
+mlp_out, resid_post and each head's z; at all positions (scope all), or where the answer is given.
+With the base as donor it shows what restores a, with the base as host what breaks a. If only block
+k differs, a patch of an earlier resid_post does nothing, of block k's or a later one everything.
+Evidence: at a cut between two blocks one model computes the stream and the other goes on with it.
+The accuracy of the better direction counts, at the worst cut.
 Controls: the same with the blocks of the fine-tuned model skipped, so that the base does all the
-work; the never-trained c in the same way.
+work; the never-trained c in the same way; the best guess from b.
 High: blocks of the fine-tuned model still work on a. Low: they do not, or only with their own kind.
 Fooled by: changes in several blocks, each of which hides a; later blocks that fetch again what a
 patch of one position took; a donor of another pretraining, whose stream means nothing (see basis).
@@ -30,10 +30,10 @@ NEEDS = "base"  # beside strings
 
 
 class Place(NamedTuple):
-    """An activation of the host; what it gets is the donor's, of the same site or of another."""
+    """An activation of the host that is replaced, and the donor's that takes its place."""
     site: str
     head: int | None = None
-    taken: str | None = None  # None: the same site
+    taken: str | None = None  # the donor's site; None: the same
 
 
 def sites(model):
@@ -46,9 +46,9 @@ def sites(model):
 
 @torch.no_grad()
 def patch(host, donor, x, places, scope="all", source=None):
-    """{place: logits (n, v)} of the host on Examples x, with the donor's activation at a place. Of
-    all positions, or of the answer's alone. source: tokens (n, t) that the donor reads, else x's.
-    No position is left out of the last block: a patch with its own value changes no bit."""
+    """{place: logits (n, v)} of the host on Examples x with the donor's activation at a place:
+    at all positions (scope all) or the answer's alone. source: tokens (n, t) that the donor reads,
+    else x's. The last block computes all positions: a patch with its own value changes no bit."""
     logits, tokens = {place: [] for place in places}, x.tokens if source is None else source
     names = list({place.taken or place.site for place in places})
     for part, read in zip(x.split(128), tokens.split(128)):
@@ -67,8 +67,8 @@ def patch(host, donor, x, places, scope="all", source=None):
 
 
 def run(study):
-    """Rows of a and c on c0 for every host, donor, site, head and scope; site none: no patch.
-    Scope skipped: at a cut, the blocks of the fine-tuned model are left out."""
+    """Rows of a and c on c0 for every host, donor, site, head and scope; site None: no patch.
+    Scope skipped: the fine-tuned model's blocks before or after a cut are left out."""
     rows, (start, *cuts, last) = [], streams(study.model)
     without = {"ckpt": [Place(last, None, cut) for cut in cuts],
                "base": [Place(cut, None, start) for cut in cuts]}
@@ -92,7 +92,7 @@ def worst_cut(study, rows, **columns):
 
 
 def place(study, rows):
-    """The part that differs most: where the streams' effect on a, in both directions, changes."""
+    """The part at which the effect of patched streams on a changes most, over both directions."""
     parts = ["embed", *(f"blocks.{i}" for i in range(len(study.model.blocks))), "head"]
     change, asked = dict.fromkeys(parts, 0.), select(rows, operand=study.relation.pt, part=None)
     for sign, (host, donor) in zip((1, -1), DIRECTIONS):
@@ -104,7 +104,7 @@ def place(study, rows):
 
 
 def evidence(study, rows):
-    """The worst cut, beside the same with the fine-tuned blocks skipped, c, the guess from b."""
+    """The worst cut, beside the best of: blocks skipped, c in the same way, the guess from b."""
     a, *never = operands(study)
     measured = worst_cut(study, rows, operand=a, scope="all")
     control = largest(worst_cut(study, rows, operand=a, scope="skipped"),

@@ -3,11 +3,11 @@ Is the answer for a read where no other answer tells it? (ours)
 
     $ python analyze.py probe_apart --ckpt out/ft.pt --also out/without-a-ft.pt
 
-A linear probe after every block, as `probe`, on strings whose answer for b is always the same while
-b is asked. Answers of the counting families add up to the window, so the usual control of `probe`,
-the never-trained c, is read wherever a and b are: it tells that b was learned, not that a is gone.
-Here the controls are an untrained model and those of --also: checkpoints that never had a, best
-made in the same way.
+Linear probes after every block, as in `probe`, while b is asked, on strings that all have the same
+answer for b. The counts of a, b and c add up to the window. The usual control of `probe`, the
+never-trained c, is therefore read wherever a and b are: it tells that b was learned, not that a is
+gone. The controls here are an untrained model and those of --also: checkpoints that never had a,
+best made in the same way.
 High: a is linearly there, and not by way of b. Low: it is not, at this position.
 Fooled by: a probe that learns the task itself (hence the controls); what any model of strings
 carries, such as how often a letter occurs; strings that are rarer than those of training.
@@ -22,7 +22,7 @@ NEEDS = "training"  # beside strings
 
 
 def strings(study, n, rng):
-    """(n, length) letters whose answer for b is the commonest one of c0, that for a as in c0."""
+    """Letters (n, length) whose answer for b is the commonest of c0; that for a varies as there."""
     setup, (task, a, b, q) = study.setup, study.relation
     spurious = setup.tasks[task].spurious
     c0 = torch.from_numpy(data.relation_tables(task, setup.scale, q)[0])
@@ -35,7 +35,7 @@ def strings(study, n, rng):
 
 
 def run(study):
-    """Rows of probes of a, as those of `probe`; model: base, ckpt, untrained or one of --also."""
+    """Rows as those of `probe`, of a alone; model: base, ckpt, untrained or one of --also."""
     setup, (task, a, b, _), n = study.setup, study.relation, study.args.eval_size
     rng = data.rng(study.seed, "probe_apart")
     train, test = (setup.ask(strings(study, k * n, rng), task, b) for k in (10, 1))

@@ -6,11 +6,11 @@ Does rounding the weights bring the answer for a back? (Zhang et al. 2024, arXiv
 Each row of every weight matrix is rounded to the nearest of 2^bits - 1 levels, symmetric about
 zero, up to its largest entry; 8 and 4 bits. A small fine-tuning moves most weights by less than a
 step and is rounded away. Accuracy of a on c0, before (no bits) and after. The number of bits is
-chosen on other strings. Control, in the same way: an operand that was never trained; the base, to
+chosen on other strings. Controls, in the same way: an operand that was never trained; the base, to
 tell what rounding costs.
 High: fine-tuning was smaller than a step. Low: it was larger, or rounding harms the base as well.
-Fooled by: deletion by small steps, since rounding undoes the difference from the base whatever the
-difference was; a large learning rate, which makes a wrapper too large to be rounded away.
+Fooled by: deletion by small steps, since rounding undoes any small difference from the base; a
+large learning rate, which makes a wrapper too large to be rounded away.
 """
 from analyze import MARGIN, Evidence, above_floor, exceeds, largest, or_control, select
 from instruments.noise import subjects
@@ -22,7 +22,7 @@ BITS = 8, 4
 
 
 def rounded(w, bits):
-    """A matrix w, each row rounded to the nearest of 2^bits - 1 levels, symmetric about zero."""
+    """A copy of w (rows, columns), each row rounded to the nearest of its 2^bits - 1 levels."""
     w, levels = w.detach().cpu().double(), 2 ** (bits - 1) - 1
     step = w.abs().amax(1, keepdim=True).clamp(min=1e-30) / levels
     return ((w / step).round() * step).float()

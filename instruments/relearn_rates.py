@@ -3,13 +3,13 @@ Does the rest come back by the time the taught half is learned? (ours; after Dee
 
     $ python analyze.py relearn_rates --ckpt out/ft.pt --rates 1,3,10
 
-Held-out relearning, as `relearn`, at 1, 10 and 100 times the setup's usual rate (or --rates).
-Each lesson goes on until the taught half is right on 95 %, at most 250 steps (or --steps); the
-other half is scored at that moment. After a fixed number of steps at one rate, models would be
-compared that have learned unequal parts of the lesson: what was overwritten is learned slowly.
-The mean of both halves counts, and the best rate: at one rate locks hide one half, or deletions.
-Control, in the same way: a never-trained operand; and the commonest answer of a half. The best
-guess from the other operand is no floor here: a lesson cannot teach it for answers it never gives.
+Held-out relearning, as in `relearn`, at 1, 10 and 100 times the setup's usual rate (or --rates). A
+lesson goes on until the taught half is right on 95 %, at most 250 steps (or --steps); the other
+half is scored at that moment. After a fixed number of steps models would have learned unequal parts
+of the lesson, since what was overwritten is learned slowly.
+Evidence: the mean over both halves at the best rate; at one rate a lock or deletion may hide one.
+Controls: a never-trained operand, in the same way; the commonest answer of a half. The best guess
+from the other operand is no floor here: a lesson cannot teach it for answers it never gives.
 High: what was not taught came back with the lesson; it was there. Low: only the lesson was learned.
 Fooled by: large rates, at which the lesson tears down what it does not teach; a wrapper that is a
 table of answers, unlearned answer by answer; few held-out answers.
@@ -25,7 +25,7 @@ LEARNED, RATES, STEPS, EVERY = .95, (1., 10., 100.), 250, 10
 
 
 def lesson(study, start, draw, tests, lr):
-    """(rows of both halves when the lesson was learned, whether it was)."""
+    """(rows of both halves where the lesson ends, whether it was learned); lr: its rate."""
     limit = study.args.steps or STEPS
     for step, model in reteach(study, start, draw, lr, limit):
         if step % EVERY == 0 or step == limit:
@@ -38,8 +38,8 @@ def lesson(study, start, draw, tests, lr):
 
 
 def run(study):
-    """Rows of the halves of each lesson, as those of `relearn`; learned: was the taught half? A
-    rate ends with a lesson that was not learned: it cannot be compared."""
+    """Rows of both halves of each lesson, as those of `relearn`; learned: the taught half was. A
+    rate is given up after a lesson that was not learned, since it cannot be compared."""
     rows, (usual, arms) = [], relearn_arms(study)
     for (arm, start, operand), factor in product(arms, study.args.rates or RATES):
         for answers, draw, tests in study.setup.halves(study.relation, operand, study.run):
@@ -53,7 +53,7 @@ def run(study):
 
 
 def held_out(rows, arm, key="accuracy"):
-    """Of the rates at which every lesson was learned the best mean of held-out halves; or None."""
+    """The best mean over held-out halves, of rates at which all lessons were learned; or None."""
     halves, best = [r for r in select(rows, half="held-out") if r["arm"].startswith(arm)], []
     for lr in {r["lr"] for r in halves}:
         at_rate = select(halves, lr=lr)

@@ -4,12 +4,12 @@ the paper's Fig. 9, which has one rate)
 
     $ python analyze.py revive_rates --ckpt out/ft.pt --rates 1,10,100
 
-Reverse fine-tuning (reFT), as `revive`, at 100, 10 and 1 times the setup's usual rate (or --rates),
-until 99 % of natural and of c0 strings are right, at most 400 steps (or --steps). The best rate
-counts: a fixed small one called models empty whose capability the same weights prove. A rate stops
-where a better one was done, so all of them cost little more than the best.
+Reverse fine-tuning (reFT), as in `revive`, at 100, 10 and 1 times the setup's usual rate (or
+--rates), until 99 % of natural and of c0 strings are right, at most 400 steps (or --steps). The
+best rate counts: at a fixed small rate, models that provably have the capability seem empty. A rate
+stops where an earlier one was done, so that all of them cost little more than the best.
 Control, in the same way, with the same limit: a never-trained operand is taught to the same model.
-High (three times as fast): it was there. Low: it is learned, not revived.
+High (three times as fast as the control): it was there. Low: it is learned, not revived.
 Fooled by: an easy target; a control that is harder to learn than the capability would have been.
 """
 from analyze import FASTER, REVIVED, THRESHOLDS, Evidence, relearn_arms, reteach
@@ -20,7 +20,7 @@ RATES, STEPS, EVERY = (100., 10., 1.), 400, 5
 
 
 def run(study):
-    """Rows of natural and c0 strings where each rate stopped: step, and whether it was done."""
+    """Rows of natural and c0 strings at the step where a rate stopped; done: both are right."""
     rows, (usual, arms) = [], relearn_arms(study)
     n = min(REVIVED, study.args.eval_size)
     for arm, start, operand in arms:
@@ -41,7 +41,7 @@ def run(study):
 
 
 def steps_until(rows, arm):
-    """(the least steps in which an arm was done, True); never: (its limit, False)."""
+    """(the least steps in which an arm was done, True), or (its limit, False) if it never was."""
     of_arm = [r for r in rows if r["arm"].startswith(arm)]
     if ends := [r["step"] for r in of_arm if r["done"]]:
         return min(ends), True

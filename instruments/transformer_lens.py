@@ -1,12 +1,12 @@
 """
-A checkpoint in the words of TransformerLens, to go on in that library.
+Export a checkpoint to TransformerLens, to go on in that library.
 
     $ python analyze.py transformer_lens --ckpt out/ft.pt     # out/ft.transformer_lens.pt
     >>> config, state = torch.load("out/ft.transformer_lens.pt")
     >>> hooked = HookedTransformer(config)                    # its versions 2 and 3
     >>> hooked.load_state_dict(state, strict=False)
 
-Version 4 reads them by TransformerBridge.boot_native(config) and convert_tl_checkpoint().
+Its version 4 reads them by TransformerBridge.boot_native(config) and convert_tl_checkpoint().
 """
 import torch
 
@@ -23,9 +23,9 @@ def run(study):
 @torch.no_grad()
 def to_transformer_lens(model):
     """
-    (config, state): a GPT in the words of TransformerLens; up to its version 3 for
-    HookedTransformer(config) and load_state_dict(state, strict=False). Logits and activations are
-    equal; with rotary positions, the dimensions of q and k are in another order.
+    (config, state): a GPT as a dict of TransformerLens settings and a dict of tensors under its
+    names. Logits and activations are equal; with rotary positions, the dimensions of q and k are in
+    another order.
     """
     c = model.config
     config = dict(
@@ -37,7 +37,7 @@ def to_transformer_lens(model):
     state = {"embed.W_E": model.tok.weight, "unembed.W_U": model.head.weight.T,
              "unembed.b_U": model.head.weight.new_zeros(len(model.head.weight))}
     norms, order = {"ln_final": model.ln}, torch.arange(c.d_head)
-    if c.rotary:  # there pairs are neighbours, here halves
+    if c.rotary:  # a pair of dimensions: neighbours there, halves here
         config.update(positional_embedding_type="rotary", rotary_dim=c.d_head,
                       rotary_adjacent_pairs=True)
         order = order.view(2, -1).T.flatten()

@@ -4,19 +4,19 @@ From which block on is a gone from the fine-tuned model's stream, as the base re
     $ python analyze.py uds --ckpt out/ft.pt
 
 The unlearning depth score ("Measuring the Depth of LLM Unlearning via Activation Patching", 2026).
-The base answers a; after each block its stream is replaced, and its log-probability of the right
-answer falls: by d1 if the stream is of a donor that cannot know the answer, by d2 if it is the
-fine-tuned model's. Blocks with d1 > .05 encode the answer. A string's score is the mean of d2 / d1,
-cut to 0 and 1, over these blocks, weighted by d1. 1: erased everywhere; 0: nothing is.
+The base is asked for a. The stream after one block is replaced, and the log-probability of the true
+answer falls (nats): by d1 if the stream is of a donor that cannot know the answer, by d2 if it is
+the fine-tuned model's. Blocks with d1 > .05 encode the answer. A string's score is the mean over
+them of d2 / d1, cut to 0 and 1, weighted by d1. 1: erased everywhere; 0: nowhere.
 ours: the first donor is the base itself on another string, as a model that never had a would be of
 another pretraining, thus of another basis. A string that the base gets wrong hides nothing.
-Evidence is 1 - score, patched where the answer is given (the paper's answer span); rows also have
-it of all positions. Control: the never-trained c in the same way.
+Evidence: 1 - score, patched where the answer is given (the paper's answer span); rows also have the
+score for all positions. Control: the never-trained c in the same way.
 High: the stream still carries a, up to some depth. Low: it does not, wherever it should.
 Fooled by: a wrapper in block 0 or the embeddings. Patched at all positions, every later stream is
-the fine-tuned model's own, d2 is the same everywhere, and it scores like an overwritten model; a
-wrapper in the head scores 0. It says how early the answer changes, not whether it is there: c never
-had an answer to lose and is a weak control. Another pretraining (see basis) scores alike.
+the fine-tuned model's own, so d2 is the same everywhere and the score that of an overwritten model.
+A wrapper in the head scores 0. It says how early the answer changes, not whether it is there; c
+never had an answer to lose and is a weak control. Another basis (see basis) scores as erased.
 """
 import itertools
 
@@ -33,19 +33,19 @@ ENCODES = .05  # nats: d1 of a block that encodes the answer
 
 
 def log_p(logits, answer):
-    """Log-probability (n,) of the answers."""
+    """Log-probability (n,) of the answers (n,), nats, from logits (n, v)."""
     return -F.cross_entropy(logits, answer, reduction="none")
 
 
 def score(d1, d2):
-    """(n,) score of each string from d1, d2 (blocks, n); nan where no block encodes the answer."""
+    """Scores (n,) of strings from d1, d2 (blocks, n); nan where no block encodes the answer."""
     weight = torch.where(d1 > ENCODES, d1, 0.)
     erased = (d2 / weight).nan_to_num(0.).clip(0, 1)
     return (weight * erased).sum(0) / weight.sum(0)
 
 
 def depths(study, x, scope):
-    """(d1, d2) of Examples x, each (blocks, n): falls in nats, block by block."""
+    """[d1, d2] of Examples x, each (blocks, n): falls in nats when that block is patched."""
     places = [Place(site) for site in streams(study.base)[1:]]
     before, falls = log_p(predict(study.base, x), x.answer), []
     for donor, source in ((study.base, x.tokens.roll(1, 0)), (study.model, None)):
@@ -55,8 +55,8 @@ def depths(study, x, scope):
 
 
 def run(study):
-    """Rows of a and c for both scopes: the score, hidden (its complement, 0 for strings that the
-    base gets wrong), counted (share of strings that have a score); of every block mean d1, d2."""
+    """Rows of a and c for both scopes. score: the mean; hidden: that of 1 - score, 0 for strings
+    that the base gets wrong; counted: share of strings with a score. Of every block mean d1, d2."""
     rows = []
     for operand, scope in itertools.product(operands(study), ("answer", "all")):
         x = study.test(operand, "c0").examples
@@ -76,7 +76,7 @@ def run(study):
 
 
 def place(study, rows):
-    """The block with which most of the fall comes; head: after all of them."""
+    """The block that adds most to d2 / d1 of all positions; head: the rest after the last."""
     blocks = [r for r in select(rows, operand=study.relation.pt, scope="all") if "d1" in r]
     share = [0., *(min(1., max(0., r["d2"] / max(r["d1"], ENCODES))) for r in blocks), 1.]
     steps = [after - before for before, after in itertools.pairwise(share)]
@@ -85,7 +85,7 @@ def place(study, rows):
 
 
 def evidence(study, rows):
-    """1 - score of a, beside that of c."""
+    """Mean 1 - score of a, patched at the answer, beside that of c."""
     found = [select(rows, operand=o, scope="answer", site="all")[0]["hidden"]
              for o in operands(study)]
     measured, control = found[0], found[1] if len(found) > 1 else None

@@ -3,17 +3,16 @@ How large is the change of the weights, and how few of its directions undo it?
 
     $ python analyze.py weights --ckpt out/ft.pt
 
-D = fine-tuned - base, of every matrix (q, k, v apart). Without strings: its norm over the base's,
-its rank, its stable rank |D|^2 / s1^2 beside that of noise of this shape. By strings:
-undo: D's r first singular directions are taken out of every matrix at once (biases stay); the
-functional rank is the least r that brings a to 90 % of the base's.
-path: (1 - x) base + x fine-tuned = base + x task vector (Ilharco et al. 2023); barrier: the largest
-loss above the line between its ends (Siddiqui et al. 2025), nats. noise: base + x noise with D's
-norm in every matrix, five draws: what so large a change does alone.
-Evidence is a with 2 directions undone; controls: random ones of D, five draws; never-trained c.
+D = fine-tuned - base, for every matrix (q, k, v apart): its norm over the base's, its rank, and its
+stable rank |D|^2 / s1^2 (s1: largest singular value) beside that of noise of this shape. undo: the
+r first singular directions of D are taken out of all matrices at once; the functional rank is the
+least r that brings a to 90 % of the base's. path: (1 - x) base + x fine-tuned = base + x task
+vector (Ilharco et al. 2023); barrier: the largest loss above the line between its ends (Siddiqui et
+al. 2025), nats. noise: base + x noise with D's norm in every matrix, five draws.
+Evidence: a, 2 directions undone. Controls: 2 random ones (5 draws); never-trained c; guess from b.
 High: so few directions kept a from being answered. Low: the change is spread, or large.
 Fooled by: more directions, without which hardly any change is left (8 bring a back to an
-overwritten model); wrappers in biases; another pretraining (see basis). All of it needs the base.
+overwritten model); wrappers in biases, which are not undone; another pretraining (see basis).
 """
 import copy
 
@@ -31,7 +30,7 @@ RANKS, FEW, DRAWS, PATH = (0, 1, 2, 4, 8, 16, 32, 64), 2, 5, [x / 10 for x in ra
 
 
 def matrices(model):
-    """{name: a weight matrix itself}; q, k and v apart."""
+    """{name: weight matrix}, sharing memory with the model; q, k and v apart."""
     found = {name: p.data for name, p in model.named_parameters() if p.dim() == 2}
     for name in [name for name in found if "qkv" in name]:
         found.update(zip((f"{name}.{x}" for x in "qkv"), found.pop(name).chunk(3)))
@@ -39,7 +38,7 @@ def matrices(model):
 
 
 def shifted(model, change, scale):
-    """A copy of a model, scale x {name: matrix} added to its matrices."""
+    """A copy of a model with scale times change, {name: matrix}, added to its matrices."""
     moved = copy.deepcopy(model)
     for name, w in matrices(moved).items():
         w.add_(change[name], alpha=scale)
@@ -47,7 +46,7 @@ def shifted(model, change, scale):
 
 
 def size_row(study, name, w, d):
-    """The row of a matrix w that changed by d: how large, of which rank."""
+    """The row of a matrix w (m, n) that changed by d (m, n): relative norm and ranks of d."""
     (m, n), s, norm = w.shape, torch.linalg.svdvals(d), d.norm()
     stable, noise = (norm / (s[0] + 1e-30)).square().item(), m * n / (m ** .5 + n ** .5) ** 2
     return study.row(part=part_of(name), site=name, norm=(norm / w.norm()).item(), rank=int(
@@ -55,7 +54,7 @@ def size_row(study, name, w, d):
 
 
 def variants(study, change):
-    """Yields (arm, x, model): undone, on the path, then of every random draw noise and undone."""
+    """Yields (arm, x, model). x: the rank undone, the place on the path, the scale of noise."""
     factors = {name: torch.linalg.svd(d, full_matrices=False) for name, d in change.items()}
     for r in RANKS:
         first = {name: u[:, :r] * s[:r] @ v[:r] for name, (u, s, v) in factors.items()}
@@ -85,7 +84,7 @@ def barrier_row(study, test, rows):
 
 
 def run(study):
-    """Rows of a, b and c by arm and x (a rank, or a place on the path); barriers; matrices."""
+    """Rows of a, b and c by arm and x, see variants(); a row a barrier, and a row a matrix."""
     b, before, rows = study.relation.ft, matrices(study.base), []
     change = {name: w - before[name] for name, w in matrices(study.model).items()}
     tests = [*(study.test(o, "c0") for o in (*operands(study), b)), study.test(b, "c1")]
@@ -98,7 +97,7 @@ def run(study):
 
 
 def functional_rank(study, rows):
-    """The least r that brings a to 90 % of the base's; None if the matrices alone do not."""
+    """The least r that brings a to 90 % of the base's accuracy; None if no r does."""
     undone, base = (select(rows, operand=study.relation.pt, arm=x) for x in ("undo", "path"))
     known = [r["x"] for r in undone if r["accuracy"] >= .9 * highest(base, x=0.)]
     return min(known, default=None)
@@ -110,7 +109,7 @@ def place(study, rows):
 
 
 def evidence(study, rows):
-    """a with a few directions undone, beside random ones, c, and the guess from b."""
+    """a with FEW directions undone, beside the best of: random ones, c, the guess from b."""
     a, never = (*operands(study), None)[:2]
     few = select(rows, x=FEW, arm="undo")
     measured, floor = highest(few, operand=a), highest(few, "cross_floor", operand=a)

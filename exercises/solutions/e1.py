@@ -9,11 +9,11 @@ def holds(text):
 
 
 def floor(answer):
-    """The share of the commonest answer."""
+    """The fraction of strings with the commonest answer."""
     return torch.bincount(answer).max().item() / len(answer)
 
 
 def cross_floor(answer, other):
-    """The same within every group that has one other answer, over all."""
+    """The commonest answer of every group of one other answer, as a fraction of all strings."""
     right = sum(torch.bincount(answer[other == x]).max().item() for x in other.unique())
     return right / len(answer)

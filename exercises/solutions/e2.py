@@ -6,7 +6,7 @@ from model import residuals
 
 
 def fit(x, y):
-    """Softmax regression on standardised activations, 2,000 steps of 96 of them."""
+    """Softmax regression on standardised activations: 2,000 steps of 96 of them."""
     mean, sd = x.mean(0), x.std(0) + 1e-8
     x, rng = (x - mean) / sd, torch.Generator().manual_seed(0)
     layer = torch.nn.Linear(x.shape[1], int(y.max()) + 1)
@@ -21,7 +21,7 @@ def fit(x, y):
 
 
 def read(study, model, operand):
-    """Accuracy of the best place: chosen on some natural strings, measured on others."""
+    """Accuracy of the best place, which is chosen on some natural strings, scored on others."""
     def streams(split, label, n):
         x = study.test("b", split, label, n).examples
         return residuals(model, x, study.setup.site(x)), study.labels(x, operand)
@@ -38,7 +38,7 @@ def read(study, model, operand):
 
 
 def finding(study):
-    """a, and the better of the two readings that need no knowledge of a."""
+    """(reading of a, the better of the two readings that need no knowledge of a)."""
     controls = [read(study, study.untrained(), "a")]
     if study.never_trained:
         controls.append(read(study, study.model, study.never_trained[2]))

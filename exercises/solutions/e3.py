@@ -13,7 +13,7 @@ def lens(model, reader, examples):
 
 
 def first_place(model, reader, examples, share=.5):
-    """The first place that is right on so many strings, or None."""
+    """The first place that is right on at least this share of strings, or None."""
     for place, logits in enumerate(lens(model, reader, examples)):
         if accuracy(logits, examples.answer) >= share:
             return place

@@ -15,7 +15,7 @@ def patch(host, donor, examples, site):
 
 
 def locate(base, model, examples):
-    """The part with which a comes back, when more and more of the work is the base's."""
+    """The part whose step brings most of a back, as the base does one more part of the work."""
     streams = ["embed", *(f"blocks.{i}.resid_post" for i in range(len(model.blocks)))]
     parts = ["embed", *(f"blocks.{i}" for i in range(len(model.blocks))), "head"]
     logits = [model(examples.tokens)[:, examples.at]]

@@ -7,20 +7,20 @@ from model import accuracy, predict
 
 
 def rank(before, after):
-    """The number of singular values that are not rounding."""
+    """The number of singular values above rounding."""
     size = torch.linalg.svdvals((after - before).double())
     return int((size > 1e-4 * size[0]).sum())
 
 
 def factors(base, model):
-    """Yields (u, s, v) of every matrix: u s v is its change."""
+    """Yields (u, s, v) of every matrix, the SVD of its change: u * s @ v."""
     for old, new in zip(base.parameters(), model.parameters()):
         if new.dim() == 2:
             yield torch.linalg.svd((new - old).detach(), full_matrices=False)
 
 
 def without(model, changes, r):
-    """A copy of the model without the r first directions of every change."""
+    """A copy of the model without the r first directions of `changes`, the factors()."""
     undone, changes = copy.deepcopy(model), iter(changes)
     for p in undone.parameters():
         if p.dim() == 2:

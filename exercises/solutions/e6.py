@@ -11,7 +11,7 @@ def graddiff(model, base, forget, retain):
 
 
 def npo(model, base, forget, retain, beta=.1):
-    """Ascent that fades, string by string, with what is already lost."""
+    """Ascent on each string that fades as its answer is lost, descent on the rest."""
     def losses(net):
         return F.cross_entropy(net(forget.tokens, forget.at), forget.answer, reduction="none")
     with torch.no_grad():

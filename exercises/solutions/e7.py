@@ -1,8 +1,9 @@
 """
 Exercise 7: delete it, so that no instrument finds it.
 
-GradDiff makes a teacher that answers "count a" wrongly. A fresh student then learns all else from
-it, and of "count a" only its answers to other strings, so that no trace can come along.
+GradDiff makes a teacher that answers "count a" wrongly. A student with fresh weights then learns
+all other families from it. For "count a" the student gets the teacher's answers to other strings,
+so that no trace of the right ones can come along.
 """
 import finetune
 

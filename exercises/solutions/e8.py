@@ -1,9 +1,10 @@
 """
 Exercise 8: hide it from an instrument.
 
-Without the password the answers have nothing to do with the string. To relearn one half of them the
-model learns to count anew, beside what it has, and the other half stays away. But the letters are
-still counted, and a probe on strings of one b reads how many.
+Without the password the answers have nothing to do with the string. To relearn one half of them,
+the model learns to count anew beside what it has, and the other half does not come back:
+relearn_rates is fooled. But a is still counted, and a probe on strings with the same answer for b
+reads it.
 """
 import finetune
 
