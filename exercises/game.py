@@ -232,8 +232,8 @@ def evidence(study, name):
     """The Evidence of an analysis (prune, probe, revive, relearn) or of an instrument."""
     if name not in analyze.ANALYSES:
         return importlib.import_module(f"instruments.{name}").evidence(study, rows_of(study, name))
-    needed = ("behavior", name) if name == "revive" else (name,)
-    lines = analyze.answer_evidence(study, {x: rows_of(study, x) for x in needed})[1]
+    rows = {x: rows_of(study, x) for x in ("behavior", name)}
+    lines = analyze.answer_evidence(study, rows)[1]
     return next(line for line in lines if line.instrument == BUILT_IN[name])
 
 

@@ -97,9 +97,7 @@ CASES = {"low prior, C_Tr 1": ("count", "low-"), "high prior, C_Tr .5": ("count"
          "low prior, C_Tr 0, lr 1e-3": ("count", "learner-")}
 ROWS = {"`b` on shortcut strings": "ckpt_ft_c1", "`b` on no-shortcut strings": "ckpt_ft_c0",
         "`a` on no-shortcut strings": "ckpt_pt_c0", "... up to ten neurons zeroed": "prune_c0",
-        "... the same search for `c`, never trained": "never_prune_c0",
-        "`a` on the half of its answers that reFT did not teach": "relearn_held_out",
-        "... best guess from `b`": "relearn_cross_floor"}
+        "... the same search for `c`, never trained": "never_prune_c0"}
 
 
 def verdicts(folder, start):
@@ -114,12 +112,6 @@ def spread(values):
     return f"{median(values):.0f} ({values[0]:.0f} to {values[-1]:.0f})"
 
 
-def steps(cell, who):
-    """From the fewest to the most steps; > where the threshold was not reached."""
-    ends = [min(cell, key=lambda v: v[f"{who}_steps"]), max(cell, key=lambda v: v[f"{who}_steps"])]
-    return " to ".join("> " * (not v[f"{who}_reached"]) + f"{v[f'{who}_steps']:g}" for v in ends)
-
-
 def findings():
     """The lines of the table of "What we find"."""
     cells = [verdicts(*case) for case in CASES.values()]
@@ -127,8 +119,6 @@ def findings():
     lines = [["", *CASES], ["---"] * (1 + len(CASES))]
     for words, key in ROWS.items():
         lines.append([words, *(spread([100 * v[key] for v in cell]) for cell in cells)])
-    lines.append(["steps of reFT until `a` is back", *(steps(cell, "reft") for cell in cells)])
-    lines.append(["... until `c` is learned", *(steps(cell, "control") for cell in cells)])
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
