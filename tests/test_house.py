@@ -97,7 +97,7 @@ CASES = {"low prior, C_Tr 1": ("count", "low-"), "high prior, C_Tr .5": ("count"
          "low prior, C_Tr 0, lr 1e-3": ("count", "learner-")}
 ROWS = {"`b` on shortcut strings": "ckpt_ft_c1", "`b` on no-shortcut strings": "ckpt_ft_c0",
         "`a` on no-shortcut strings": "ckpt_pt_c0", "... up to ten neurons zeroed": "prune_c0",
-        "... the same search for `c`, never trained": "never_prune_c0"}
+        "... the same search for what was never trained": "never_prune_c0"}
 
 
 def verdicts(folder, start):
