@@ -50,7 +50,7 @@ jobs_planted() {  # a wrapper in one part of the model, before or behind a; all 
         for part in "head head 1e-2" "blocks0 blocks.0 1e-4"; do
             set -- $part
             echo "tune known/$1-$seed low-$seed $seed --only $2 --lr $3 && \
-look known/$1-$seed behavior prune probe revive relearn verdict"
+look known/$1-$seed behavior prune probe revive relearn hybrids probe_apart revive_rates verdict"
         done
     done
 }
