@@ -227,7 +227,7 @@ def test_scripts_print_commands_that_parse(script, tmp_path, monkeypatch, capsys
             setup = setups[words[words.index("--ckpt") + 1]]
         args = parse(name, words, setup)
         if name == "analyze.py":
-            assert set(args.analysis) <= {*analyze.ANALYSES, "hidden", "verdict"}
+            assert set(args.analysis) <= {*analyze.ANALYSES, *analyze.find_instruments(), "hidden", "verdict"}
         for path in made:
             assert path not in setups  # no run is made twice
             setups[path] = setup
