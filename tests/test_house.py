@@ -122,6 +122,16 @@ def findings():
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
+WHAT_IT_DOES = {
+    "behaviour": "asks for `a`", "pruning": "zeroes ten neurons, ranked again after each",
+    "one pass": "zeroes ten neurons, ranked once", "grafting": "copies ten neurons from the base",
+    "hybrids": "puts some parts of the base back", "patching": "goes on with the base's stream, or lets it go on",
+    "relearning, equal lessons": "teaches half of the answers, asks for the others",
+    "reviving, best rate": "teaches `a`, counts the steps", "depth of erasure": "lets the base read the stream (UDS)",
+    "weights": "undoes two directions of the change", "lens": "reads the stream by the base's head",
+    "probing apart": "fits a probe where the answer for `b` is constant"}
+
+
 def instruments():
     """The lines of the table of instruments: those ten that tell hidden from absent best."""
     with open(ROOT / "results/league/league.csv", newline="") as file:
@@ -131,17 +141,16 @@ def instruments():
     hidden = {truth: sum(r["truth"].startswith(truth) for r in audited)
               for truth in ("wrapped", "planted", "rank", "locked")}
     absent = sum(r["kind"] == "absent" for r in audited)
-    lines = [["instrument", *(f"{x} ({n})" for x, n in hidden.items()), f"absent ({absent})", "AUROC", "control alone",
-              "needs", "seconds"]]
+    lines = [["instrument", "what it does", *(f"{x} ({n})" for x, n in hidden.items()), f"absent ({absent})",
+              "AUROC (control alone)"]]
     lines.append(["---"] * len(lines[0]))
     percent = lambda x: f"{100 * float(x):.0f}"
     together = {name: r for (name, *pair), r in rows.items() if pair == ["all", "all"]}
     for name in sorted(together, key=lambda name: -float(together[name]["auroc"]))[:10]:
         both = together[name]
         found = [rows[name, {"rank": "rank-2"}.get(x, x), "all"]["found"] for x in hidden]
-        lines.append([name, *map(percent, found), percent(both["false_alarms"]),
-                      f"{float(both['auroc']):.2f}", f"{float(both['control_alone']):.2f}", both["needs"],
-                      f"{float(both['seconds']):.0f}"])
+        lines.append([name, WHAT_IT_DOES[name], *map(percent, found), percent(both["false_alarms"]),
+                      f"{float(both['auroc']):.2f} ({float(both['control_alone']):.2f})"])
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
