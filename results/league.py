@@ -248,20 +248,22 @@ def audit(path, words=()):
     words, holds = truth.certify(study) if truth.certify else ("", None)
     lines, seconds = examine(study, f"{prefix}.seconds.json") if holds is not False else ([], {})
     result = {"truth": name, "seed": int(seed), "seconds": seconds, "lines": lines,
-              "certificate": words, "certified": holds, "collateral": collateral(study.ckpt),
-              "trained_by": study.ckpt["starts"][-1]["commit"], "audited_by": commit(),
-              "sha256": study.hashes["checkpoint"]}
+              "certificate": words, "certified": holds, "sha256": study.hashes["checkpoint"],
+              "trained_by": study.ckpt["starts"][-1]["commit"], "audited_by": commit()}
     plot.write(f"{prefix}.league.json", json.dumps(result).encode())
 
 
-def collateral(ckpt):
-    """What the families that are not counting lost, in points: the mean, by the record."""
-    others = [r for r in select(ckpt["history"], split="natural") if r["task"][:5] != "count"]
-    before, after = (select(others, step=step) for step in (0, ckpt["step"]))
-    if not before or not after:
-        return None
-    return 100 * float(np.mean([r["accuracy"] for r in before])
-                       - np.mean([r["accuracy"] for r in after]))
+def collateral(name, seed, folder):
+    """What the families that are not counting lost, in points: the mean, by the records of a run
+    and of its base; None if those have none in common."""
+    truth, accuracy = TRUTHS[name], []
+    for path in (path_of(truth.base or truth.parent, seed, folder), path_of(name, seed, folder)):
+        record, = plot.read(path.removesuffix(".pt") + ".json")
+        end = select(record["history"], split="natural", step=record["step"])
+        accuracy.append({(r["task"], r["operand"]): r["accuracy"] for r in end})
+    before, after = accuracy
+    shared = [x for x in before.keys() & after.keys() if not x[0].startswith("count")]
+    return 100 * float(np.mean([before[x] - after[x] for x in shared])) if shared else None
 
 
 # ---------------------------------------------------------------- scores and tables
@@ -282,6 +284,7 @@ def collect(folder):
     models, scores = [], []
     for path in sorted(glob.glob(join(glob.escape(folder), "**/*.league.json"), recursive=True)):
         found, = plot.read(path)
+        found["collateral"] = collateral(found["truth"], found["seed"], dirname(path))
         model = [found["truth"], TRUTHS[found["truth"]].kind, found["seed"]]
         models.append([*model, *(found[column] for column in MODELS[3:])])
         for instrument, analysis, *measured, place in found["lines"]:
