@@ -434,7 +434,8 @@ def verdicts(scores):
 
 
 def methods(scores):
-    """What each instrument finds after each deletion, beside truths: share of seeds."""
+    """What each instrument finds after each deletion, beside truths: share of models; None where
+    it can say nothing of any."""
     names, rows = names_of(scores), []
     for truth in names_of(scores, lambda s: family(s.truth)):
         of_it = [s for s in scores if family(s.truth) == truth]
@@ -442,7 +443,8 @@ def methods(scores):
         for s in of_it:
             said[s.instrument].append(s.found)
         seeds = {s.seed for s in of_it}
-        rows.append([truth, of_it[0].kind, *map(share, said.values()), len(seeds)])
+        shares = [None if set(found) == {None} else share(found) for found in said.values()]
+        rows.append([truth, of_it[0].kind, *shares, len(seeds)])
     return ["model", "kind", *names, "seeds"], rows
 
 
@@ -468,9 +470,10 @@ def draw(scores):
         ax.axvline(kinds.index(kind) - .5, color="k", lw=1.5)
         ax.text(kinds.index(kind) - .4, -.7, kind)
     for (y, x), value in np.ndenumerate(values):
-        ax.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=6,
-                color="w" if value > .5 else "k")
-    fig.supxlabel("models (%) of which an instrument says that a is there", fontsize=7)
+        text = "?" if np.isnan(value) else f"{100 * value:.0f}"
+        ax.text(x, y, text, ha="center", va="center", fontsize=6, color="w" if value > .5 else "k")
+    fig.supxlabel("models (%) of which an instrument says that a is there; ?: it cannot say",
+                 fontsize=7)
     return fig
 
 
