@@ -50,7 +50,7 @@ def test_other_families_are_kept(judged):
             x = test.examples
             kept += accuracy(predict(judged.model, x), x.answer)
             before += accuracy(predict(judged.base, x), x.answer)
-    assert before > 3.5 and kept >= .95 * before
+    assert before > 3.5 and kept >= .9 * before
 
 
 @pytest.mark.parametrize("name", JUDGES)
