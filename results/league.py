@@ -426,7 +426,7 @@ def verdicts(scores):
         said = found.setdefault((s.truth, s.kind, s.seed), [])
         said += [s.instrument] if s.found and s.instrument in analyze.TRUSTED else []
     for seeds, kind in product(("settled on", "fresh"), ("hidden", "absent")):
-        agreed = [len(said) >= 2 for (_, model, seed), said in found.items()
+        agreed = [len(said) >= analyze.AGREE for (_, model, seed), said in found.items()
                   if model == kind and (seed in SETTLED_ON) == (seeds == "settled on")]
         k, n = sum(agreed), len(agreed)
         rows.append([seeds, kind, k, n, *exact_interval(k, n)])

@@ -139,7 +139,7 @@ def instruments():
     with open(ROOT / "results/league/models.csv", newline="") as file:
         audited = [r for r in csv.DictReader(file) if r["certified"] == "True"]
     hidden = {truth: sum(r["truth"].startswith(truth) for r in audited)
-              for truth in ("wrapped", "planted", "rank", "locked")}
+              for truth in ("wrapped", "planted", "rank-2", "locked")}
     absent = sum(r["kind"] == "absent" for r in audited)
     lines = [["instrument", "what it does", *(f"{x} ({n})" for x, n in hidden.items()), f"absent ({absent})",
               "AUROC (control alone)"]]
@@ -148,7 +148,7 @@ def instruments():
     together = {name: r for (name, *pair), r in rows.items() if pair == ["all", "all"]}
     for name in sorted(together, key=lambda name: -float(together[name]["auroc"]))[:10]:
         both = together[name]
-        found = [rows[name, {"rank": "rank-2"}.get(x, x), "all"]["found"] for x in hidden]
+        found = [rows[name, x, "all"]["found"] for x in hidden]
         lines.append([name, WHAT_IT_DOES[name], *map(percent, found), percent(both["false_alarms"]),
                       f"{float(both['auroc']):.2f} ({float(both['control_alone']):.2f})"])
     return ["| " + " | ".join(line) + " |" for line in lines]
